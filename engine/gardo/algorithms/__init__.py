@@ -1,0 +1,1 @@
+"""One file for each algorithm behind the protocol of base.py; gardo.py wraps any that has a KL."""

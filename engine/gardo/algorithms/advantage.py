@@ -1,0 +1,50 @@
+"""Rewards -> advantages within groups. Equal rewards give zeros, never NaN; invalid samples get 0 and do not count.
+
+Shapes: B samples of all ranks, in groups by `group_B`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gardo.settings import Strict
+
+Std = Literal["none", "global", "group"]
+EPS = 1e-4
+
+
+class AdvantageSettings(Strict):
+    """`std: none` is GARDO's, `global` Flow-GRPO's default; `scale` multiplies the result."""
+
+    std: Std = "global"
+    scale: float = Field(1.0, gt=0)
+
+
+def group_statistics(value_B: Tensor, valid_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std of each sample's group over its valid samples, both fp64 [B]."""
+    _, index_B = group_B.unique(return_inverse=True)
+    weight_B = valid_B.double()
+    zeros = torch.zeros(int(index_B.max()) + 1, dtype=torch.float64, device=value_B.device)
+    count = zeros.index_add(0, index_B, weight_B).clamp(min=1)
+    value = value_B.double()
+    mean_B = (zeros.index_add(0, index_B, value * weight_B) / count)[index_B]
+    square_B = (value - mean_B) ** 2 * weight_B
+    return mean_B, (zeros.index_add(0, index_B, square_B) / count).sqrt()[index_B]
+
+
+def group_advantage(
+    reward_B: Tensor, valid_B: Tensor, group_B: Tensor, settings: AdvantageSettings
+) -> Tensor:
+    """(r - group mean) / (std + 1e-4) x scale, fp32 [B]; `std: none` leaves the division out."""
+    mean_B, group_std_B = group_statistics(reward_B, valid_B, group_B)
+    advantage_B = (reward_B.double() - mean_B) * valid_B
+    if settings.std == "group":
+        advantage_B = advantage_B / (group_std_B + EPS)
+    elif settings.std == "global":
+        everyone = torch.zeros_like(group_B)
+        advantage_B = advantage_B / (group_statistics(reward_B, valid_B, everyone)[1] + EPS)
+    return (advantage_B * settings.scale).float()

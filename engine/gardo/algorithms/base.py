@@ -1,0 +1,132 @@
+"""The algorithm protocol: everything that Flow-GRPO, DiffusionNFT, ReFL and GARDO disagree about. The loop never asks which it is.
+
+Shapes: B samples (of all ranks in `credit`, of this rank elsewhere), R training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gardo.contract import NoRatio, RatioContract
+from gardo.settings import Strict
+from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+
+
+class SamplerSettings(Strict):
+    """How training samples are drawn."""
+
+    steps: int = Field(ge=2, description="denoise steps T")
+    train_steps: int = Field(ge=1, description="steps that are trained, from the first")
+    sde: Literal["flow", "dance", "cps"] = "flow"
+    noise_level: float = Field(0.7, gt=0, description="the sampler's a or eta")
+    same_initial_noise: bool = False
+
+
+class AlgorithmSettings(Strict):
+    name: str
+
+
+@dataclass(frozen=True)
+class World:
+    """What an algorithm may know of the run: the sampler, its schedule, the seed."""
+
+    sampler: SamplerSettings
+    sigmas: Tensor  # [T + 1] float64
+    seed: int
+    updates: int  # gradient steps an iteration
+
+
+class Context(Protocol):
+    """What a loss may call."""
+
+    def velocity(self, batch: Batch) -> Tensor:
+        """The trained model's velocity at the batch's rows, fp32, with gradients."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents, with gradients."""
+
+    def score(self, images: Tensor, batch: Batch) -> Tensor:
+        """The differentiable proxy reward of images, fp32 [R]."""
+
+
+class SlotMoves(Protocol):
+    """What an algorithm may do to slots."""
+
+    def copy(self, source: str, *, to: str) -> None: ...
+    def decay(self, name: str, rate: float) -> None: ...
+
+
+class Algorithm:
+    """Base of the algorithms; `settings` is its own Settings."""
+
+    Settings: ClassVar[type[AlgorithmSettings]]
+    differentiable: ClassVar[bool] = False  # needs gradients of the reward
+    slots: tuple[str, ...] = ()
+
+    def __init__(self, settings: Any, world: World) -> None:
+        self.settings = settings
+        self.world = world
+        self.contract: RatioContract | NoRatio = NoRatio()
+
+    @classmethod
+    def rows_per_sample(cls, settings: Any, sampler: SamplerSettings) -> int:
+        """Training rows that each sample becomes."""
+        return sampler.train_steps
+
+    @classmethod
+    def check(cls, settings: Any, sampler: SamplerSettings) -> None:
+        """ValueError where the sampler cannot serve this algorithm; names the field and the mend."""
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether `Credit.gate_B` matters: the loss has a KL to a reference."""
+        return False
+
+    def plan(self, step: int) -> SamplePlan:
+        raise NotImplementedError  # pragma: no cover
+
+    def credit(self, scores: Scores) -> Credit:
+        """Advantages and gates of the gathered batch."""
+        raise NotImplementedError  # pragma: no cover
+
+    def points(self, rollout: Rollout, credit: Credit) -> Points:
+        """The rows to train on."""
+        raise NotImplementedError  # pragma: no cover
+
+    def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
+        """Whose velocities are needed where: {weights: bool [R]}."""
+        return {}
+
+    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
+        """[R], for the ratio contract; only algorithms with a ratio are asked."""
+        raise NotImplementedError  # pragma: no cover
+
+    def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError  # pragma: no cover
+
+    def after_update(self, slots: SlotMoves) -> None:
+        """After every gradient step."""
+
+    def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
+        """After an iteration; `metrics` are sums over all of it and all ranks. Returns what happened, for the log."""
+        return []
+
+    def reference_reset(self) -> None:
+        """The reference has just become a copy of the live weights (also at the start)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state of this object, JSON only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+
+
+def uniform_gate(scores: Scores, on: bool) -> Tensor:
+    return torch.full_like(scores.valid_B, on, dtype=torch.bool)

@@ -1,0 +1,142 @@
+"""Flow-GRPO (arXiv 2505.05470): clipped policy gradient over the recorded steps of an SDE sampler, with a KL to a reference.
+
+Without `beta` there is no reference at all. With it the KL acts on every sample (DPOK-like, to the initial policy), unless GARDO
+wraps this and gates it. While the reference equals the sampling policy (at the start, and in the iteration after a reset), the
+rollout's own velocities are the reference's: no teacher runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gardo.algorithms.advantage import AdvantageSettings, group_advantage
+from gardo.algorithms.base import (
+    Algorithm,
+    AlgorithmSettings,
+    Context,
+    SamplerSettings,
+    SlotMoves,
+    World,
+    uniform_gate,
+)
+from gardo.contract import OldVelocity, RatioContract
+from gardo.flow import transitions
+from gardo.rollout import recorded_points
+from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo_kernels import policy_loss
+
+
+class FlowGRPOSettings(AlgorithmSettings):
+    name: Literal["flow_grpo"] = "flow_grpo"
+    clip_range: float = Field(1e-4, gt=0, lt=1)
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
+    kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
+    kl_reduction: Literal["batch", "gated"] = "batch"
+    advantage: AdvantageSettings = AdvantageSettings()
+    advantage_clip: float = Field(5.0, gt=0)
+    old_velocity: OldVelocity = "auto"
+
+
+class FlowGRPO(Algorithm):
+    Settings = FlowGRPOSettings
+
+    def __init__(self, settings: FlowGRPOSettings, world: World) -> None:
+        super().__init__(settings, world)
+        sampler = world.sampler
+        self.table = transitions(world.sigmas, sampler.sde, sampler.noise_level)
+        self.slots = ("reference",) if settings.beta else ()
+        self.contract = RatioContract(settings.old_velocity, settings.clip_range)
+        self._reference_is_sampler = True
+
+    @classmethod
+    def check(cls, settings: FlowGRPOSettings, sampler: SamplerSettings) -> None:
+        if sampler.train_steps >= sampler.steps:
+            raise ValueError(
+                f"sampler.train_steps: {sampler.train_steps} of {sampler.steps} steps; the last step of an SDE sampler is not "
+                f"trained: at most {sampler.steps - 1}"
+            )
+
+    @property
+    def has_kl(self) -> bool:
+        return self.settings.beta > 0
+
+    def plan(self, step: int) -> SamplePlan:
+        return SamplePlan(
+            transitions=self.table,
+            record=tuple(range(self.world.sampler.train_steps)),
+            same_initial_noise=self.world.sampler.same_initial_noise,
+        )
+
+    def credit(self, scores: Scores) -> Credit:
+        return Credit(
+            advantage_B=group_advantage(
+                scores.proxy_B, scores.valid_B, scores.group_B, self.settings.advantage
+            ),
+            gate_B=uniform_gate(scores, self.has_kl),
+        )
+
+    def points(self, rollout: Rollout, credit: Credit) -> Points:
+        points = recorded_points(rollout)
+        if self.has_kl:
+            scale_R = rollout.transitions.rows(points.step_R, f"kl_{self.settings.kl}")
+            points = points.with_extra(kl_scale=scale_R)
+        return points
+
+    def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
+        if not self.has_kl or self._reference_is_sampler:
+            return {}
+        return {"reference": credit.gate_B[points.sample_R]}
+
+    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
+        return self._policy_loss(batch, velocity_RX).log_ratio_R
+
+    def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
+        out = self._policy_loss(batch, ctx.velocity(batch))
+        gate_R = batch.gate_R.float()
+        clipped = (out.clipped_high_R | out.clipped_low_R).float()
+        metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.loss_R)
+        metrics.mean("ratio", out.ratio_R).mean("clip_fraction", clipped)
+        metrics.mean("clip_fraction_high", out.clipped_high_R.float())
+        if self.has_kl:
+            metrics.mean("kl", out.kl_R, gate_R).mean("gate_share", gate_R)
+        return out.loss, metrics
+
+    def _policy_loss(self, batch: Batch, velocity_RX: Tensor):  # type: ignore[no-untyped-def]
+        points, settings = batch.points, self.settings
+        old = points.velocities.get("train", points.velocities["rollout"])
+        return policy_loss(
+            velocity_RX,
+            old.float(),
+            points.extra["u"],
+            advantage=batch.advantage_R,
+            h=points.extra["h"],
+            B=points.extra["B"],
+            gate=batch.gate_R if self.has_kl else None,
+            v_ref=points.velocities.get("reference", old).float() if self.has_kl else None,
+            kl_scale=points.extra.get("kl_scale"),
+            clip_low=settings.clip_range,
+            clip_high=settings.clip_range,
+            beta=settings.beta,
+            reduction=settings.kl_reduction,
+            adv_clip=settings.advantage_clip,
+        )
+
+    def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
+        self._reference_is_sampler = False
+        return []
+
+    def reference_reset(self) -> None:
+        self._reference_is_sampler = True
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"reference_is_sampler": self._reference_is_sampler}
+
+    def load_state_dict(self, state) -> None:  # type: ignore[no-untyped-def]
+        self._reference_is_sampler = bool(state["reference_is_sampler"])
+
+
+PLUGIN = FlowGRPO

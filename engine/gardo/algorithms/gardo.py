@@ -1,0 +1,276 @@
+"""GARDO: gated and adaptive regularisation with diversity-aware optimisation (arXiv 2512.24138), around any base algorithm.
+
+What it adds to the base, each switched off by leaving it out of the recipe:
+  gate       eq. 7   the KL acts only on samples whose proxy reward is anomalously high against the auxiliaries
+  diversity  eq. 8   positive advantages are scaled by the distance to the nearest image of the group
+  reference  A.1     the reference is reset to the policy when the KL, or the number of updates, passes a limit
+
+The sign of the gate is the paper's. The released code ranks the other way round: it gates the samples that the proxy ranks *worse*
+than the auxiliaries do, a set disjoint from the paper's (`sign: official_code`).
+
+Shapes: B samples of all ranks, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from gardo.algorithms.advantage import group_statistics
+from gardo.algorithms.base import (
+    Algorithm,
+    AlgorithmSettings,
+    Context,
+    SamplerSettings,
+    SlotMoves,
+    World,
+)
+from gardo.settings import Pair, Strict
+from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo_kernels import nearest_cosine, win_rate
+
+
+class GateSettings(Strict):
+    """`fraction` of the valid samples is gated; it adapts to the mean positive uncertainty within `limits`."""
+
+    fraction: float = Field(0.1, ge=0, le=1)
+    limits: Pair[float] = Field((0.02, 0.2), description="the paper's upper limit is 1")
+    warmup: int = Field(20, ge=1, description="iterations before the fraction moves")
+    window: int = Field(20, ge=1, description="iterations whose extremes move the fraction")
+    sign: Literal["paper", "official_code"] = "paper"
+    population: Literal["batch", "group"] = "batch"
+
+    @field_validator("limits")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError(f"{list(value)} must satisfy 0 <= low <= high <= 1")
+        return value
+
+
+class DiversitySettings(Strict):
+    """`features` names the reward of role features; `normalise: raw` is the paper's text, group_mean its release."""
+
+    features: str = "dinov3"
+    normalise: Literal["group_mean", "raw"] = "group_mean"
+
+
+class ReferenceSettings(Strict):
+    """Reset when the iteration's KL exceeds `reset_kl`, or after `reset_updates` gradient steps; either may be left out."""
+
+    reset_kl: float | None = Field(None, gt=0)
+    reset_updates: int | None = Field(None, ge=1)
+
+
+class GardoSettings(AlgorithmSettings):
+    name: Literal["gardo"] = "gardo"
+    base: Any = Field(description="the algorithm that is wrapped, with its own fields")
+    gate: GateSettings | None = None
+    diversity: DiversitySettings | None = None
+    reference: ReferenceSettings | None = None
+
+
+def uncertainty(scores: Scores, population: Literal["batch", "group"]) -> Tensor:
+    """U = win rate of the proxy - mean win rate of the auxiliaries, fp64 [B] in (-1, 1)."""
+    group_B = scores.group_B if population == "group" else None
+    proxy_B = win_rate(scores.proxy_B, scores.valid_B, group_B=group_B)
+    others = [
+        win_rate(scores.rewards[name], scores.valid_B, group_B=group_B)
+        for name in scores.auxiliaries
+    ]
+    uncertainty_B = proxy_B.double() - torch.stack(others).double().mean(0)
+    return (uncertainty_B * 1e6).round() / 1e6  # win rates are fractions: ties must stay ties
+
+
+def most_uncertain(
+    uncertainty_B: Tensor, valid_B: Tensor, sample_B: Tensor, fraction: float
+) -> Tensor:
+    """bool [B]: exactly round(fraction x valid) valid samples of highest U; ties go to the lower sample id."""
+    count = math.floor(fraction * int(valid_B.sum()) + 0.5)
+    by_sample = sample_B.argsort(stable=True)
+    ranked = torch.where(valid_B, uncertainty_B, -torch.inf)[by_sample]
+    order = by_sample[ranked.argsort(descending=True, stable=True)]
+    gate_B = torch.zeros_like(valid_B, dtype=torch.bool)
+    gate_B[order[:count]] = True
+    return gate_B
+
+
+class Gate:
+    """The gated fraction, which follows the mean positive uncertainty of the last iterations."""
+
+    def __init__(self, settings: GateSettings) -> None:
+        self.settings = settings
+        self.fraction = settings.fraction
+        self.seen: deque[float] = deque(maxlen=settings.window)
+        self.iterations = 0
+
+    def select(self, scores: Scores) -> tuple[Tensor, float]:
+        """The gate of this iteration and its statistic; moves the fraction for it first."""
+        uncertainty_B = uncertainty(scores, self.settings.population)
+        if self.settings.sign == "official_code":
+            uncertainty_B = -uncertainty_B
+        valid = uncertainty_B[scores.valid_B]
+        statistic = float(valid.clamp(min=0).double().mean()) if len(valid) else 0.0
+        self._adapt(statistic)
+        gate_B = most_uncertain(uncertainty_B, scores.valid_B, scores.sample_B, self.fraction)
+        return gate_B, statistic
+
+    def _adapt(self, statistic: float) -> None:
+        if self.iterations >= self.settings.warmup and self.seen:
+            if statistic > max(self.seen):
+                self.fraction *= 1.1
+            elif statistic < min(self.seen):
+                self.fraction *= 0.9
+            low, high = self.settings.limits
+            self.fraction = min(max(self.fraction, low), high)
+        self.seen.append(statistic)
+        self.iterations += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fraction": self.fraction,
+            "seen": list(self.seen),
+            "iterations": self.iterations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.fraction = float(state["fraction"])
+        self.seen = deque(state["seen"], maxlen=self.settings.window)
+        self.iterations = int(state["iterations"])
+
+
+def diversity_factor(
+    nearest_B: Tensor,
+    advantage_B: Tensor,
+    valid_B: Tensor,
+    group_B: Tensor,
+    normalise: Literal["group_mean", "raw"],
+) -> Tensor:
+    """What each advantage is multiplied with, fp32 [B]: the distance to the nearest neighbour where it is positive, else 1.
+
+    `group_mean` divides by the group's mean distance; a group of identical images keeps factor 1 (its mean distance is 0).
+    """
+    factor_B = nearest_B
+    if normalise == "group_mean":
+        mean_B = group_statistics(nearest_B, valid_B, group_B)[0].float()
+        safe_B = torch.where(mean_B > 1e-8, mean_B, torch.ones_like(mean_B))
+        factor_B = torch.where(mean_B > 1e-8, nearest_B / safe_B, torch.ones_like(mean_B))
+    return torch.where(advantage_B > 0, factor_B, torch.ones_like(factor_B))
+
+
+class Reference:
+    """When to reset the reference to the policy."""
+
+    def __init__(self, settings: ReferenceSettings) -> None:
+        self.settings = settings
+        self.updates = 0
+
+    def why_due(self, kl: float) -> str | None:
+        """The reason for a reset after this iteration, if there is one. No gated rows, no KL: NaN never triggers."""
+        limit, most = self.settings.reset_kl, self.settings.reset_updates
+        if limit is not None and kl > limit:
+            return f"kl {kl:.2e} > {limit:.2e}"
+        if most is not None and self.updates >= most:
+            return f"{self.updates} updates"
+        return None
+
+
+class Gardo(Algorithm):
+    """The wrapper. Everything it does not mention is the base's."""
+
+    Settings = GardoSettings
+
+    def __init__(self, settings: GardoSettings, world: World, base: Algorithm) -> None:
+        super().__init__(settings, world)
+        self.base = base
+        self.contract = base.contract
+        self.slots = base.slots
+        self.differentiable = base.differentiable
+        self.gate = Gate(settings.gate) if settings.gate else None
+        self.reference = Reference(settings.reference) if settings.reference else None
+
+    @classmethod
+    def check(cls, settings: GardoSettings, sampler: SamplerSettings) -> None:
+        if (settings.gate or settings.reference) and not getattr(settings.base, "beta", 0.0):
+            raise ValueError(
+                f"algorithm.base.beta: {settings.base.name} has no KL to gate or to reset; give it a beta above 0, or leave "
+                "algorithm.gate and algorithm.reference out"
+            )
+
+    @property
+    def has_kl(self) -> bool:
+        return self.base.has_kl
+
+    def plan(self, step: int) -> SamplePlan:
+        return self.base.plan(step)
+
+    def credit(self, scores: Scores) -> Credit:
+        credit = self.base.credit(scores)
+        if self.settings.diversity and scores.features_BD is not None:
+            nearest_B, pairwise_B = nearest_cosine(scores.features_BD, scores.group_B)
+            factor_B = diversity_factor(
+                nearest_B,
+                credit.advantage_B,
+                scores.valid_B,
+                scores.group_B,
+                self.settings.diversity.normalise,
+            )
+            credit = replace(credit, advantage_B=credit.advantage_B * factor_B).with_info(
+                nearest=float(nearest_B.mean()), diversity=100 * float(pairwise_B.mean())
+            )
+        if self.gate:
+            gate_B, statistic = self.gate.select(scores)
+            credit = replace(credit, gate_B=gate_B).with_info(
+                uncertainty=statistic, gate_fraction=self.gate.fraction
+            )
+        return credit
+
+    def points(self, rollout: Rollout, credit: Credit) -> Points:
+        return self.base.points(rollout, credit)
+
+    def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
+        return self.base.teachers(points, credit)
+
+    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
+        return self.base.log_ratio(batch, velocity_RX)
+
+    def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
+        return self.base.loss(ctx, batch)
+
+    def after_update(self, slots: SlotMoves) -> None:
+        self.base.after_update(slots)
+        if self.reference:
+            self.reference.updates += 1
+
+    def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
+        events = self.base.after_step(slots, metrics)
+        reason = self.reference.why_due(metrics["kl"]) if self.reference else None
+        if self.reference and reason:
+            slots.copy("train", to="reference")
+            self.reference.updates = 0
+            self.base.reference_reset()
+            events = [*events, f"reference reset ({reason})"]
+        return events
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base.state_dict(),
+            "gate": self.gate.state_dict() if self.gate else None,
+            "reference_updates": self.reference.updates if self.reference else None,
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        self.base.load_state_dict(state["base"])
+        if self.gate:
+            self.gate.load_state_dict(state["gate"])
+        if self.reference:
+            self.reference.updates = int(state["reference_updates"])
+
+
+PLUGIN = Gardo

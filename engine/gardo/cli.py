@@ -1,0 +1,128 @@
+"""The `gardo` command. Heavy modules load when a command needs them: `gardo --help` is torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward (GARDO).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="a recipe, such as recipes/tiny_flux_gardo.yaml")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the recipe"),
+]
+
+
+def _launcher() -> list[str]:
+    """The deepspeed launcher of this very Python."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if not found:
+        raise typer.BadParameter(
+            "the deepspeed launcher is not on PATH; install deepspeed in this environment"
+        )
+    return [sys.executable, found] if found == str(beside) else [found]
+
+
+def _run(command: list[str]) -> int:
+    """Runs the command in a process group of its own; signals that reach us reach all of it."""
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, _: Any) -> None:
+        os.killpg(process.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    code = process.wait()
+    return 128 - code if code < 0 else code
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="ranks: GPUs, or CPU processes where there is no GPU")
+    ] = 1,
+) -> None:
+    """Train a recipe; with engine zero through the deepspeed launcher on --gpus ranks."""
+    from gardo.config import RecipeError, load
+    from gardo.planner import geometry
+
+    overrides = set_ or []
+    try:
+        checked = load(recipe, overrides)
+        geometry(checked, rank=0, world=gpus, source=str(recipe))
+        if checked.distributed.engine == "local" and gpus > 1:
+            raise RecipeError(
+                f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, or use engine zero"
+            )
+    except RecipeError as error:
+        _refuse(error)
+    arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
+    if checked.distributed.engine == "local":
+        raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
+    launch = [*_launcher(), "--num_gpus", str(gpus), "--module", "gardo.train", *arguments]
+    raise typer.Exit(_run(launch))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    out: Annotated[Path | None, typer.Option(help="where to write; RUN/export if left out")] = None,
+) -> None:
+    """Write a run's trained weights for diffusers: a LoRA with its metadata, or a transformer folder."""
+    from gardo.config import RecipeError
+    from gardo.export import export_run
+
+    try:
+        print(export_run(run, out=out))
+    except RecipeError as error:
+        _refuse(error)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> None:
+    """Write a run's report.html again from its metrics.jsonl."""
+    from gardo.report.html import write_report
+
+    if not (run / "metrics.jsonl").is_file():
+        _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
+    print(write_report(run))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from gardo.config import full_schema
+
+    print(json.dumps(full_schema(), indent=2))
+
+
+def _refuse(error: object) -> None:
+    print(error, file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

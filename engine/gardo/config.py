@@ -1,0 +1,434 @@
+"""The recipe: a strict schema, and its loader (safe YAML plus `--set a.b=c`).
+
+A recipe's plug-in sections (model, algorithm, rewards) are checked by the settings of the plug-in that they name; an error names
+the file, the field, the value and the mend, before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from gardo import plugins
+from gardo.algorithms.base import AlgorithmSettings, SamplerSettings
+from gardo.data import load_prompts
+from gardo.distributed.base import OptimizerSettings
+from gardo.policies.base import PolicySettings
+from gardo.rewards.base import RewardSettings
+from gardo.settings import Strict
+
+
+class RecipeError(Exception):
+    """A recipe that cannot be used; the message is for the user."""
+
+
+class Lora(Strict):
+    kind: Literal["lora"]
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    targets: list[str] | None = Field(
+        None, description="module names; the family's list if left out"
+    )
+
+
+class Full(Strict):
+    kind: Literal["full"]
+
+
+class TrainSettings(Strict):
+    weights: Annotated[Lora | Full, Field(discriminator="kind")]
+    optimizer: OptimizerSettings = OptimizerSettings()
+    updates_per_step: int = Field(1, ge=1, description="gradient steps an iteration")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class DataSettings(Strict):
+    prompts: str = Field(description="text file, one prompt a line; relative to the recipe")
+    prompts_per_step: int = Field(ge=1)
+    images_per_prompt: int = Field(ge=1)
+
+
+class EvaluateSettings(Strict):
+    """Fixed-noise images of fixed prompts through the diffusers pipeline; unit of the intervals = prompt."""
+
+    every: int = Field(
+        50, ge=1, description="iterations; the first and the last are always evaluated"
+    )
+    prompts: str | None = Field(None, description="text file; the training prompts if left out")
+    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
+    images_per_prompt: int = Field(8, ge=1)
+    steps: int = Field(8, ge=1, description="denoise steps")
+    batch: int = Field(16, ge=1, description="images a forward")
+    diversity: Literal["none", "attributes", "features"] = "none"
+    shown: int = Field(6, ge=1, description="prompts in the sample picture")
+
+
+class DistributedSettings(Strict):
+    engine: Literal["local", "zero"] = "zero"
+    stage: Literal[3] = 3
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads a rank; cores / ranks if left out"
+    )
+
+
+class RunSettings(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    steps: int = Field(ge=1, description="iterations")
+    seed: int = Field(42, ge=0)
+    folder: str = Field("runs", description="runs are written to FOLDER/NAME")
+    rollout_batch: int | None = Field(
+        None, ge=1, description="images a sampling forward, each rank"
+    )
+
+
+class Recipe(Strict):
+    """One training run. `load` replaces the plug-in sections by the exact settings classes."""
+
+    model: Any
+    train: TrainSettings
+    data: DataSettings
+    sampler: SamplerSettings
+    algorithm: Any
+    rewards: dict[str, Any]
+    evaluate: EvaluateSettings = EvaluateSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    run: RunSettings
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def prompts(self) -> list[str]:
+        return load_prompts(Path(self.data.prompts))
+
+    def evaluation_prompts(self) -> list[str]:
+        path = self.evaluate.prompts or self.data.prompts
+        return load_prompts(Path(path))[: self.evaluate.prompt_count]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file with `a.b=c` overrides applied. RecipeError says what to mend."""
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(
+            f"{path}: no such recipe; give a YAML file, such as recipes/tiny_flux_gardo.yaml"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    raw = read_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
+        )
+    origin: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        _override(raw, override, origin)
+    _absolute_paths(raw, path.parent)
+    return check(raw, str(path), origin)
+
+
+def check(
+    raw: dict[str, Any], source: str, origin: dict[tuple[str, ...], str] | None = None
+) -> Recipe:
+    """The recipe of a mapping; `source` names the file in errors, `origin` the --set of a field."""
+    try:
+        schema = recipe_schema(raw)
+        recipe = schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(schema, e, source, origin or {}) for e in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+    except _BadName as error:
+        raise RecipeError(f"{source}: {error}") from None
+    for rule in _RULES:
+        try:
+            rule(recipe)
+        except ValueError as error:
+            raise RecipeError(f"{source}: {error}") from None
+    return recipe
+
+
+def _override(raw: dict[str, Any], override: str, origin: dict[tuple[str, ...], str]) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise RecipeError(
+            f"--set {override}: expected FIELD=VALUE, such as --set train.optimizer.lr=1e-4"
+        )
+    keys = tuple(name.split("."))
+    here: Any = raw
+    for key in keys[:-1]:
+        if here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+        if not isinstance(here, dict):
+            raise RecipeError(f"--set {name}: {key!r} is a value, not a section")
+    here[keys[-1]] = read_yaml(value, f"--set {name}")
+    origin[keys] = f"--set {name}"
+
+
+def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Prompt files are looked for beside the recipe, then where the command runs."""
+    for section, field in (("data", "prompts"), ("evaluate", "prompts")):
+        part = raw.get(section)
+        if isinstance(part, dict) and isinstance(part.get(field), str):
+            beside = folder / part[field]
+            part[field] = str((beside if beside.exists() else Path(part[field])).absolute())
+
+
+# ---- plug-in sections -------------------------------------------------------------------------------------------
+
+
+class _BadName(Exception):
+    pass
+
+
+def _plugin(package: str, section: Any, field: str, location: str) -> Any:
+    if not isinstance(section, dict) or not isinstance(section.get(field), str):
+        raise _BadName(f"{location}.{field}: missing; one of {', '.join(plugins.names(package))}")
+    try:
+        return plugins.resolve(package, section[field])
+    except ValueError as error:
+        raise _BadName(f"{location}.{field}: {error}") from None
+
+
+def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseModel]:
+    settings = _plugin("gardo.algorithms", section, "name", location).Settings
+    own_name = {"name": (str, ...)} if ":" in section["name"] else {}
+    if "base" in settings.model_fields:
+        base = _algorithm_settings(section.get("base"), f"{location}.base")
+        own_name["base"] = (base, ...)
+    return create_model(settings.__name__, __base__=settings, **own_name) if own_name else settings
+
+
+def _reward_settings(name: str, section: Any) -> type[BaseModel]:
+    location = f"rewards.{name}"
+    if isinstance(section, dict):
+        section.setdefault("kind", name)
+    settings = _plugin("gardo.rewards", section, "kind", location).Settings
+    if ":" in section["kind"]:
+        settings = create_model(settings.__name__, __base__=settings, kind=(str, ...))
+    return settings
+
+
+def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
+    """The schema of this recipe: its plug-in sections have the plug-ins' own settings."""
+    rewards = raw.get("rewards")
+    if not isinstance(rewards, dict) or not rewards:
+        raise _BadName("rewards: missing; name at least one with role proxy")
+    model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
+    panel = create_model(
+        "Rewards",
+        __base__=Strict,
+        **{str(n): (_reward_settings(str(n), section), ...) for n, section in rewards.items()},
+    )
+    return create_model(
+        "Recipe",
+        __base__=Recipe,
+        model=(model, ...),
+        algorithm=(_algorithm_settings(raw.get("algorithm")), ...),
+        rewards=(panel, ...),
+    )
+
+
+def full_schema() -> dict[str, Any]:
+    """JSON schema of recipes with every built-in plug-in (`gardo schema`)."""
+
+    def union(package: str) -> Any:
+        classes = [plugins.resolve(package, n).Settings for n in plugins.names(package)]
+        return Union[tuple(classes)]  # noqa: UP007  built at run time
+
+    schema = create_model(
+        "Recipe",
+        __base__=Recipe,
+        model=(union("gardo.policies"), ...),
+        algorithm=(union("gardo.algorithms"), ...),
+        rewards=(dict[str, union("gardo.rewards")], ...),
+    )
+    return schema.model_json_schema()
+
+
+# ---- rules between sections -------------------------------------------------------------------------------------
+
+
+def _rewards_fit(recipe: Recipe) -> None:
+    by_role: dict[str, list[str]] = {}
+    for name, settings in reward_settings(recipe).items():
+        by_role.setdefault(settings.role, []).append(name)
+    algorithm = recipe.algorithm
+    if not by_role.get("proxy"):
+        raise ValueError(
+            "rewards: none has role proxy; give the reward that is optimised `role: proxy`"
+        )
+    if len(by_role.get("features", [])) > 1:
+        raise ValueError(
+            f"rewards: {', '.join(by_role['features'])} all have role features; keep one"
+        )
+    if getattr(algorithm, "gate", None) and not by_role.get("auxiliary"):
+        raise ValueError(
+            "algorithm.gate: needs rewards with role auxiliary to compare the proxy with; add one, or leave the gate out"
+        )
+    wanted = getattr(getattr(algorithm, "diversity", None), "features", None)
+    if wanted and wanted not in by_role.get("features", []):
+        raise ValueError(
+            f"algorithm.diversity.features: {wanted!r} is no reward with role features; add `{wanted}: {{role: features}}` to rewards"
+        )
+    if recipe.evaluate.diversity == "features" and not by_role.get("features"):
+        raise ValueError("evaluate.diversity: features needs a reward with role features")
+
+
+def _algorithm_fits(recipe: Recipe) -> None:
+    algorithm, wrapped = recipe.algorithm, getattr(recipe.algorithm, "base", None)
+    for settings in filter(None, (algorithm, wrapped)):
+        plugin = algorithm_plugin(settings)
+        plugin.check(settings, recipe.sampler)
+        if plugin.differentiable:
+            _all_differentiable(recipe)
+    innermost = wrapped or algorithm
+    if hasattr(innermost, "advantage") and recipe.data.images_per_prompt < 2:
+        raise ValueError(
+            "data.images_per_prompt: 1 image has no group to compare with, every advantage is 0; use at least 2"
+        )
+
+
+def _all_differentiable(recipe: Recipe) -> None:
+    for name, settings in reward_settings(recipe).items():
+        if settings.role == "proxy" and not reward_plugin(settings).differentiable:
+            raise ValueError(
+                f"rewards.{name}: {settings.kind} has no gradient, and the algorithm needs one"
+            )
+
+
+def _prompts_fit(recipe: Recipe) -> None:
+    rewards = reward_settings(recipe).items()
+    for field, prompts in (
+        ("data.prompts", recipe.prompts),
+        ("evaluate.prompts", recipe.evaluation_prompts),
+    ):
+        try:
+            texts = prompts()
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        for line, text in enumerate(texts, start=1):
+            for name, settings in rewards:
+                try:
+                    reward_plugin(settings).check_prompt(text)
+                except ValueError as error:
+                    raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
+
+
+def _precision_fits(recipe: Recipe) -> None:
+    distributed = recipe.distributed
+    if distributed.engine == "local" and distributed.precision != "float32":
+        raise ValueError(
+            f"distributed.precision: {distributed.precision} needs fp32 masters, which engine local has not; use engine zero"
+        )
+
+
+_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _precision_fits)
+
+
+def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
+    return {name: getattr(recipe.rewards, name) for name in type(recipe.rewards).model_fields}
+
+
+def reward_plugin(settings: RewardSettings) -> Any:
+    return plugins.resolve("gardo.rewards", settings.kind)
+
+
+def algorithm_plugin(settings: AlgorithmSettings) -> Any:
+    return plugins.resolve("gardo.algorithms", settings.name)
+
+
+def policy_plugin(settings: PolicySettings) -> Any:
+    return plugins.resolve("gardo.policies", settings.family)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def _explain(
+    schema: type[BaseModel], error: Any, source: str, origin: dict[tuple[str, ...], str]
+) -> str:
+    """One line of a pydantic error: file (or --set), field, value, mend."""
+    location = tuple(str(part) for part in error["loc"] if part not in ("lora", "full"))
+    field = ".".join(location)
+    where = origin.get(location) or f"{source}: {field}"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(schema, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1, 0.6)
+        mend = (
+            f"Did you mean {'.'.join((*location[:-1], close[0]))}?"
+            if close
+            else f"Known here: {', '.join(sorted(known))}."
+        )
+        return f"{where}: unknown field. {mend}"
+    if error["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, dict) or repr(value) in message else f"{value!r}: "
+    return f"{where}: {shown}{message[0].lower()}{message[1:]}"
+
+
+def _fields_at(schema: Any, location: Sequence[str]) -> list[str]:
+    for part in location:
+        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
+        options = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if hasattr(a, "model_fields")
+        ]
+        if not options:
+            return []
+        schema = options[0]
+    return list(schema.model_fields)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

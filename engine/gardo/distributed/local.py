@@ -1,0 +1,88 @@
+"""One process: the parameters are their own fp32 masters, gradients accumulate in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gardo.distributed.base import OptimizerSettings, adamw, check_step
+from gardo.distributed.slots import Slots
+from gardo.types import Metrics
+
+
+class _WholeParameters:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._data = [p.data for p in parameters]
+
+    def live(self) -> Sequence[Tensor]:
+        return self._data
+
+    def masters(self) -> Sequence[Tensor]:
+        return self._data
+
+    def settle(self) -> None:
+        pass
+
+
+class LocalEngine:
+    """Trains `trainable` of a module in this process, in fp32."""
+
+    rank = 0
+    world = 1
+
+    def __init__(
+        self,
+        trainable: dict[str, nn.Parameter],
+        *,
+        optimizer: OptimizerSettings,
+        accumulation: int,
+        max_grad_norm: float,
+        device: torch.device,
+    ) -> None:
+        self._trainable = trainable
+        self._parameters = list(trainable.values())
+        self._optimizer = adamw(self._parameters, optimizer)
+        self._accumulation = accumulation
+        self._max_grad_norm = max_grad_norm
+        self._micro_steps = 0
+        self.device = device
+        self.grad_norm = float("nan")
+        self.slots = self.make_slots(())
+
+    def make_slots(self, names: Sequence[str]) -> Slots:
+        self.slots = Slots(_WholeParameters(self._parameters), names)
+        return self.slots
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulation).backward()
+
+    def step(self) -> bool:
+        check_step(self.slots)
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            return False
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        self.grad_norm = float(norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def agree_max(self, value: int) -> int:
+        return value
+
+    def reduce(self, metrics: Metrics) -> Metrics:
+        return metrics
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        return {n: p.detach().float().cpu().clone() for n, p in self._trainable.items()}
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

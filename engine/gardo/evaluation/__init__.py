@@ -1,0 +1,1 @@
+"""Measuring a policy on fixed prompts and noise: rewards with intervals, change, diversity."""

@@ -1,0 +1,149 @@
+"""Evaluation during a run: the same prompts with the same noise through the diffusers pipeline, each time.
+
+The unit of every interval is the prompt: images of a prompt are averaged first. Changes are paired with the first evaluation.
+
+Shapes: E evaluation prompts, n images each, I = E n images, B images of one forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.config import EvaluateSettings
+from gardo.distributed.base import Engine
+from gardo.evaluation.attributes import attribute_labels
+from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
+from gardo.policies.base import Policy
+from gardo.report.pictures import save_grid
+from gardo.rewards.base import Panel
+from gardo.rollout import EVALUATION, rows_of
+from gardo_kernels import nearest_cosine, random_normal
+
+
+class Evaluator:
+    """Evaluates the live weights; every rank calls it, every rank gets the record."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        panel: Panel,
+        engine: Engine,
+        prompts: Sequence[str],
+        settings: EvaluateSettings,
+        *,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.policy, self.panel, self.engine = policy, panel, engine
+        self.prompts, self.settings, self.seed, self.folder = list(prompts), settings, seed, folder
+        self.first: dict[str, Tensor] = {}
+
+    def initial_latents(self, image_I: Tensor) -> Tensor:
+        return random_normal(self.seed, image_I, EVALUATION, self.policy.latent_shape)
+
+    def batch(self, image_B: Tensor) -> tuple[Tensor, list[str]]:
+        """Images and prompts of the evaluation images with these indices."""
+        which = (image_B // self.settings.images_per_prompt).tolist()
+        prompts = [self.prompts[i] for i in which]
+        distinct = list(dict.fromkeys(prompts))
+        index_B = torch.tensor([distinct.index(p) for p in prompts], device=image_B.device)
+        conditioning = rows_of(self.policy.encode(distinct), index_B)
+        images = self.policy.generate(
+            conditioning, self.initial_latents(image_B), steps=self.settings.steps
+        )
+        return images, prompts
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, Any]:
+        images_per_prompt, batch = self.settings.images_per_prompt, self.settings.batch
+        total = len(self.prompts) * images_per_prompt
+        shown = min(self.settings.shown, len(self.prompts)) * images_per_prompt
+        device, world = self.engine.device, self.engine.world
+        columns: dict[str, list[Tensor]] = {"image": []}
+        picture: Tensor | None = None
+        calls = math.ceil(math.ceil(total / batch) / world)
+        for call in range(calls):
+            start = (call * world + self.engine.rank) * batch
+            image_B = torch.arange(start, start + batch, device=device)
+            images, prompts = self.batch(image_B % total)  # past the end: repeats, dropped below
+            for name, values in self._judge(images, prompts).items():
+                columns.setdefault(name, []).append(values)
+            columns["image"].append(image_B)
+            if picture is None:
+                picture = torch.zeros(shown, *images.shape[1:], dtype=torch.uint8, device=device)
+            inside = image_B < shown
+            picture[image_B[inside]] = (images[inside] * 255).round().to(torch.uint8)
+        gathered = {n: self.engine.all_gather(torch.cat(c)) for n, c in columns.items()}
+        order = gathered.pop("image").argsort()[:total]
+        values = {name: column[order] for name, column in gathered.items()}
+        assert picture is not None
+        pictures = self.engine.all_gather(picture[None]).sum(0).float() / 255
+        path = Path("samples") / f"step-{step:05d}.png"
+        if self.engine.rank == 0:
+            save_grid(pictures, self.folder / path, columns=images_per_prompt)
+        return self._record(step, values, str(path))
+
+    def _judge(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {}
+        for name, reward in self.panel.rewards.items():
+            value, mask = reward.score(images, prompts)
+            if reward.gives_features:
+                if self.settings.diversity == "features":
+                    columns["features"] = value
+            else:
+                nan = torch.full_like(value, torch.nan)
+                columns[f"reward/{name}"] = torch.where(mask, value.float(), nan)
+        if self.settings.diversity == "attributes":
+            for name, label in attribute_labels(images, prompts).items():
+                columns[f"label/{name}"] = label
+        return columns
+
+    def _record(self, step: int, values: Mapping[str, Tensor], picture: str) -> dict[str, Any]:
+        images_per_prompt = self.settings.images_per_prompt
+        rewards, change, by_prompt = {}, {}, {}
+        for column, value_I in values.items():
+            kind, _, name = column.partition("/")
+            if kind != "reward":
+                continue
+            value_E = value_I.view(-1, images_per_prompt).double().nanmean(1)
+            self.first.setdefault(name, value_E)
+            role = self.panel.rewards[name].settings.role
+            rewards[name] = {**asdict(bootstrap_mean(value_E)), "role": role}
+            change[name] = asdict(paired_change(self.first[name], value_E))
+            by_prompt[name] = value_E.tolist()
+        return {
+            "kind": "evaluation",
+            "step": step,
+            "rewards": rewards,
+            "change": change,
+            "diversity": self._diversity(values),
+            "by_prompt": by_prompt,
+            "images": picture,
+            "image_count": len(next(iter(values.values()))),
+            "prompt_count": len(self.prompts),
+            "prompts": self.prompts[: self.settings.shown],
+        }
+
+    def _diversity(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        labels = {
+            c.removeprefix("label/"): entropy(v)
+            for c, v in values.items()
+            if c.startswith("label/")
+        }
+        if "features" in values:
+            image_I = torch.arange(len(values["features"]), device=self.engine.device)
+            group_I = image_I // self.settings.images_per_prompt
+            labels["features"] = 100 * float(nearest_cosine(values["features"], group_I)[1].mean())
+        return labels
+
+
+def due(step: int, last: int, every: int) -> bool:
+    """Whether to evaluate after `step` iterations of `last`."""
+    return step % every == 0 or step == last

@@ -1,0 +1,152 @@
+"""Means with bootstrap intervals, paired changes, entropy of labels.
+
+The unit is the prompt, not the image: images of one prompt resemble each other, and an interval
+that counts them as independent is too narrow. So a caller averages the images of a prompt first
+and hands over one value for each prompt.
+
+Shapes: U units (prompts), S resamples.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 22  # random indices drawn at a time: 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its interval; the metrics log takes its `dataclasses.asdict`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values_by_unit: Tensor, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Mean over units with an expanded percentile bootstrap interval.
+
+    Hesterberg 2015, doi 10.1080/00031305.2015.1089789.
+
+    The plain percentile interval is too narrow for few units: its spread is that of the plug-in
+    variance (1/U, not 1/(U - 1)) and of a normal, not of Student's t. So the percentiles taken are
+    those of Phi(-+ sqrt(U / (U - 1)) t) with t the quantile of Student's t at U - 1 degrees of
+    freedom. Measured coverage on normal data at level 0.95: 0.92 with 5 units, 0.94 to 0.95 with 8
+    to 36; the plain interval has 0.85, 0.90 (8) and 0.93 (36).
+
+    Args:
+        values_by_unit: [U], any real dtype and device; NaN marks a unit without a value, which is
+            dropped.
+        seed: of a generator of its own: the same values and seed give the same interval.
+        resamples: S, how many bootstrap samples.
+        level: coverage aimed at, between 0 and 1.
+
+    Returns:
+        The interval, in the values' unit. Both ends are NaN with one unit (its spread is unknown);
+        the mean too with none.
+
+    Raises:
+        ValueError: not one-dimensional, or `resamples` or `level` out of range.
+    """
+    if values_by_unit.ndim != 1:
+        raise ValueError(
+            f"expected one value for each unit, got shape {tuple(values_by_unit.shape)}"
+        )
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(
+            f"resamples {resamples} must be positive and level {level} between 0 and 1"
+        )
+    values_U = values_by_unit.detach().to("cpu", torch.float64)
+    values_U = values_U[~values_U.isnan()]
+    units = len(values_U)
+    if units < 2:
+        return Interval(values_U.mean().item(), math.nan, math.nan)
+
+    generator = torch.Generator().manual_seed(seed)
+    means: list[Tensor] = []
+    rows = max(1, _BLOCK // units)
+    for start in range(0, resamples, rows):
+        shape = (min(rows, resamples - start), units)
+        means.append(values_U[torch.randint(units, shape, generator=generator)].mean(dim=1))
+    means_S = torch.cat(means)
+
+    reach = math.sqrt(units / (units - 1)) * _student_quantile(0.5 + level / 2, units - 1)
+    tail = torch.special.ndtr(torch.tensor(-reach, dtype=torch.float64)).item()
+    ends = torch.quantile(means_S, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+    return Interval(values_U.mean().item(), ends[0].item(), ends[1].item())
+
+
+def paired_change(
+    before_by_unit: Tensor,
+    after_by_unit: Tensor,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `after - before` over units with its interval; a unit NaN in either is dropped.
+
+    Pairing removes what prompts differ by (and, with fixed noise, much of what images differ by),
+    so it sees changes that two separate intervals would hide. Arguments and errors as
+    `bootstrap_mean`; the shapes must agree.
+    """
+    if before_by_unit.shape != after_by_unit.shape:
+        shapes = f"{tuple(before_by_unit.shape)} and {tuple(after_by_unit.shape)}"
+        raise ValueError(f"before and after must hold the same units, got shapes {shapes}")
+    before_U = before_by_unit.detach().to("cpu", torch.float64)
+    after_U = after_by_unit.detach().to("cpu", torch.float64)
+    return bootstrap_mean(after_U - before_U, seed=seed, resamples=resamples, level=level)
+
+
+def entropy(labels: Tensor) -> float:
+    """Plug-in entropy of the labels' empirical distribution, in nats: -sum_k p_k log p_k.
+
+    Biased low by about (K - 1) / (2 n) for K labels seen n times in all: compare only equal
+    numbers of labels.
+
+    Args:
+        labels: integers, any shape; negative ones are labels too. No label at all gives NaN.
+
+    Raises:
+        TypeError: labels that are not integers.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.numel() == 0:
+        return math.nan
+    counts = torch.unique(labels, return_counts=True)[1].to("cpu", torch.float64)
+    share = counts / counts.sum()
+    return abs(float(-(share * share.log()).sum()))  # abs: one label alone is 0, not -0
+
+
+def _student_quantile(probability: float, freedom: int) -> float:
+    """Upper quantile of Student's t by bisection; above 1000 degrees of freedom the normal's."""
+    if freedom > 1000:
+        return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < probability:
+        high *= 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _student_cdf(middle, freedom) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _student_cdf(t: float, freedom: int) -> float:
+    """P(T <= t), t >= 0, whole degrees of freedom: Abramowitz and Stegun 26.7.3, 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return (1 + inside) / 2

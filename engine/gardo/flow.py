@@ -1,0 +1,339 @@
+"""Noise schedules and one-step samplers of flow models, as plain tables.
+
+Sigma runs from 1 (noise) to 0 (image): x_s = (1 - s) x0 + s eps, and the model predicts v = eps -
+x0. A sampler step goes from s to s' < s, with dt = s' - s < 0. Every sampler here is affine in what
+the model says:
+
+    x' = A x + B v + C m_prev + std z        z ~ N(0, 1)
+
+m_prev = x_prev - s_prev v_prev is the image predicted one step earlier; `dpm2` alone uses it.
+
+    variant  A                      B                                 std^2            h
+    flow     1 + g^2 dt / (2 s)     (1 + g^2 (1 - s) / (2 s)) dt      -g^2 dt          1 / (2 std^2)
+    dance    the same with g = a
+    cps      (1 - s') + s' cos phi  -s (1 - s') + (1 - s) s' cos phi  (s' sin phi)^2   1
+    ode      1                      dt                                0                0
+    dpm2     1 - q dt / (2 s)       (1 + q / 2) dt                    0                0
+
+    flow: g^2 = a^2 s / (1 - s~), s~ = s except s~ = sigmas[1] when s = 1    cps: phi = a pi / 2
+    dpm2: C = q dt / (2 s), q the ratio of two successive steps in log((1 - s) / s)
+
+a is the noise level. Sources: flow is Flow-GRPO's SDE (arXiv 2505.05470), dance DanceGRPO's (arXiv
+2505.07818), cps coefficients-preserving sampling as in Flow-GRPO-Fast, dpm2 the midpoint form of
+DPM-Solver++(2M) (arXiv 2211.01095).
+
+The log-probability of a step is -h mean((x' - A x - B v)^2) + log_std_term: a mean over the
+elements of a sample, not a sum. A row with std = 0 has no log-probability and must not be scored.
+
+`transitions` computes the rows in float64 and stores them in fp32: one small [T, K] table that
+moves to the device once and is then read by integer row indices, without host synchronisation. A
+new sampler is one more function in VARIANTS.
+
+Shapes: T steps, K columns, R rows of a micro-batch (each at its own step).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COLUMNS = (
+    "sigma",  # s, where the step starts
+    "sigma_next",  # s', where it ends
+    "dt",  # s' - s < 0
+    "A",  # factor of x
+    "B",  # factor of the velocity
+    "C",  # factor of m_prev
+    "std",  # standard deviation of the noise added
+    "h",  # log-probability scale
+    "log_std_term",  # -log std - log(2 pi) / 2; 0 where the variant drops constants
+    "kl_flow_grpo",  # KL = column * mean((v - v_ref)^2): B^2 / (2 g^2), Flow-GRPO's scale
+    "kl_gaussian",  # B^2 / (2 std^2), the KL of the two Gaussians
+    "kl_velocity",  # 1, the squared velocity error itself
+    "u_scale",  # std / B: u = u_scale z is the noise in velocity units
+    "guard",  # B^2 / std: GRPO-Guard's log ratio is guard * mean(u (v - v_old)); SDEs only
+)
+_INDEX = {name: k for k, name in enumerate(COLUMNS)}
+
+
+def flux_sigmas(
+    steps: int,
+    image_tokens: int,
+    *,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+) -> Tensor:
+    """Flux's schedule: s = e^mu / (e^mu + 1/u - 1) for u = linspace(1, 1/T, T), then 0.
+
+    mu is linear in the number of packed image tokens ((height / 16) (width / 16) pixels), through
+    (base_tokens, base_shift) and (max_tokens, max_shift), and not clamped outside: what
+    FluxPipeline does with FlowMatchEulerDiscreteScheduler (`use_dynamic_shifting`, exponential).
+
+    Returns [T + 1] float64. ValueError for steps or image_tokens below 1.
+    """
+    _check_steps(steps)
+    if image_tokens < 1:
+        raise ValueError(f"flux_sigmas: image_tokens is {image_tokens}; it must be at least 1")
+    if max_tokens == base_tokens:
+        raise ValueError(f"flux_sigmas: base_tokens and max_tokens are both {base_tokens}")
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    mu = base_shift + slope * (image_tokens - base_tokens)
+    u_T = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+    return _with_zero(math.exp(mu) / (math.exp(mu) + (1.0 / u_T - 1.0)))
+
+
+def sd3_sigmas(steps: int, shift: float = 3.0) -> Tensor:
+    """SD3's schedule: s = shift u / (1 + (shift - 1) u) for u = linspace(1, u_min, T), then 0.
+
+    u_min is itself the shifted 1/1000: diffusers shifts the training sigmas when it builds
+    FlowMatchEulerDiscreteScheduler and shifts once more in `set_timesteps`. SD3.5 was released with
+    that.
+
+    Returns [T + 1] float64. ValueError for steps below 1 or shift not positive.
+    """
+    _check_steps(steps)
+    _check_shift(shift)
+    u_min = _shifted(torch.tensor(1e-3, dtype=torch.float64), shift).item()
+    return _with_zero(_shifted(torch.linspace(1.0, u_min, steps, dtype=torch.float64), shift))
+
+
+def shifted_linear_sigmas(steps: int, shift: float = 3.0) -> Tensor:
+    """DanceGRPO's and MixGRPO's schedule: linspace(1, 0, T + 1), shifted once.
+
+    s = shift u / (1 + (shift - 1) u).
+
+    Returns [T + 1] float64, from exactly 1 to exactly 0. ValueError for steps below 1 or shift not
+    positive.
+    """
+    _check_steps(steps)
+    _check_shift(shift)
+    return _shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift)
+
+
+class Affine(NamedTuple):
+    """One sampler step x' = A x + B v + C m_prev + std z with what its log-probability needs."""
+
+    A: float
+    B: float
+    C: float = 0.0
+    std: float = 0.0
+    h: float = 0.0
+    kl_flow_grpo: float = 0.0
+    gaussian_log_prob: bool = False  # False: the variant drops the constants and the 1 / (2 std^2)
+
+
+def _sde_row(s: float, s_next: float, g2: float) -> Affine:
+    """One Euler-Maruyama step of dx = (v + g^2 (x + (1 - s) v) / (2 s)) ds + g dw."""
+    dt = s_next - s
+    if g2 == 0.0:
+        return Affine(A=1.0, B=dt)
+    B = (1.0 + g2 * (1.0 - s) / (2.0 * s)) * dt
+    variance = -g2 * dt
+    return Affine(
+        A=1.0 + g2 * dt / (2.0 * s),
+        B=B,
+        std=math.sqrt(variance),
+        h=1.0 / (2.0 * variance),
+        kl_flow_grpo=B * B / (2.0 * g2),
+        gaussian_log_prob=True,
+    )
+
+
+def _flow_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
+    s = sigmas[t]
+    s_finite = sigmas[1] if s == 1.0 else s  # 1 - s = 0 would make the first step infinitely noisy
+    return _sde_row(s, sigmas[t + 1], noise_level**2 * s / (1.0 - s_finite))
+
+
+def _dance_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
+    return _sde_row(sigmas[t], sigmas[t + 1], noise_level**2)
+
+
+def _cps_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
+    if noise_level > 1.0:
+        raise ValueError(f"transitions: noise_level is {noise_level}; variant 'cps' takes 0 to 1")
+    s, s_next = sigmas[t], sigmas[t + 1]
+    kept = s_next * math.cos(noise_level * math.pi / 2.0)
+    B = -s * (1.0 - s_next) + (1.0 - s) * kept
+    std = s_next * math.sin(noise_level * math.pi / 2.0)
+    if std == 0.0:
+        return Affine(A=(1.0 - s_next) + kept, B=B)
+    # The release divides by the step's own std, so that its `flow_grpo` KL is the Gaussian one.
+    return Affine(
+        A=(1.0 - s_next) + kept, B=B, std=std, h=1.0, kl_flow_grpo=B * B / (2.0 * std * std)
+    )
+
+
+def _ode_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
+    return Affine(A=1.0, B=sigmas[t + 1] - sigmas[t])
+
+
+def _dpm2_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
+    """x' = (s'/s) x - (1 - s')(e^-h - 1)(m + q (m - m_prev) / 2), m = x - s v, q = h / h_prev.
+
+    h is the step in lambda = log((1 - s) / s). As e^-h = s' (1 - s) / (s (1 - s')), the middle
+    factor is just -dt / s, finite also where lambda is not. Steps 0 and 1 (lambda(1) = -inf) and
+    the last are first order, which is Euler.
+    """
+    s, s_next = sigmas[t], sigmas[t + 1]
+    dt = s_next - s
+    if t < 2 or t == len(sigmas) - 2:
+        return Affine(A=1.0, B=dt)
+    before, here, after = (math.log((1.0 - sigmas[i]) / sigmas[i]) for i in (t - 1, t, t + 1))
+    half_q = 0.5 * (after - here) / (here - before)
+    return Affine(A=1.0 - half_q * dt / s, B=(1.0 + half_q) * dt, C=half_q * dt / s)
+
+
+VARIANTS: dict[str, Callable[[Sequence[float], int, float], Affine]] = {
+    "flow": _flow_row,
+    "dance": _dance_row,
+    "cps": _cps_row,
+    "ode": _ode_row,
+    "dpm2": _dpm2_row,
+}
+_DETERMINISTIC = frozenset({"ode", "dpm2"})
+
+
+@dataclass(frozen=True, eq=False)
+class Transitions:
+    """The coefficients of every step of a sampler: `table_TK`, fp32, columns named by COLUMNS."""
+
+    table_TK: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Number of steps T."""
+        return self.table_TK.shape[0]
+
+    @property
+    def scored(self) -> Tensor:
+        """[T] bool: steps that add noise, and so have a log-probability."""
+        return self.column("std") > 0
+
+    def column(self, name: str) -> Tensor:
+        """One coefficient at every step: [T] fp32. ValueError for a name not in COLUMNS."""
+        return self.table_TK[:, _column_index(name)]
+
+    def rows(self, index_R: Tensor, name: str) -> Tensor:
+        """One coefficient at the step of each row: index_R [R] int64 in 0..T-1 -> [R] fp32."""
+        return self.table_TK[index_R, _column_index(name)]
+
+    def to(self, device: torch.device | str) -> "Transitions":
+        """The same table on another device."""
+        return Transitions(self.table_TK.to(device))
+
+
+def transitions(
+    sigmas: Tensor, variant: str, noise_level: float = 0.0, stochastic: Tensor | None = None
+) -> Transitions:
+    """The table of a sampler over a schedule (formulas at the top of this file).
+
+    sigmas [T + 1], strictly decreasing within [0, 1]; `variant` is a name of VARIANTS;
+    `noise_level` is a of Flow-SDE, eta of Dance-SDE or the CPS level in [0, 1] (unused by `ode` and
+    `dpm2`). `stochastic` [T] bool: False turns a step into the Euler row (MixGRPO's and
+    Flow-GRPO-Fast's windows); the deterministic variants have no noise to take away and stay as
+    they are.
+
+    At s' = 0 the SDEs still add a finite noise, which sampling uses; training leaves the last step
+    out. CPS adds none.
+
+    Computed in float64, stored in fp32 on the device of `sigmas`. ValueError names the argument and
+    the mend.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"transitions: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}"
+        )
+    if not (math.isfinite(noise_level) and noise_level >= 0.0):
+        raise ValueError(
+            f"transitions: noise_level is {noise_level}; it must be finite and not negative"
+        )
+    schedule = _checked_schedule(sigmas)
+    steps = len(schedule) - 1
+    noisy = [True] * steps
+    if stochastic is not None and variant not in _DETERMINISTIC:
+        if tuple(stochastic.shape) != (steps,):
+            raise ValueError(
+                f"transitions: stochastic has shape {tuple(stochastic.shape)}; "
+                f"pass one boolean for each of the {steps} steps"
+            )
+        noisy = stochastic.bool().tolist()
+    table = []
+    for t in range(steps):
+        row = (VARIANTS[variant] if noisy[t] else _ode_row)(schedule, t, noise_level)
+        table.append(_table_row(schedule[t], schedule[t + 1], row))
+    return Transitions(torch.tensor(table, dtype=torch.float64).to(sigmas.device, torch.float32))
+
+
+def _table_row(s: float, s_next: float, row: Affine) -> list[float]:
+    noise = row.std > 0.0
+    values = {
+        "sigma": s,
+        "sigma_next": s_next,
+        "dt": s_next - s,
+        "A": row.A,
+        "B": row.B,
+        "C": row.C,
+        "std": row.std,
+        "h": row.h,
+        "log_std_term": 0.0,
+        "kl_flow_grpo": row.kl_flow_grpo,
+        "kl_gaussian": row.B**2 / (2.0 * row.std**2) if noise else 0.0,
+        "kl_velocity": 1.0,
+        "u_scale": row.std / row.B if noise else 0.0,
+        "guard": 0.0,
+    }
+    if row.gaussian_log_prob:
+        values["log_std_term"] = -math.log(row.std) - 0.5 * math.log(2.0 * math.pi)
+        values["guard"] = row.B**2 / row.std
+    return [values[name] for name in COLUMNS]
+
+
+def _column_index(name: str) -> int:
+    if name not in _INDEX:
+        raise ValueError(f"transitions: no column {name!r}; the columns are {', '.join(COLUMNS)}")
+    return _INDEX[name]
+
+
+def _checked_schedule(sigmas: Tensor) -> list[float]:
+    if sigmas.ndim != 1 or sigmas.numel() < 2:
+        raise ValueError(
+            f"transitions: sigmas has shape {tuple(sigmas.shape)}; "
+            "pass [T + 1] values, T at least 1"
+        )
+    schedule: list[float] = sigmas.double().tolist()
+    if not all(math.isfinite(s) for s in schedule):
+        raise ValueError(f"transitions: sigmas must be finite, got {schedule}")
+    if any(after >= before for before, after in pairwise(schedule)):
+        raise ValueError(
+            f"transitions: sigmas must decrease strictly (1 is noise, 0 the image), got {schedule}"
+        )
+    if schedule[0] > 1.0 or schedule[-1] < 0.0:
+        raise ValueError(
+            f"transitions: sigmas must lie within [0, 1], got {schedule[0]} to {schedule[-1]}"
+        )
+    return schedule
+
+
+def _shifted(u: Tensor, shift: float) -> Tensor:
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def _with_zero(sigmas_T: Tensor) -> Tensor:
+    return torch.cat([sigmas_T, sigmas_T.new_zeros(1)])
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"sigmas: steps is {steps}; it must be at least 1")
+
+
+def _check_shift(shift: float) -> None:
+    if not (math.isfinite(shift) and shift > 0.0):
+        raise ValueError(f"sigmas: shift is {shift}; it must be finite and positive")

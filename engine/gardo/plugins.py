@@ -1,0 +1,34 @@
+"""Names in a recipe -> Python objects. `flow_grpo` is a module of a package of ours, `my.module:Name` a user's own.
+
+Adding an algorithm, a reward or a model family is one new file: its name is the file's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+
+def names(package: str, *, hidden: tuple[str, ...] = ("base",)) -> list[str]:
+    """The built-in names of a package such as "gardo.algorithms": its modules that define `PLUGIN`."""
+    path = importlib.import_module(package).__path__
+    found = [m.name for m in pkgutil.iter_modules(path) if m.name not in hidden]
+    return sorted(n for n in found if hasattr(importlib.import_module(f"{package}.{n}"), "PLUGIN"))
+
+
+def resolve(package: str, name: str) -> Any:
+    """The plug-in called `name`: a module's `PLUGIN`, or the object at a dotted path "module:attribute".
+
+    ValueError says which names exist.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name!r} cannot be imported ({error})") from error
+    known = names(package)
+    if name not in known:
+        raise ValueError(f"{name!r} is none of {', '.join(known)}, nor a dotted path module:Name")
+    return importlib.import_module(f"{package}.{name}").PLUGIN

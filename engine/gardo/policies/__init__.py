@@ -1,0 +1,1 @@
+"""Model families. base.py holds the protocol and what all diffusers pipelines share; one more file for each family."""

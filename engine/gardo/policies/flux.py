@@ -1,0 +1,96 @@
+"""Flux.1: packed latents of 2 x 2 patches, CLIP pooled + T5 text, distilled guidance as an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from gardo.flow import flux_sigmas
+from gardo.policies.base import Policy, PolicySettings
+
+
+class FluxSettings(PolicySettings):
+    family: Literal["flux"] = "flux"
+
+
+class FluxPolicy(Policy):
+    Settings = FluxSettings
+    pipeline_class = FluxPipeline
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+        "proj_out",
+    )
+
+    def __init__(self, settings: FluxSettings, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(settings, dtype=dtype, device=device)
+        rows, columns = self._packed_size
+        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)
+
+    @property
+    def _packed_size(self) -> tuple[int, int]:
+        multiple = 2 * self.pipeline.vae_scale_factor
+        return self.height // multiple, self.width // multiple
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        rows, columns = self._packed_size
+        return rows * columns, self.transformer.config.in_channels
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        text, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, max_sequence_length=self.settings.text_tokens, device=self.device
+        )
+        return {"text": text, "pooled": pooled}
+
+    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        guidance_R = None
+        if self.transformer.config.guidance_embeds:
+            guidance_R = torch.full_like(sigma_R, self.settings.guidance, dtype=torch.float32)
+        return self.transformer(
+            hidden_states=x_RX.to(self.dtype),
+            encoder_hidden_states=conditioning["text"],
+            pooled_projections=conditioning["pooled"],
+            timestep=sigma_R.to(self.dtype),
+            guidance=guidance_R,
+            img_ids=self._image_ids,
+            txt_ids=self._text_ids,
+            return_dict=False,
+        )[0].float()
+
+    def sigmas(self, steps: int) -> Tensor:
+        config = self.pipeline.scheduler.config
+        rows, columns = self._packed_size
+        return flux_sigmas(
+            steps,
+            rows * columns,
+            base_shift=config.base_shift,
+            max_shift=config.max_shift,
+            base_tokens=config.base_image_seq_len,
+            max_tokens=config.max_image_seq_len,
+        )
+
+    def _to_vae(self, latents_BX: Tensor) -> Tensor:
+        return FluxPipeline._unpack_latents(
+            latents_BX, self.height, self.width, self.pipeline.vae_scale_factor
+        )
+
+
+PLUGIN = FluxPolicy

@@ -1,0 +1,114 @@
+"""Stable Diffusion 3 and 3.5: latents [C, h, w], two CLIPs and T5, classifier-free guidance.
+
+With guidance s > 1 the velocity is v_neg + s (v_pos - v_neg): the prompt against the empty prompt,
+both branches in one call of the transformer, both with gradient. With s <= 1 it is v_pos alone.
+
+Shapes: P prompts, R rows, X = [C, h, w] one latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from pydantic import Field
+from torch import Tensor
+
+from gardo.flow import sd3_sigmas
+from gardo.policies.base import Policy, PolicySettings
+
+
+class Settings(PolicySettings):
+    """The pipeline's own defaults, with the guidance scale of SD3.5 Medium."""
+
+    family: Literal["sd3"] = "sd3"
+    guidance: float = Field(4.5, ge=0, description="guidance scale; up to 1: no negative branch")
+    text_tokens: int = Field(256, ge=1, le=512, description="T5 tokens of a prompt, after CLIP's")
+
+
+class SD3Policy(Policy):
+    Settings = Settings
+    pipeline_class = StableDiffusion3Pipeline
+    lora_targets = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+
+    @property
+    def guided(self) -> bool:
+        return self.settings.guidance > 1
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        scale = self.pipeline.vae_scale_factor
+        return self.transformer.config.in_channels, self.height // scale, self.width // scale
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """text [P, L, D] and pooled [P, E]; with guidance, the empty prompt's, once a prompt.
+
+        L is CLIP's tokens and `text_tokens` of T5, D the width of T5, E both CLIP projections.
+        """
+        text, pooled = self._encode(prompts)
+        if not self.guided:
+            return {"text": text, "pooled": pooled}
+        negative_text, negative_pooled = self._encode([""])
+        return {
+            "text": text,
+            "pooled": pooled,
+            "negative_text": negative_text.expand_as(text),
+            "negative_pooled": negative_pooled.expand_as(pooled),
+        }
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.text_tokens,
+        )
+        return text, pooled
+
+    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        if not self.guided:
+            return self._velocity(x_RX, sigma_R, conditioning["text"], conditioning["pooled"])
+        negative, positive = self._velocity(
+            torch.cat([x_RX, x_RX]),
+            torch.cat([sigma_R, sigma_R]),
+            torch.cat([conditioning["negative_text"], conditioning["text"]]),
+            torch.cat([conditioning["negative_pooled"], conditioning["pooled"]]),
+        ).chunk(2)
+        return negative + self.settings.guidance * (positive - negative)
+
+    def _velocity(self, x_RX: Tensor, sigma_R: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+        """One call of the transformer, whose time is 1000 sigma, not rounded. fp32 [R, C, h, w]."""
+        return self.transformer(
+            hidden_states=x_RX.to(self.dtype),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=1000 * sigma_R,
+            return_dict=False,
+        )[0].float()
+
+    def sigmas(self, steps: int) -> Tensor:
+        return sd3_sigmas(steps, self.pipeline.scheduler.config.shift)
+
+    def _pipeline_text(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        text = super()._pipeline_text(conditioning)
+        if self.guided:
+            text["negative_prompt_embeds"] = conditioning["negative_text"]
+            text["negative_pooled_prompt_embeds"] = conditioning["negative_pooled"]
+        return text
+
+
+PLUGIN = SD3Policy

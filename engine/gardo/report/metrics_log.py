@@ -1,0 +1,163 @@
+"""`metrics.jsonl`: one JSON object a line, the source of truth of a run.
+
+Two kinds of record:
+
+    {"kind": "step", "step": 12, "seconds": {"sample": 1.2, "train": 2.0},
+     "rewards": {"count": {"mean": 0.67, "std": 0.3, "role": "proxy", "valid": 96}},
+     "metrics": {"loss": 0.1, "kl": 2e-4}, "events": ["reference reset (kl)"]}
+    {"kind": "evaluation", "step": 0, "seconds": 4.1, "image_count": 288, "prompt_count": 36,
+     "rewards": {"count": {"mean": 0.67, "low": 0.61, "high": 0.72, "role": "proxy"}},
+     "change": {"count": {"mean": 0.0, "low": 0.0, "high": 0.0}}, "diversity": {"layout": 2.9},
+     "images": "samples/step-00000.png", "prompts": ["two red circles"]}
+
+`step` counts the training steps finished when the record was written, so step 0 is the untouched
+policy.
+
+Floats are written in full (`repr`): a reader gets back the bits. JSON has no NaN, so numbers that
+are not finite are written as the strings "nan", "inf" and "-inf", and read back as floats; text
+fields are never read as numbers.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+Record = dict[str, Any]
+
+KINDS = ("step", "evaluation")
+_TEXT_FIELDS = frozenset({"kind", "role", "prompts", "images", "events"})
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsLog:
+    """The writing end of `metrics.jsonl`; a context manager.
+
+    Args:
+        path: the file; made if it is not there.
+        from_step: for a resume. Records with `step >= from_step`, which the resumed run will write
+            again, and a last line torn by a crash are dropped; everything before stays as it was,
+            byte for byte. Resuming after N finished steps is `from_step=N + 1`. Without it the
+            file must be new or empty.
+
+    Raises:
+        FileExistsError: the file holds records and `from_step` was not given.
+        ValueError: a line other than the last is not a record.
+    """
+
+    def __init__(self, path: str | Path, *, from_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size:
+            if from_step is None:
+                raise FileExistsError(
+                    f"{self.path} already holds a run's records; resume, or use another folder"
+                )
+            kept = [line for line, record in _parse(self.path) if record["step"] < from_step]
+            write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed in `close`
+
+    def write(self, record: Record) -> None:
+        """Append one record and flush it, so that a reader sees it and a killed process leaves it.
+
+        Raises:
+            ValueError: unknown kind, or `step` is not a whole number of at least 0.
+            TypeError: a value JSON cannot hold, such as a tensor.
+        """
+        _check(record)
+        text = json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False)
+        # A lone surrogate (a badly decoded prompt) becomes \udc80: JSON reads back what it was.
+        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Force what was written to the disk and close. A second call does nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """All records in the order written. A torn last line (a crash, or a run still writing) is left
+    out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line other than the last is not a record; the message has its number.
+    """
+    return [record for _, record in _parse(Path(path))]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parse(path: Path) -> list[tuple[bytes, Record]]:
+    """Lines (without their newline) and their records."""
+    lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 may stand inside a prompt
+    if lines[-1] == b"":
+        lines.pop()
+    parsed: list[tuple[bytes, Record]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            _check(record)
+        except ValueError as error:  # bad JSON and bad UTF-8 are ValueErrors too
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a metrics record ({error})") from error
+        parsed.append((line, _from_json(record)))
+    return parsed
+
+
+def _check(record: object) -> None:
+    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        raise ValueError(f"a record is an object whose kind is one of {', '.join(KINDS)}")
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"a record's step counts finished steps, not {step!r}")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: item if key in _TEXT_FIELDS else _from_json(item) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    return value

@@ -1,0 +1,89 @@
+"""What a run came to, in a few sentences made from its first and last evaluation.
+
+A change counts only if its 95 % interval, paired by prompt, excludes zero. The proxy is what was
+optimised; a held-out reward that falls while it rises is the sign that the proxy was exploited.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gardo.report.metrics_log import Record
+from gardo.report.progress import format_interval, format_number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences in plain text. `tone` is "good", "bad" or "" (nothing to conclude)."""
+
+    tone: str
+    sentences: tuple[str, ...]
+    conclusion: str
+
+
+def judge(evaluations: Sequence[Record]) -> Verdict:
+    """The verdict on a run from its evaluation records, in the order logged."""
+    if len(evaluations) < 2:
+        missing = "Only one evaluation" if evaluations else "No evaluation yet"
+        return Verdict("", (), f"{missing}: nothing to compare.")
+    first, last = evaluations[0], evaluations[-1]
+    sentences: list[str] = []
+    directions: dict[str, set[str]] = {"proxy": set(), "held_out": set()}
+    for role, label in (("proxy", "The proxy"), ("held_out", "Held-out")):
+        for name, reward in last.get("rewards", {}).items():
+            if reward.get("role") == role:
+                direction, words = _change(name, first, last)
+                directions[role].add(direction)
+                sentences.append(f"{label} {name} {words}.")
+    kinds = [
+        _kind(name, first.get("diversity", {}).get(name), value)
+        for name, value in last.get("diversity", {}).items()
+    ]
+    if kinds:
+        sentences.append(f"Diversity: {', '.join(kinds)}.")
+    tone, conclusion = _conclude(directions["proxy"], directions["held_out"])
+    return Verdict(tone, tuple(sentences), conclusion)
+
+
+def _change(name: str, first: Record, last: Record) -> tuple[str, str]:
+    """Direction (up, down, flat, unknown) of one reward, and words for it."""
+    before = first.get("rewards", {}).get(name, {}).get("mean")
+    ends = f"from {format_number(before, 3)} to {format_number(last['rewards'][name]['mean'], 3)}"
+    change = last.get("change", {}).get(name, {})
+    mean, low, high = (change.get(key) for key in ("mean", "low", "high"))
+    if mean is None or low is None or high is None or not math.isfinite(mean + low + high):
+        return "unknown", f"went {ends} (no interval)"
+    if low > 0:
+        return "up", f"rose by {format_interval(change)}, {ends}"
+    if high < 0:
+        size = {"mean": -mean, "low": -high, "high": -low}
+        return "down", f"fell by {format_interval(size)}, {ends}"
+    return "flat", f"did not clearly change: {format_interval(change, signed=True)}, {ends}"
+
+
+def _kind(name: str, before: float | None, after: float | None) -> str:
+    """One kind of diversity: `layout 2.94 to 2.82 (-4 %)`."""
+    words = f"{name} {format_number(before, 3)} to {format_number(after, 3)}"
+    if before is None or after is None or before <= 0 or not math.isfinite(after / before):
+        return words
+    percent = round(100 * (after / before - 1))
+    return f"{words} ({percent:+d}\u00a0%)" if percent else f"{words} (0\u00a0%)"
+
+
+def _conclude(proxy: set[str], held_out: set[str]) -> tuple[str, str]:
+    """Tone and the last sentence."""
+    if not proxy:
+        return "", "No proxy reward was evaluated."
+    if "down" in held_out:
+        if "up" in proxy:
+            return "bad", "The proxy rose while a held-out reward fell: the sign of reward hacking."
+        return "bad", "A held-out reward fell, and the proxy did not clearly rise."
+    if "up" not in proxy:
+        if "unknown" in proxy:
+            return "", "Without an interval nothing can be concluded."
+        return "", "The proxy did not clearly rise."
+    if not held_out:
+        return "", "The proxy rose; no held-out reward was measured beside it."
+    if "unknown" in held_out:
+        return "", "The proxy rose; a held-out reward has no interval."
+    return "good", "The proxy rose, and no held-out reward clearly fell."

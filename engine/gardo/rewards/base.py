@@ -1,0 +1,103 @@
+"""The reward protocol: images and their prompts -> one value each and whether it is valid.
+
+A failure is a mask, never a zero. `differentiable` rewards let gradients through to the images (ReFL).
+
+Shapes: B images, float32 [B, 3, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gardo.settings import Strict
+from gardo.types import Scores
+
+Role = Literal["proxy", "auxiliary", "held_out", "features"]
+
+
+class RewardSettings(Strict):
+    """What every reward may be told; a reward's own file adds its fields."""
+
+    kind: str
+    role: Role
+    weight: float = Field(1.0, description="share in the sum of the proxies")
+
+
+class Reward:
+    """Base of the rewards; `settings` is the reward's own Settings."""
+
+    Settings: ClassVar[type[RewardSettings]]
+    differentiable: ClassVar[bool] = False
+    gives_features: ClassVar[bool] = False
+
+    def __init__(self, settings: Any, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(values, mask): fp32 [B] (for features [B, D]) and bool [B], False where the value must not be used."""
+        raise NotImplementedError  # pragma: no cover
+
+    @classmethod
+    def check_prompt(cls, prompt: str) -> None:
+        """ValueError where this reward could never score the prompt; called for every prompt before training."""
+
+
+class Panel:
+    """All rewards of a recipe, scored together."""
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        self.rewards = dict(rewards)
+
+    def names(self, role: Role) -> tuple[str, ...]:
+        return tuple(n for n, r in self.rewards.items() if r.settings.role == role)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images_B3HW: Tensor,
+        prompts: Sequence[str],
+        *,
+        sample_B: Tensor,
+        group_B: Tensor,
+    ) -> Scores:
+        """Scores of this rank's images; non-finite values are masked."""
+        values: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
+        features = None
+        for name, reward in self.rewards.items():
+            value, mask = reward.score(images_B3HW, prompts)
+            if reward.gives_features:
+                features = value.float()
+                continue
+            values[name] = value.float()
+            masks[name] = mask & value.isfinite()
+        proxies = self.names("proxy")
+        proxy_B = torch.stack([self.rewards[n].settings.weight * values[n] for n in proxies]).sum(0)
+        needed = [masks[n] for n in (*proxies, *self.names("auxiliary"))]
+        valid_B = torch.stack(needed).all(0)
+        return Scores(
+            sample_B=sample_B,
+            group_B=group_B,
+            proxy_B=torch.where(valid_B, proxy_B, torch.zeros_like(proxy_B)),
+            valid_B=valid_B,
+            rewards=values,
+            masks=masks,
+            auxiliaries=self.names("auxiliary"),
+            features_BD=features,
+        )
+
+    def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The weighted sum of the proxies with gradients to the images, fp32 [B]."""
+        total = images_B3HW.new_zeros(len(images_B3HW))
+        for name in self.names("proxy"):
+            reward = self.rewards[name]
+            total = total + reward.settings.weight * reward.score(images_B3HW, prompts)[0]
+        return total

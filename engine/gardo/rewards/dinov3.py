@@ -1,0 +1,67 @@
+"""DINOv3 features for diversity: the mean of the patch tokens after the final norm (GARDO's released definition).
+
+Pictures are resized to `size` (bicubic, antialiased) and normalised with ImageNet's statistics. The class token and the
+registers are left out; the model's own pooler returns the class token, which is another feature.
+
+Shapes: B images, D the model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from transformers import DINOv3ViTModel
+
+from gardo.rewards.base import Reward, RewardSettings
+
+BUILTIN = Path(__file__).parents[1] / "tiny" / "weights"
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Dinov3Settings(RewardSettings):
+    kind: Literal["dinov3"] = "dinov3"
+    role: Literal["features"] = "features"
+    path: str = Field("facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder")
+    size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
+
+
+def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size]."""
+    if images_B3HW.shape[-2:] != (size, size):
+        images_B3HW = F.interpolate(
+            images_B3HW, (size, size), mode="bicubic", antialias=True
+        ).clamp(0, 1)
+    mean = images_B3HW.new_tensor(MEAN)[:, None, None]
+    std = images_B3HW.new_tensor(STD)[:, None, None]
+    return (images_B3HW - mean) / std
+
+
+class Dinov3(Reward):
+    Settings = Dinov3Settings
+    gives_features = True
+
+    def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        path = settings.path
+        if path.startswith("builtin:"):
+            path = str(BUILTIN / path.removeprefix("builtin:"))
+        self.model = DINOv3ViTModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+
+    @torch.no_grad()
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        pixels = preprocess(images_B3HW.to(self.device), self.settings.size)
+        first = 1 + self.model.config.num_register_tokens
+        features = self.model(pixels).last_hidden_state[:, first:].mean(1)
+        return features, torch.ones(len(features), dtype=torch.bool, device=features.device)
+
+
+PLUGIN = Dinov3

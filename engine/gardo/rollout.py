@@ -1,0 +1,242 @@
+"""Sampling, and what lies between it and the gradient: teacher velocities, the split into updates, micro-batches.
+
+All randomness is a function of coordinates: (seed, step, sample, denoise step, element). The same noise is drawn on 1, 2 or
+64 ranks, in any micro-batch, and after a resume.
+
+Shapes: P prompts of a step, G images each, B samples of this rank, T recorded steps, R training rows, X one latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gardo.types import Batch, Credit, Points, Rollout, SamplePlan, select
+from gardo_kernels import random_normal, random_uniform, sde_step
+
+# Streams of the random generator; a denoise step t uses stream t.
+INITIAL = 1 << 20  # the first latents
+FRESH = 1 << 21  # plus the time's index: noise added to finished images (NFT, AWM)
+TIMES = 1 << 22  # which times a sample trains on
+SHARES = 1 << 23  # which update a sample belongs to
+LATE = 1 << 24  # ReFL's late step
+EVALUATION = 1 << 25  # the first latents of evaluation
+
+
+def noise_id(step: int, sample_B: Tensor) -> Tensor:
+    """The global identity of samples: int64, the training step in the high 32 bits."""
+    return (step << 32) + sample_B
+
+
+class Velocity(Protocol):
+    """What sampling and teaching need of a policy."""
+
+    dtype: torch.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]: ...
+    def velocity(
+        self, x: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor], /
+    ) -> Tensor: ...
+    def decode(self, latents: Tensor, /) -> Tensor: ...
+
+
+def rows_of(conditioning: Mapping[str, Tensor], index_R: Tensor) -> dict[str, Tensor]:
+    return {name: tensor[index_R] for name, tensor in conditioning.items()}
+
+
+@torch.no_grad()
+def sample(
+    policy: Velocity,
+    prompts: Sequence[str],
+    plan: SamplePlan,
+    *,
+    images_per_prompt: int,
+    first: int,
+    count: int,
+    seed: int,
+    step: int,
+    device: torch.device,
+    micro_batch: int | None = None,
+) -> Rollout:
+    """Samples first .. first + count of the step's P x G images, on this rank.
+
+    `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go through the model at once.
+    """
+    sample_B = torch.arange(first, first + count, device=device)
+    group_B = sample_B // images_per_prompt
+    first_group, last_group = first // images_per_prompt, (first + count - 1) // images_per_prompt
+    conditioning = policy.encode(list(prompts[first_group : last_group + 1]))
+    prompt_B = group_B - first_group
+    parts = [
+        _denoise(policy, rows_of(conditioning, prompt_B[part]), plan, sample_B[part],
+                 images_per_prompt, seed, step)
+        for part in torch.arange(count, device=device).split(micro_batch or count)
+    ]  # fmt: skip
+    final_BX, images, state_BTX, u_BTX, velocity_BTX = (
+        torch.cat(p) for p in zip(*parts, strict=True)
+    )
+    return Rollout(
+        sample_B=sample_B,
+        group_B=group_B,
+        prompt_B=prompt_B,
+        prompts=tuple(prompts[int(g)] for g in group_B),
+        conditioning=conditioning,
+        final_BX=final_BX,
+        images_B3HW=images,
+        step_T=torch.tensor(plan.record, dtype=torch.int64, device=device),
+        state_BTX=state_BTX,
+        u_BTX=u_BTX,
+        velocity_BTX=velocity_BTX,
+        transitions=plan.transitions.to(device),
+        seed=seed,
+        step=step,
+    )
+
+
+def _denoise(
+    policy: Velocity,
+    conditioning: Mapping[str, Tensor],
+    plan: SamplePlan,
+    sample_B: Tensor,
+    images_per_prompt: int,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, ...]:
+    """Final latents, images and the recorded states, noises and velocities of one micro-batch."""
+    shape, batch = policy.latent_shape, len(sample_B)
+    identity_B = noise_id(step, sample_B)
+    first_of_group_B = noise_id(step, sample_B // images_per_prompt * images_per_prompt)
+    x = random_normal(
+        seed, first_of_group_B if plan.same_initial_noise else identity_B, INITIAL, shape
+    )
+    table = plan.transitions.to(sample_B.device)
+    scored = plan.transitions.scored.tolist()
+    previous = torch.zeros_like(x)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for t in range(table.steps):
+        row_B = torch.full((batch,), t, dtype=torch.int64, device=sample_B.device)
+
+        def column(name: str, row_B: Tensor = row_B) -> Tensor:
+            return table.rows(row_B, name)
+
+        v = policy.velocity(x, column("sigma"), conditioning)
+        z = random_normal(seed, identity_B, t, shape) if scored[t] else None
+        x_next = sde_step(
+            x, v, z, A=column("A"), B=column("B"), std=column("std"), C=column("C"), m_prev=previous
+        )
+        if t in plan.record:
+            u = _spread(column("u_scale"), z) * z if z is not None else torch.zeros_like(x)
+            kept.append((x, u, v.to(policy.dtype)))
+        previous = x - _spread(column("sigma"), x) * v
+        x = x_next
+    states = (
+        [torch.stack(k, 1) for k in zip(*kept, strict=True)]
+        if kept
+        else [x.new_zeros(batch, 0, *shape)] * 3
+    )
+    return x, policy.decode(x), *states
+
+
+def _spread(value_R: Tensor, like: Tensor) -> Tensor:
+    return value_R.view(-1, *[1] * (like.dim() - 1))
+
+
+class Agreeing(Protocol):
+    """What teaching needs of the engine and its slots."""
+
+    def agree_max(self, value: int) -> int: ...
+
+
+@torch.no_grad()
+def teach(
+    points: Points,
+    wanted: Mapping[str, Tensor],
+    *,
+    policy: Velocity,
+    conditioning: Mapping[str, Tensor],
+    engine: Agreeing,
+    use: Callable[[str], object],
+    micro_batch: int,
+) -> Points:
+    """Velocities of other weights at the wanted rows: {weights: bool [R]}; zeros elsewhere.
+
+    Every rank makes the same number of model calls: the largest count of all ranks decides, short ranks repeat a row. A
+    teacher wanted nowhere on any rank costs nothing.
+    """
+    for weights, mask_R in wanted.items():
+        rows = mask_R.nonzero().flatten()
+        velocity = torch.zeros_like(points.x_RX, dtype=policy.dtype)
+        calls = math.ceil(engine.agree_max(len(rows)) / micro_batch)
+        with use(weights):  # type: ignore[attr-defined]
+            for call in range(calls):
+                part = rows[call * micro_batch : (call + 1) * micro_batch]
+                padded = part if len(part) else rows.new_zeros(1)
+                v = policy.velocity(
+                    points.x_RX[padded],
+                    points.sigma_R[padded],
+                    rows_of(conditioning, points.prompt_R[padded]),
+                )
+                velocity[part] = v[: len(part)].to(policy.dtype)
+        points = points.with_velocity(weights, velocity)
+    return points
+
+
+def recorded_points(rollout: Rollout) -> Points:
+    """The recorded steps of every sample as rows, a sample's steps side by side: R = B T."""
+    B, T = rollout.state_BTX.shape[:2]
+    step_R = rollout.step_T.repeat(B)
+    sample_R = torch.arange(B, device=step_R.device).repeat_interleave(T)
+    return Points(
+        sample_R=sample_R,
+        prompt_R=rollout.prompt_B[sample_R],
+        step_R=step_R,
+        sigma_R=rollout.transitions.rows(step_R, "sigma"),
+        x_RX=rollout.state_BTX.flatten(0, 1),
+        extra={
+            "u": rollout.u_BTX.flatten(0, 1),
+            **{n: rollout.transitions.rows(step_R, n) for n in ("h", "B", "A", "std")},
+        },
+        velocities={"rollout": rollout.velocity_BTX.flatten(0, 1)},
+    )
+
+
+def minibatches(
+    points: Points,
+    credit: Credit,
+    *,
+    sample_B: Tensor,
+    updates: int,
+    micro_batch: int,
+    seed: int,
+    step: int,
+) -> Iterator[Batch]:
+    """Micro-batches of an iteration, update after update; `credit` is this rank's.
+
+    An update takes one of every `updates` neighbouring samples, drawn anew each step, and all of a sample's rows: the same
+    samples on any number of ranks.
+    """
+    block_B = sample_B // updates
+    order = random_uniform(seed, noise_id(step, block_B), SHARES, updates).argsort(
+        dim=1, stable=True
+    )
+    share_B = order.gather(1, (sample_B % updates)[:, None])[:, 0]
+    share_R = share_B[points.sample_R]
+    for update in range(updates):
+        rows = (share_R == update).nonzero().flatten()
+        for part in rows.split(micro_batch):
+            yield batch_of(points, credit, part)
+
+
+def batch_of(points: Points, credit: Credit, rows: Tensor) -> Batch:
+    chosen = select(points, rows)
+    return Batch(
+        points=chosen,
+        advantage_R=credit.advantage_B[chosen.sample_R],
+        gate_R=credit.gate_B[chosen.sample_R],
+    )

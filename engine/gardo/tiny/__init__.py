@@ -1,0 +1,7 @@
+"""The built-in tiny world: captioned pictures of coloured shapes and the real, tiny models trained on them.
+
+world.py    draws scenes and captions; pure functions of a generator
+models.py   builds the tiny models (FluxPipeline, StableDiffusion3Pipeline, DINOv3) from scratch
+make.py     the seeded script that trains them and writes `weights/` (python -m gardo.tiny.make)
+weights/    what make.py wrote: bf16 safetensors in diffusers and transformers layout
+"""

@@ -1,0 +1,159 @@
+"""The values that travel between the parts of the engine: frozen dataclasses of tensors, nothing else.
+
+Shapes: B samples of this rank (or of all ranks, after a gather), P prompts, G images of a prompt, T recorded steps,
+R training rows (sample x step), X the shape of one latent: (L, D) packed tokens for Flux, (C, H, W) for SD3; D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
+
+
+def select(record: Any, rows: Tensor) -> Any:
+    """The dataclass `record` with every tensor in it indexed by `rows` along its first axis."""
+    return replace(
+        record, **{f.name: _map(getattr(record, f.name), lambda t: t[rows]) for f in fields(record)}
+    )
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """How one iteration samples. `transitions` is a `gardo.flow.Transitions` of T rows."""
+
+    transitions: Any
+    record: tuple[int, ...]  # denoise steps whose state, noise and velocity are kept
+    weights: str = "train"  # whose weights sample: "train" or a slot
+    same_initial_noise: bool = False  # one draw for all images of a prompt
+    teachers: tuple[str, ...] = ()  # slots whose velocities are wanted before credit
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What sampling produced on this rank."""
+
+    sample_B: Tensor  # int64, index within the step over all ranks: prompt * G + image
+    group_B: Tensor  # int64, prompt index within the step
+    prompt_B: Tensor  # int64, row of `conditioning`
+    prompts: tuple[str, ...]  # B texts
+    conditioning: Mapping[str, Tensor]  # one row a prompt of this rank
+    final_BX: Tensor  # fp32 latents at sigma 0
+    images_B3HW: Tensor  # fp32 in [0, 1]
+    step_T: Tensor  # int64, the recorded denoise steps
+    state_BTX: Tensor  # fp32, x before the step
+    u_BTX: Tensor  # fp32, the noise of the step in velocity units (std / B) z; zeros where the step has none
+    velocity_BTX: Tensor  # model dtype, what the sampler used
+    transitions: Any
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of the gathered batch (all ranks), in sample order."""
+
+    sample_B: Tensor
+    group_B: Tensor
+    proxy_B: Tensor  # fp32, the weighted sum of the rewards with role proxy
+    valid_B: Tensor  # bool, False where a reward failed
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # name -> fp32 [B], every role
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name -> bool [B]
+    auxiliaries: tuple[str, ...] = ()
+    features_BD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each sample is worth to the loss, in sample order."""
+
+    advantage_B: Tensor  # fp32
+    gate_B: Tensor  # bool, True where the KL to the reference applies
+    info: Mapping[str, float] = field(default_factory=dict)  # for the log
+
+    def with_info(self, **more: float) -> Credit:
+        return replace(self, info={**self.info, **more})
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows to train on, [R, ...]. `velocities` holds what teachers said, by the name of their weights."""
+
+    sample_R: Tensor  # int64, index into this rank's B samples
+    prompt_R: Tensor  # int64, row of the conditioning
+    step_R: Tensor  # int64, denoise step; -1 where the row has none
+    sigma_R: Tensor  # fp32
+    x_RX: Tensor  # fp32, the model's input
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # what the algorithm needs, [R, ...]
+    velocities: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def with_extra(self, **more: Tensor) -> Points:
+        return replace(self, extra={**self.extra, **more})
+
+    def with_velocity(self, name: str, velocity_RX: Tensor) -> Points:
+        return replace(self, velocities={**self.velocities, name: velocity_RX})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: rows of `Points` with their credit."""
+
+    points: Points
+    advantage_R: Tensor
+    gate_R: Tensor
+
+
+class Metrics:
+    """Sums and counts by name, so that ranks and micro-batches add up; and maxima."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.maxima: dict[str, float] = {}
+
+    def mean(self, name: str, values: Tensor, weights: Tensor | None = None) -> Metrics:
+        """Adds the values, a mean over their number (or over the weights' sum)."""
+        values = values.detach().double()
+        weights = torch.ones_like(values) if weights is None else weights.detach().double()
+        self._add(name, float((values * weights).sum()), float(weights.sum()))
+        return self
+
+    def maximum(self, name: str, values: Tensor) -> Metrics:
+        self._raise(name, float(values.detach().max()) if values.numel() else float("-inf"))
+        return self
+
+    def add(self, other: Metrics) -> None:
+        for name, (total, count) in other.sums.items():
+            self._add(name, total, count)
+        for name, value in other.maxima.items():
+            self._raise(name, value)
+
+    def __getitem__(self, name: str) -> float:
+        """The mean or maximum; NaN where nothing was counted."""
+        if name in self.maxima:
+            return self.maxima[name]
+        total, count = self.sums[name]
+        return total / count if count else float("nan")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sums or name in self.maxima
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: self[name] for name in (*self.sums, *self.maxima)}
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        old_total, old_count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (old_total + total, old_count + count)
+
+    def _raise(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, float("-inf")), value)

@@ -1,0 +1,28 @@
+"""Fused arithmetic of RL fine-tuning for flow models, one op a file: formula, reference, function.
+
+Every op takes `backend="auto" | "triton" | "torch"`; the plain-torch references run anywhere torch
+does.
+"""
+
+from gardo_kernels.nearest_cosine import nearest_cosine
+from gardo_kernels.nft_loss import NftLoss, nft_loss, nft_preference
+from gardo_kernels.philox import philox4x32, random_bits, random_normal, random_uniform
+from gardo_kernels.policy_loss import PolicyLoss, policy_loss, policy_loss_grad_ref
+from gardo_kernels.sde_step import sde_step
+from gardo_kernels.win_rate import win_rate
+
+__all__ = [
+    "NftLoss",
+    "PolicyLoss",
+    "nearest_cosine",
+    "nft_loss",
+    "nft_preference",
+    "philox4x32",
+    "policy_loss",
+    "policy_loss_grad_ref",
+    "random_bits",
+    "random_normal",
+    "random_uniform",
+    "sde_step",
+    "win_rate",
+]

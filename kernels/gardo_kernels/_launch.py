@@ -1,0 +1,72 @@
+"""What every op does before its arithmetic: choose a backend, refuse inputs that do not fit."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def choose_backend(op: str, backend: Backend) -> Literal["torch"]:
+    """The implementation to run. `auto` is the plain-torch reference as long as no kernel is built.
+
+    RuntimeError for `triton`, ValueError for a name that is none of the three.
+    """
+    if backend == "triton":
+        raise RuntimeError(
+            f"{op}: the triton backend is not built in this version; use 'auto' or 'torch'"
+        )
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
+    return "torch"
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32, whatever the inputs, except that fp64 stays fp64 (gradient checks)."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_samples(op: str, name: str, x: Tensor) -> None:
+    """x must be a non-empty floating [R, ...] with at least one element dimension."""
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}; pass [rows, elements...], neither empty"
+        )
+    check_floating(op, name, x)
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """x must have a floating dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}; pass a floating one")
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """x must have the shape and the device of `like`, and a floating dtype."""
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)} but {like_name} has {tuple(like.shape)}; "
+            "pass them with equal shapes"
+        )
+    check_device(op, name, x, like_name, like)
+    check_floating(op, name, x)
+
+
+def check_rows(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """x must be [R] for the R rows of `like`, on its device."""
+    if tuple(x.shape) != (like.shape[0],):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}; pass one value for each row of {like_name}, "
+            f"shape ({like.shape[0]},)"
+        )
+    check_device(op, name, x, like_name, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """x must lie on the device of `like`."""
+    if x.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {x.device} but {like_name} is on {like.device}; "
+            "move them to one device"
+        )

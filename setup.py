@@ -1,0 +1,70 @@
+"""Packaging: `gardo` out of engine/ and `gardo_kernels` out of kernels/, one distribution."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+EXTRAS = {
+    "cuda": ["bitsandbytes"],
+    "flash": ["flash-attn"],  # built from source: needs nvcc and patience
+    "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "fastapi", "uvicorn", "httpx", "scipy"],
+    "track": ["tensorboard", "wandb"],
+    "dev": [
+        "pytest",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "matplotlib",
+        "build",
+        "setuptools>=77",  # tests/test_packaging.py builds a wheel; a 3.12 venv starts without it
+    ],
+}
+
+setup(
+    name="gardo-engine",
+    version="0.1.0",
+    description="RL fine-tuning of flow models (Flux, SD3.5) with gated, adaptive regularisation",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages("engine") + find_packages("kernels"),
+    package_dir={"gardo": "engine/gardo", "gardo_kernels": "kernels/gardo_kernels"},
+    include_package_data=False,
+    package_data={
+        "gardo": [
+            "py.typed",
+            "**/*.txt",
+            "tiny/weights/**/*.json",
+            "tiny/weights/**/*.safetensors",
+            "tiny/weights/**/*.model",
+        ],
+        "gardo_kernels": ["py.typed"],
+    },
+    entry_points={"console_scripts": ["gardo = gardo.cli:main"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; sys_platform == 'linux'",
+        "deepspeed>=0.19,<0.20",
+        "diffusers>=0.42",
+        "transformers>=5.17,<6",
+        "peft>=0.18",
+        "safetensors>=0.5",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6",
+        "typer>=0.15",
+        "rich>=13",
+        "pillow>=10",
+        "numpy>=2",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,28 @@
+"""Thread count for CPU runs, and one counted reason for the GPU tests that a machine cannot run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = f"needs an NVIDIA GPU (one of {len(needing_gpu)} such tests collected)"
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_threads() -> None:
+    """As many threads as this process may use cores; OMP_NUM_THREADS, where set, wins."""
+    torch = sys.modules.get("torch")  # tests that never import it should not pay for it
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(16, len(os.sched_getaffinity(0))))

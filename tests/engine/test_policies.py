@@ -1,0 +1,402 @@
+"""Both model families on tiny random pipelines: sampling against diffusers', training, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from gardo.flow import transitions
+from gardo.plugins import names, resolve
+from gardo.policies.base import Policy
+from gardo.rollout import rows_of
+from gardo.tiny.models import flux_pipeline, sd3_pipeline
+from gardo_kernels import sde_step
+
+FAMILIES = {"flux": flux_pipeline, "sd3": sd3_pipeline}
+TRANSFORMERS = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel}
+PROMPTS = ["two red circles", "one blue square", "three green triangles"]
+HEIGHT, WIDTH = 32, 24  # not square: an exchange of the two would show
+CPU = torch.device("cpu")
+
+Make = Callable[..., Policy]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random pipelines in diffusers format, one a family."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for family, build in FAMILIES.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            pipeline = build()
+            if family == "sd3":  # as in a real checkpoint: not what the class would compute
+                pipeline.transformer.pos_embed.pos_embed.mul_(1.5)
+            pipeline.save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def make(folders: dict[str, Path]) -> Make:
+    """A fresh policy: make(family, settings...)."""
+
+    def build(family: str, /, dtype: torch.dtype = torch.float32, **settings: Any) -> Policy:
+        plugin = resolve("gardo.policies", family)
+        given = {"path": str(folders[family]), "size": [HEIGHT, WIDTH], "text_tokens": 8}
+        return plugin(plugin.Settings(**(given | settings)), dtype=dtype, device=CPU)
+
+    return build
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def policy(make: Make, family: str) -> Policy:
+    """Shared by the tests that change nothing."""
+    return make(family)
+
+
+def latents(policy: Policy, count: int = len(PROMPTS), seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, *policy.latent_shape, generator=generator)
+
+
+def velocity(policy: Policy) -> torch.Tensor:
+    """At a time of its own in each row."""
+    with torch.no_grad():
+        return policy.velocity(
+            latents(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS)
+        )
+
+
+def images(policy: Policy) -> torch.Tensor:
+    return policy.generate(policy.encode(PROMPTS), latents(policy), steps=3)
+
+
+def euler(policy: Policy, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The latents of the training loop's own sampler, without noise."""
+    conditioning = policy.encode(PROMPTS)
+    table = transitions(policy.sigmas(steps), "ode")
+    for t in range(steps):
+        row_B = torch.full((len(x),), t)
+        with torch.no_grad():
+            v = policy.velocity(x, table.rows(row_B, "sigma"), conditioning)
+        x = sde_step(x, v, None, **{name: table.rows(row_B, name) for name in ("A", "B", "std")})
+    return x
+
+
+def randomise(policy: Policy) -> dict[str, torch.Tensor]:
+    """Weights far from the initial ones, as an engine would gather them."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in policy.trainable().values():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += (0.1 * noise).to(parameter)
+    return {n: p.detach().float().clone() for n, p in policy.trainable().items()}
+
+
+# Sampling ----------------------------------------------------------------------------------------
+
+
+def test_families_are_found_by_name():
+    assert set(FAMILIES) <= set(names("gardo.policies"))
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 4.5])
+def test_euler_steps_are_the_pipeline(make, family, guidance):
+    policy = make(family, guidance=guidance)
+    x = latents(policy)
+    ours, theirs = policy.decode(euler(policy, x, 4)), images_of(policy, x, 4)
+    assert ours.shape == (len(PROMPTS), 3, HEIGHT, WIDTH) and ours.dtype == torch.float32
+    assert ours.std() > 0.05 and (ours[0] - ours[1]).abs().mean() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
+
+
+def images_of(policy, x, steps):
+    return policy.generate(policy.encode(PROMPTS), x, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_schedule_is_the_pipelines(policy, steps):
+    images_of(policy, latents(policy), steps)  # leaves its schedule in its scheduler
+    ours, theirs = policy.sigmas(steps), policy.pipeline.scheduler.sigmas
+    assert ours.dtype == torch.float64 and ours.shape == (steps + 1,)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-7)
+
+
+def test_sd3_schedule_follows_the_scheduler(make):
+    policy = make("sd3")
+    scheduler = policy.pipeline.scheduler
+    policy.pipeline.scheduler = scheduler.from_config(scheduler.config, shift=5.0)
+    test_schedule_is_the_pipelines(policy, 4)
+
+
+def test_latent_shape(policy, family):
+    expected = {"flux": (16 * 12 // 4, 16), "sd3": (4, 16, 12)}[family]  # the VAE halves the size
+    assert policy.latent_shape == expected
+    assert velocity(policy).shape == (len(PROMPTS), *expected)
+
+
+def test_velocity_depends_on_every_input(policy):
+    x, sigma, conditioning = latents(policy), torch.full((3,), 0.5), policy.encode(PROMPTS)
+    with torch.no_grad():
+        base = policy.velocity(x, sigma, conditioning)
+        for changed in (
+            policy.velocity(x.roll(1, 0), sigma, conditioning),
+            policy.velocity(x, sigma + 0.2, conditioning),
+            *(
+                policy.velocity(x, sigma, {**conditioning, name: tensor.roll(1, 0) + 0.1})
+                for name, tensor in conditioning.items()
+            ),
+        ):
+            assert ((changed - base).flatten(1).abs().amax(1) > 1e-4).all()
+
+
+def test_rows_do_not_see_each_other(policy):
+    conditioning, sigma = policy.encode(PROMPTS), torch.tensor([0.9, 0.5, 0.1])
+    together = velocity(policy)
+    for row in range(3):
+        with torch.no_grad():
+            alone = policy.velocity(
+                latents(policy)[row : row + 1],
+                sigma[row : row + 1],
+                rows_of(conditioning, torch.tensor([row])),
+            )
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_encoding_together_is_encoding_alone(policy):
+    together = policy.encode(PROMPTS)
+    assert all(len(tensor) == len(PROMPTS) for tensor in together.values())
+    assert (together["text"][0] - together["text"][1]).abs().max() > 0.1
+    assert (together["pooled"][0] - together["pooled"][1]).abs().max() > 0.1
+    for row, prompt in enumerate(PROMPTS):
+        for name, alone in policy.encode([prompt]).items():
+            torch.testing.assert_close(together[name][row : row + 1], alone, rtol=0, atol=2e-6)
+
+
+def test_encoding_is_the_pipelines(make, family):
+    """Images from texts, by the pipeline's own way from a prompt to an image."""
+    policy = make(family, guidance=4.5)
+    expected = policy.pipeline(
+        PROMPTS,
+        latents=latents(policy),
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=3,
+        guidance_scale=4.5,
+        max_sequence_length=8,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(images(policy), expected, rtol=0, atol=5e-6)
+
+
+def test_text_tokens(make, family):
+    clip = {"flux": 0, "sd3": 8}[family]  # SD3 puts CLIP's tokens before T5's
+    for tokens in (5, 8):
+        policy = make(family, text_tokens=tokens)
+        assert policy.encode(PROMPTS)["text"].shape[1] == clip + tokens
+        assert velocity(policy).isfinite().all()
+
+
+def test_decode_is_differentiable(policy):
+    x = latents(policy).requires_grad_()
+    decoded = policy.decode(x)
+    assert decoded.shape == (3, 3, HEIGHT, WIDTH)
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    decoded[0].sum().backward()
+    assert x.grad is not None and x.grad[0].abs().max() > 1e-3
+    assert not x.grad[1:].any()
+
+
+def test_bfloat16(make, family):
+    """Model and texts in bf16; velocities and images leave in fp32, near those of fp32."""
+    policy, exact = make(family, torch.bfloat16), make(family)
+    assert {t.dtype for t in policy.encode(PROMPTS).values()} == {torch.bfloat16}
+    v = velocity(policy)
+    assert v.dtype == torch.float32
+    torch.testing.assert_close(v, velocity(exact), rtol=0, atol=0.1)
+    decoded = policy.decode(latents(policy))
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(images(policy), images(exact), rtol=0, atol=0.1)
+
+
+# SD3's guidance ----------------------------------------------------------------------------------
+
+
+def test_sd3_guided_velocity(make):
+    guided, plain = make("sd3", guidance=3.0), make("sd3", guidance=1.0)
+    text = guided.encode(PROMPTS)
+    assert set(plain.encode(PROMPTS)) == {"text", "pooled"}
+    for name, tensor in plain.encode([""] * 3).items():
+        torch.testing.assert_close(text[f"negative_{name}"], tensor, rtol=0, atol=2e-6)
+    x, sigma = latents(plain), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        positive = plain.velocity(x, sigma, plain.encode(PROMPTS))
+        negative = plain.velocity(x, sigma, plain.encode([""] * 3))
+    assert (positive - negative).abs().max() > 1e-3
+    torch.testing.assert_close(
+        velocity(guided), negative + 3.0 * (positive - negative), rtol=0, atol=5e-6
+    )
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 3), (1.0, 3), (1.5, 6)])
+def test_sd3_calls_the_transformer_once(make, guidance, rows):
+    policy, seen = make("sd3", guidance=guidance), []
+    hook = lambda _module, _args, kwargs: seen.append(kwargs)  # noqa: E731
+    policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    velocity(policy)
+    assert [len(call["hidden_states"]) for call in seen] == [rows]
+    expected = torch.tensor([900.0, 500.0, 100.0]).repeat(rows // 3)
+    torch.testing.assert_close(seen[0]["timestep"], expected, rtol=1e-6, atol=0)
+
+
+def test_sd3_gradient_flows_through_both_branches(make):
+    policy = make("sd3", guidance=3.0)
+    text = {n: t.clone().requires_grad_() for n, t in policy.encode(PROMPTS).items()}
+    policy.velocity(latents(policy), torch.full((3,), 0.5), text).square().sum().backward()
+    assert all(t.grad is not None and t.grad.abs().max() > 1e-4 for t in text.values())
+
+
+# LoRA --------------------------------------------------------------------------------------------
+
+
+def test_lora_starts_as_the_model_itself(make, family):
+    policy = make(family)
+    before = velocity(policy)
+    assert not policy.trainable()
+    state = torch.random.get_rng_state()
+    policy.train_lora(rank=4, alpha=8, targets=None, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(velocity(policy), before)
+    randomise(policy)
+    assert (velocity(policy) - before).abs().max() > 1e-2
+
+
+def test_lora_alone_trains(make, family):
+    policy = make(family)
+    policy.train_lora(rank=4, alpha=8, targets=None, seed=5)
+    trainable = policy.trainable()
+    parts = {part for n in trainable for part in ("lora_A", "lora_B") if f".{part}." in n}
+    assert parts == {"lora_A", "lora_B"} and all(".lora_" in n for n in trainable)
+    hit = {n.rpartition(".lora_")[0] for n in trainable}
+    for target in policy.lora_targets:  # no entry of the list is idle
+        assert any(n == target or n.endswith(f".{target}") for n in hit), target
+    randomise(policy)
+    v = policy.velocity(latents(policy), torch.full((3,), 0.5), policy.encode(PROMPTS))
+    v.square().sum().backward()
+    for part in policy.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            assert not part.training
+            for name, parameter in part.named_parameters():
+                trained = part is policy.transformer and name in trainable
+                assert parameter.requires_grad == trained, name
+                assert (parameter.grad is not None) == trained, name
+
+
+def test_lora_is_a_function_of_the_seed(make, family):
+    weights = []
+    for seed in (5, 5, 6):
+        policy = make(family)
+        torch.rand(seed)  # wherever the global generator stands
+        policy.train_lora(rank=4, alpha=8, targets=None, seed=seed)
+        weights.append(policy.trainable())
+    first, again, other = weights
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name])
+        is_a = ".lora_A." in name  # B is zero
+        assert torch.equal(parameter, other[name]) != is_a
+        assert bool(parameter.any()) == is_a
+
+
+@pytest.mark.parametrize("targets", [None, ("attn.to_q", "attn.to_v")])
+def test_lora_export_loads_into_a_fresh_pipeline(make, family, tmp_path, targets):
+    policy, fresh = make(family), make(family)
+    policy.train_lora(rank=4, alpha=12, targets=targets, seed=5)
+    file = policy.export(randomise(policy), tmp_path / "deep" / "export")
+    untrained, expected = images(fresh), images(policy)
+    assert (expected - untrained).abs().max() > 1e-2
+    fresh.pipeline.load_lora_weights(file.parent)
+    assert torch.equal(images(fresh), expected)
+
+    wanted = set(targets or policy.lora_targets)
+    (loaded,) = fresh.transformer.peft_config.values()
+    with safe_open(file, "pt") as opened:
+        kept = json.loads(opened.metadata()["lora_adapter_metadata"])
+    kept = {n.removeprefix("transformer."): value for n, value in kept.items()}
+    for config in (loaded.to_dict(), kept):
+        assert (config["r"], config["lora_alpha"]) == (4, 12)
+        assert set(config["target_modules"]) == wanted
+
+
+def test_lora_export_writes_the_weights_given(make, family, tmp_path):
+    """An average, say, not what the model holds at the moment."""
+    policy, fresh = make(family), make(family)
+    policy.train_lora(rank=4, alpha=8, targets=None, seed=5)
+    given = randomise(policy)
+    expected = images(policy)
+    for parameter in policy.trainable().values():
+        parameter.data.zero_()
+    fresh.pipeline.load_lora_weights(policy.export(given, tmp_path))
+    assert torch.equal(images(fresh), expected)
+
+
+# Full weights ------------------------------------------------------------------------------------
+
+
+def test_full_export_is_a_diffusers_transformer(make, family, tmp_path):
+    policy, fresh = make(family), make(family)
+    policy.train_full()
+    assert set(policy.trainable()) == {n for n, _ in policy.transformer.named_parameters()}
+    weights = randomise(policy)
+    folder = policy.export(weights, tmp_path / "deep" / "export")
+    expected, untrained = velocity(policy), velocity(fresh)
+    assert (expected - untrained).abs().max() > 1e-2
+    loaded, report = TRANSFORMERS[family].from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    fresh.pipeline.transformer = loaded.eval()
+    assert torch.equal(velocity(fresh), expected)
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [[30, 32], [32, 30]])
+def test_size_must_fit_the_patches(make, family, size):
+    with pytest.raises(ValueError, match=r"model\.size.*multiple of 4 pixels"):
+        make(family, size=size)
+
+
+@pytest.mark.parametrize("size", [[32], [32, 32, 32], [32.0, 32], "32x32", [0, 32], [-16, 32]])
+def test_size_is_two_positive_integers(make, family, size):
+    with pytest.raises(ValidationError, match="size"):
+        make(family, size=size)
+
+
+@pytest.mark.parametrize("path", ["./missing", "missing", "builtin:missing", "a/b/c", "/missing/x"])
+def test_missing_folder(make, family, path):
+    with pytest.raises(ValidationError, match="no such folder"):
+        make(family, path=path)
+
+
+def test_folder_of_something_else(make, family, tmp_path):
+    with pytest.raises(ValidationError, match=r"no model_index\.json"):
+        make(family, path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"guidance": -1.0}, {"text_tokens": 0}, {"text_tokens": 513}, {"family": "other"},
+              {"guidnace": 3.0}]
+)  # fmt: skip
+def test_settings_out_of_range(make, family, wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        make(family, **wrong)

@@ -1,0 +1,193 @@
+"""DiffusionNFT's loss: golden numbers, gradients, weights, gate, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gardo_kernels import nft_loss, nft_preference
+
+
+def golden():
+    x0 = torch.tensor([[0.3, -0.7, 1.1, 0.2]])
+    noise = torch.tensor([[-0.5, 0.4, 0.9, -1.2]])
+    t = torch.tensor([0.6])
+    v_old = noise - x0 + torch.tensor([[0.1, -0.1, 0.2, 0.0]])
+    v = v_old + torch.tensor([[-0.05, 0.02, -0.1, 0.03]])
+    return v, v_old, (1 - t) * x0 + t * noise, x0, t
+
+
+def problem(rows=5, shape=(3, 4), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    v, v_old, x_t, x0, v_ref = torch.randn(
+        5, rows, *shape, generator=generator, dtype=torch.float64
+    ).to(dtype)
+    t, r = torch.rand(2, rows, generator=generator, dtype=torch.float64).to(dtype)
+    gate = torch.arange(rows) % 2 == 0
+    v_ref[~gate] = torch.nan
+    return (v, v_old, x_t, x0, t), {"r": r, "gate": gate, "v_ref": v_ref}
+
+
+@pytest.mark.parametrize(
+    ("advantage", "b", "r", "plus", "minus", "policy"),
+    [
+        (2.0, 1.0, 0.7, 0.04569231, 0.1278, 0.35162308),
+        (-1.0, 0.1, 0.4, 0.08508497, 0.09362571, 4.51047091),
+    ],
+)
+def test_golden(advantage, b, r, plus, minus, policy):
+    v, v_old, x_t, x0, t = golden()
+    r_R = nft_preference(torch.tensor([advantage]))
+    assert r_R.item() == pytest.approx(r, rel=1e-6)
+    out = nft_loss(v, v_old, x_t, x0, t, r=r_R, b=b, v_ref=0.9 * v_old, beta=0.04)
+    assert out.loss_plus_R.item() == pytest.approx(plus, rel=1e-6)
+    assert out.loss_minus_R.item() == pytest.approx(minus, rel=1e-6)
+    assert out.policy_R.item() == pytest.approx(policy, rel=1e-6)
+    assert out.kl_R.item() == pytest.approx(0.012725, rel=1e-6)
+    assert out.loss.item() == pytest.approx(policy + 0.04 * 0.012725, rel=1e-6)
+
+
+def test_preference():
+    advantage = torch.tensor([-9.0, -5.0, -1.0, 0.0, 2.5, 5.0, 7.0])
+    expected = torch.tensor([0.0, 0.0, 0.4, 0.5, 0.75, 1.0, 1.0])
+    torch.testing.assert_close(nft_preference(advantage), expected)
+    torch.testing.assert_close(nft_preference(advantage / 5, adv_clip=1.0), expected)
+    with pytest.raises(ValueError, match="adv_clip is 0"):
+        nft_preference(advantage, adv_clip=0.0)
+
+
+@pytest.mark.parametrize("b", [1.0, 0.1])
+@pytest.mark.parametrize("reduction", ["batch", "gated"])
+def test_gradient_treats_the_weights_as_constants(b, reduction):
+    # fp64, by hand: dL+-/dv = 2 (x0+- - x0)(-+ t b) / (N weight+-)
+    (v, v_old, x_t, x0, t), options = problem()
+    out = nft_loss(
+        v.requires_grad_(), v_old, x_t, x0, t, **options, b=b, beta=0.3, reduction=reduction
+    )
+    (grad,) = torch.autograd.grad(out.loss, v)
+    v, t_ = v.detach(), t.view(-1, 1, 1)
+    r_, gate, n = options["r"].view(-1, 1, 1), options["gate"], 12
+    plus = x_t - t_ * (b * v + (1 - b) * v_old) - x0
+    minus = x_t - t_ * ((1 + b) * v_old - b * v) - x0
+    weights = [e.abs().mean((1, 2), keepdim=True) for e in (plus, minus)]
+    by_hand = 2 * t_ * b / n * (-r_ * plus / weights[0] + (1 - r_) * minus / weights[1])
+    by_hand = 5 * by_hand / b / 5
+    rows = 5 if reduction == "batch" else 3
+    kl = torch.zeros_like(v)
+    kl[gate] = 0.3 / rows * 2 / n * (v - options["v_ref"])[gate]
+    torch.testing.assert_close(grad, by_hand + kl, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(out.weight_plus_R, weights[0].flatten())
+    torch.testing.assert_close(out.weight_minus_R, weights[1].flatten())
+
+
+def test_gradcheck_where_the_floor_holds_the_weights():
+    # above the floor the weights are constants for autograd and not for finite differences
+    (v, v_old, x_t, x0, t), options = problem(rows=3, shape=(3,))
+    v.requires_grad_()
+
+    def loss(v):
+        return nft_loss(v, v_old, x_t, x0, t, **options, b=0.5, beta=0.3, floor=100.0).loss
+
+    assert torch.autograd.gradcheck(loss, (v,))
+
+
+def test_perfect_predictions_meet_the_floor():
+    x0, noise = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.5, 0.25])
+    x_t = x0 + t[:, None] * (noise - x0)
+    v = ((x_t - x0) / t[:, None]).requires_grad_()
+    out = nft_loss(v, v.detach().clone(), x_t, x0, t, r=torch.full((2,), 0.5), b=1.0)
+    torch.testing.assert_close(out.weight_plus_R, torch.full((2,), 1e-5))
+    assert out.loss.isfinite() and out.loss.item() < 1e-6
+    assert torch.autograd.grad(out.loss, v)[0].isfinite().all()
+
+
+def test_reductions_and_gate():
+    arguments, options = problem()
+    plain = nft_loss(*arguments, **options, b=1.0)
+    torch.testing.assert_close(plain.loss, plain.policy_R.mean())
+    gate = options["gate"]
+    expected = (arguments[0] - options["v_ref"])[gate].square().flatten(1).mean(1)
+    torch.testing.assert_close(plain.kl_R[gate], expected)
+    assert (plain.kl_R[~gate] == 0).all()
+    for reduction, rows in (("batch", 5), ("gated", 3)):
+        out = nft_loss(*arguments, **options, b=1.0, beta=0.5, reduction=reduction)
+        torch.testing.assert_close(out.loss - plain.loss, 0.5 * plain.kl_R.sum() / rows)
+    nothing = options | {"gate": torch.zeros(5, dtype=torch.bool)}
+    everything = {"r": options["r"], "v_ref": arguments[1]}
+    for reduction in ("batch", "gated"):
+        out = nft_loss(*arguments, **nothing, b=1.0, beta=0.5, reduction=reduction)
+        torch.testing.assert_close(out.loss, plain.loss)
+        out = nft_loss(*arguments, **everything, b=1.0, beta=0.5, reduction=reduction)
+        torch.testing.assert_close(out.loss - plain.loss, 0.5 * out.kl_R.mean())
+
+
+def test_policy_scale_and_fp32():
+    arguments, options = problem(dtype=torch.bfloat16)
+    out = nft_loss(*arguments, **options, b=1.0)
+    assert out.loss.dtype == out.policy_R.dtype == torch.float32
+    wide = [x.float() for x in arguments]
+    again = nft_loss(*wide, **options, b=1.0, policy_scale=1.0)
+    torch.testing.assert_close(out.policy_R, 5 * again.policy_R)
+
+
+def test_only_v_receives_a_gradient():
+    arguments, options = problem()
+    leaves = [*arguments, options["r"], options["v_ref"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = nft_loss(*arguments, **options, b=1.0, beta=0.5)
+    statistics = [x for name, x in vars(out).items() if name != "loss"]
+    assert len(statistics) == 6 and not any(x.requires_grad for x in statistics)
+    grads = torch.autograd.grad(out.loss, leaves, allow_unused=True)
+    assert grads[0].abs().sum() > 0 and all(g is None for g in grads[1:])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 6), order=st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_matter(seed, rows, order):
+    arguments, options = problem(rows=rows, seed=seed)
+    index = list(range(rows))
+    order.shuffle(index)
+    out = nft_loss(*arguments, **options, b=0.5, beta=0.3)
+    moved = {k: x[index] for k, x in options.items()}
+    shuffled = nft_loss(*(x[index] for x in arguments), **moved, b=0.5, beta=0.3)
+    torch.testing.assert_close(shuffled.loss, out.loss)
+    assert torch.equal(shuffled.policy_R, out.policy_R[index])
+    assert torch.equal(shuffled.kl_R, out.kl_R[index])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), b=st.floats(0.05, 1.0))
+def test_the_branches_mirror_each_other(seed, b):
+    # reflecting v in v_old exchanges the positive and the negative branch
+    (v, v_old, x_t, x0, t), options = problem(seed=seed)
+    r = options["r"]
+    out = nft_loss(v, v_old, x_t, x0, t, r=r, b=b)
+    mirrored = nft_loss(2 * v_old - v, v_old, x_t, x0, t, r=1 - r, b=b)
+    torch.testing.assert_close(mirrored.loss, out.loss)
+    torch.testing.assert_close(mirrored.loss_plus_R, out.loss_minus_R)
+
+
+def test_bad_inputs():
+    (v, v_old, x_t, x0, t), options = problem()
+    good = options | {"b": 1.0}
+    with pytest.raises(ValueError, match="x_t has shape"):
+        nft_loss(v, v_old, x_t[:, :1], x0, t, **good)
+    with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
+        nft_loss(v, v_old, x_t, x0, t[:3], **good)
+    with pytest.raises(ValueError, match="r has shape"):
+        nft_loss(v, v_old, x_t, x0, t, **(good | {"r": t[:3]}))
+    with pytest.raises(ValueError, match="x0 is on meta"):
+        nft_loss(v, v_old, x_t, x0.to("meta"), t, **good)
+    with pytest.raises(ValueError, match="v has shape"):
+        nft_loss(v[:0], v_old[:0], x_t[:0], x0[:0], t[:0], r=t[:0], b=1.0)
+    for name in ("b", "floor"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            nft_loss(v, v_old, x_t, x0, t, **(good | {name: 0.0}))
+    with pytest.raises(ValueError, match="reduction"):
+        nft_loss(v, v_old, x_t, x0, t, **good, reduction="sum")
+    with pytest.raises(ValueError, match="v_ref is None"):
+        nft_loss(v, v_old, x_t, x0, t, r=t, b=1.0, beta=0.1)
+    with pytest.raises(RuntimeError, match="not built in this version"):
+        nft_loss(v, v_old, x_t, x0, t, **good, backend="triton")

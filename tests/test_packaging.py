@@ -1,0 +1,132 @@
+"""The wheel holds exactly our two packages, whole, and nothing that would shadow a neighbour's.
+
+`engine/` and `kernels/` are folders, never packages: diffusers and transformers import an optional
+library called `kernels`, and one of ours by that name on the path breaks them.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gardo_kernels"}
+NOT_SHIPPED = {"README.md"}  # for readers of the source
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in a wheel built from a clean copy of the checkout."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for name in ("engine", "kernels", "recipes", "benchmarks", "tests"):
+        if (ROOT / name).exists():
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "results")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--no-index", "-w", str(out), "."], cwd=copy, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    assert path.name == "gardo_engine-0.1.0-py3-none-any.whl"
+    return {name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/")}
+
+
+def test_containers_are_not_packages() -> None:
+    assert not (ROOT / "engine/__init__.py").exists()
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_wheel_has_two_packages(wheel: set[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
+    assert tops == {"gardo", "gardo_kernels"}
+
+
+def is_cache(path: Path) -> bool:
+    return any(
+        part == "__pycache__" or part.startswith(".") for part in path.relative_to(ROOT).parts
+    )
+
+
+def test_wheel_has_every_file_of_the_packages(wheel: set[str]) -> None:
+    """Python, py.typed, tiny weights and text alike: what works in a checkout works installed."""
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in SOURCES.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in NOT_SHIPPED and not is_cache(path)
+    }
+    shipped = {name for name in wheel if ".dist-info/" not in name}
+    assert shipped == expected, "mend package_data in setup.py, or add an __init__.py"
+
+
+def test_tiny_weights_are_shipped(wheel: set[str]) -> None:
+    if not (SOURCES["gardo"] / "tiny/weights").exists():
+        pytest.skip("no engine/gardo/tiny/weights yet: python -m gardo.tiny.make writes it")
+    assert any(
+        name.startswith("gardo/tiny/weights/") and name.endswith(".safetensors") for name in wheel
+    )
+
+
+def test_wheel_has_the_command_and_the_licence(wheel: set[str]) -> None:
+    info = {name.split("/", 1)[1] for name in wheel if ".dist-info/" in name}
+    assert "entry_points.txt" in info
+    assert any(name.endswith("LICENSE") for name in info)
+
+
+def test_tested_set_satisfies_the_requirements() -> None:
+    """Each requirement of setup.py that constraints.txt pins is met by that pin."""
+    requirements = pytest.importorskip("packaging.requirements")
+    with mock.patch("setuptools.setup") as setup:  # read the call instead of installing
+        runpy.run_path(str(ROOT / "setup.py"))
+    call = setup.call_args.kwargs
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if "==" in line and line[0] != "#")
+    wanted = [*call["install_requires"], *call["extras_require"]["dev"]]
+    for requirement in map(requirements.Requirement, wanted):
+        pin = pins.get(requirement.name.lower())
+        assert pin is None or requirement.specifier.contains(pin), (str(requirement), pin)
+    for name in ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft"):
+        assert name in pins, f"constraints.txt does not pin {name}"
+
+
+def seconds(code: str) -> float:
+    """What `code` prints, run in a fresh interpreter that sees the checkout: a time in seconds."""
+    path = os.pathsep.join(str(folder.parent) for folder in SOURCES.values())
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def test_kernels_import_cheaply() -> None:
+    """At most 0.2 s beyond torch, triton's own import aside; best of three, in CPU time."""
+    code = (
+        "import time, torch, importlib.util as u\n"
+        "if u.find_spec('triton'): import triton, triton.language\n"
+        "start = time.process_time(); import gardo_kernels; print(time.process_time() - start)"
+    )
+    assert min(seconds(code) for _ in range(3)) < 0.2
+
+
+def test_command_line_starts_without_torch() -> None:
+    """`gardo --help` in a fresh interpreter: torch stays out."""
+    code = (
+        "import sys, gardo.cli\n"
+        "sys.argv = ['gardo', '--help']\n"
+        "try: gardo.cli.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "print(float('torch' in sys.modules))"
+    )
+    assert seconds(code) == 0.0
