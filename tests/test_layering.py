@@ -40,7 +40,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "evaluation":    "types config rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
-    "planner":       "types config policies rewards gardo_kernels | torch diffusers transformers rich",
+    "planner":       "types config policies rewards gardo_kernels"
+                     " | torch diffusers transformers rich",
     "export":        "config policies session | torch",
     "session":       "* | torch",
     "train":         "* | torch",
@@ -95,7 +96,8 @@ def imports_of(path: Path) -> list[Import]:
                 at_start = False
             for child in ast.iter_child_nodes(node):
                 visit(child, at_start)
-        found.extend(Import(path, module, name, node.lineno, at_start) for name in names)  # type: ignore[attr-defined]
+        line = getattr(node, "lineno", 0)
+        found.extend(Import(path, module, name, line, at_start) for name in names)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), at_start=True)
     return found

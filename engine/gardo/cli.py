@@ -1,4 +1,4 @@
-"""The `gardo` command. Heavy modules load when a command needs them: `gardo --help` is torch-free."""
+"""The `gardo` command. Heavy modules load when a command needs them: `--help` is torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward (GARDO).",
+    help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
+    "(GARDO).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,7 +72,8 @@ def train(
         geometry(checked, rank=0, world=gpus, source=str(recipe))
         if checked.distributed.engine == "local" and gpus > 1:
             raise RecipeError(
-                f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, or use engine zero"
+                f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, "
+                "or use engine zero"
             )
     except RecipeError as error:
         _refuse(error)
@@ -87,7 +89,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     out: Annotated[Path | None, typer.Option(help="where to write; RUN/export if left out")] = None,
 ) -> None:
-    """Write a run's trained weights for diffusers: a LoRA with its metadata, or a transformer folder."""
+    """Write a run's trained weights for diffusers: a LoRA, or a transformer folder."""
     from gardo.config import RecipeError
     from gardo.export import export_run
 

@@ -1,7 +1,8 @@
 """The recipe: a strict schema, and its loader (safe YAML plus `--set a.b=c`).
 
-A recipe's plug-in sections (model, algorithm, rewards) are checked by the settings of the plug-in that they name; an error names
-the file, the field, the value and the mend, before anything heavy loads.
+A recipe's plug-in sections (model, algorithm, rewards) are checked by the settings of the plug-in
+that they name; an error names the file, the field, the value and the mend, before anything heavy
+loads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -58,7 +59,7 @@ class DataSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """Fixed-noise images of fixed prompts through the diffusers pipeline; unit of the intervals = prompt."""
+    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
 
     every: int = Field(
         50, ge=1, description="iterations; the first and the last are always evaluated"
@@ -116,7 +117,7 @@ class Recipe(Strict):
         return load_prompts(Path(path))[: self.evaluate.prompt_count]
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,19 +178,20 @@ def check(
     raw: dict[str, Any], source: str, origin: dict[tuple[str, ...], str] | None = None
 ) -> Recipe:
     """The recipe of a mapping; `source` names the file in errors, `origin` the --set of a field."""
+    origin = origin or {}
     try:
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(schema, e, source, origin or {}) for e in error.errors()]
+        lines = [_explain(schema, e, source, origin) for e in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     except _BadName as error:
-        raise RecipeError(f"{source}: {error}") from None
+        raise RecipeError(_placed(error, source, origin)) from None
     for rule in _RULES:
         try:
             rule(recipe)
         except ValueError as error:
-            raise RecipeError(f"{source}: {error}") from None
+            raise RecipeError(_placed(error, source, origin)) from None
     return recipe
 
 
@@ -220,7 +222,7 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
             part[field] = str((beside if beside.exists() else Path(part[field])).absolute())
 
 
-# ---- plug-in sections -------------------------------------------------------------------------------------------
+# ---- plug-in sections ----------------------------------------------------------------------------
 
 
 class _BadName(Exception):
@@ -231,9 +233,12 @@ def _plugin(package: str, section: Any, field: str, location: str) -> Any:
     if not isinstance(section, dict) or not isinstance(section.get(field), str):
         raise _BadName(f"{location}.{field}: missing; one of {', '.join(plugins.names(package))}")
     try:
-        return plugins.resolve(package, section[field])
+        plugin = plugins.resolve(package, section[field])
     except ValueError as error:
         raise _BadName(f"{location}.{field}: {error}") from None
+    if not hasattr(plugin, "Settings"):
+        raise _BadName(f"{location}.{field}: {section[field]!r} is no plug-in: it has no Settings")
+    return plugin
 
 
 def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseModel]:
@@ -260,6 +265,9 @@ def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
     rewards = raw.get("rewards")
     if not isinstance(rewards, dict) or not rewards:
         raise _BadName("rewards: missing; name at least one with role proxy")
+    for name in rewards:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+            raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
     model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
     panel = create_model(
         "Rewards",
@@ -292,7 +300,7 @@ def full_schema() -> dict[str, Any]:
     return schema.model_json_schema()
 
 
-# ---- rules between sections -------------------------------------------------------------------------------------
+# ---- rules between sections ----------------------------------------------------------------------
 
 
 def _rewards_fit(recipe: Recipe) -> None:
@@ -310,12 +318,14 @@ def _rewards_fit(recipe: Recipe) -> None:
         )
     if getattr(algorithm, "gate", None) and not by_role.get("auxiliary"):
         raise ValueError(
-            "algorithm.gate: needs rewards with role auxiliary to compare the proxy with; add one, or leave the gate out"
+            "algorithm.gate: needs rewards with role auxiliary to compare the proxy with; add one, "
+            "or leave the gate out"
         )
     wanted = getattr(getattr(algorithm, "diversity", None), "features", None)
     if wanted and wanted not in by_role.get("features", []):
         raise ValueError(
-            f"algorithm.diversity.features: {wanted!r} is no reward with role features; add `{wanted}: {{role: features}}` to rewards"
+            f"algorithm.diversity.features: {wanted!r} is no reward with role features; "
+            f"add `{wanted}: {{role: features}}` to rewards"
         )
     if recipe.evaluate.diversity == "features" and not by_role.get("features"):
         raise ValueError("evaluate.diversity: features needs a reward with role features")
@@ -331,7 +341,8 @@ def _algorithm_fits(recipe: Recipe) -> None:
     innermost = wrapped or algorithm
     if hasattr(innermost, "advantage") and recipe.data.images_per_prompt < 2:
         raise ValueError(
-            "data.images_per_prompt: 1 image has no group to compare with, every advantage is 0; use at least 2"
+            "data.images_per_prompt: 1 image has no group to compare with, every advantage is 0; "
+            "use at least 2"
         )
 
 
@@ -365,7 +376,8 @@ def _precision_fits(recipe: Recipe) -> None:
     distributed = recipe.distributed
     if distributed.engine == "local" and distributed.precision != "float32":
         raise ValueError(
-            f"distributed.precision: {distributed.precision} needs fp32 masters, which engine local has not; use engine zero"
+            f"distributed.precision: {distributed.precision} needs fp32 masters, "
+            "which engine local has not; use engine zero"
         )
 
 
@@ -388,18 +400,39 @@ def policy_plugin(settings: PolicySettings) -> Any:
     return plugins.resolve("gardo.policies", settings.family)
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
+
+
+_WEIGHTS = ("lora", "full")  # the tags of train.weights, which pydantic puts into locations
+
+
+def _where(location: tuple[str, ...], source: str, origin: dict[tuple[str, ...], str]) -> str:
+    """The --set that a field came from, or the file and the field."""
+    field = ".".join(location)
+    for end in range(len(location), 0, -1):
+        if name := origin.get(location[:end]):
+            return name if end == len(location) else f"{name}: {field}"
+    return f"{source}: {field}"
+
+
+def _placed(error: Exception, source: str, origin: dict[tuple[str, ...], str]) -> str:
+    """A message that opens with its field, behind where that field came from."""
+    field, _, rest = str(error).partition(": ")
+    if not rest:
+        return f"{source}: {error}"
+    return f"{_where(tuple(field.split('.')), source, origin)}: {rest}"
 
 
 def _explain(
     schema: type[BaseModel], error: Any, source: str, origin: dict[tuple[str, ...], str]
 ) -> str:
     """One line of a pydantic error: file (or --set), field, value, mend."""
-    location = tuple(str(part) for part in error["loc"] if part not in ("lora", "full"))
-    field = ".".join(location)
-    where = origin.get(location) or f"{source}: {field}"
+    location = tuple(str(part) for part in error["loc"] if part not in _WEIGHTS)
+    where = _where(location, source, origin)
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: kind is missing; one of {', '.join(_WEIGHTS)}"
     if error["type"] == "extra_forbidden":
-        known = _fields_at(schema, location[:-1])
+        known = _fields_at(schema, error["loc"][:-1])
         close = difflib.get_close_matches(location[-1], known, 1, 0.6)
         mend = (
             f"Did you mean {'.'.join((*location[:-1], close[0]))}?"
@@ -416,17 +449,17 @@ def _explain(
 
 
 def _fields_at(schema: Any, location: Sequence[str]) -> list[str]:
+    options = [schema]
     for part in location:
-        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
-        options = [
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if hasattr(a, "model_fields")
-        ]
+        if part in _WEIGHTS:
+            options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]
+            continue
+        field = options[0].model_fields.get(part)
+        annotation = field.annotation if field else None
+        options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
         if not options:
             return []
-        schema = options[0]
-    return list(schema.model_fields)
+    return list(options[0].model_fields)
 
 
 def dump(recipe: Recipe) -> str:

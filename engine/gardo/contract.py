@@ -1,8 +1,10 @@
-"""The ratio contract: before the first update of an iteration, training numerics must agree with sampling's.
+"""The ratio contract: training numerics must agree with sampling's.
 
-On identical weights the policy ratio is 1. In practice rollout and training run in different batch shapes, dtypes or attention
-backends, and the difference can be as large as the clip range, which is 1e-4: then every gradient is noise. So one micro-batch
-per rank is run again in the training numerics and max |ratio - 1| over all ranks is compared with the clip range.
+That is asked before the first update of an iteration. On identical weights the policy ratio is 1.
+In practice rollout and training run in different batch shapes, dtypes or attention backends, and
+the difference can be as large as the clip range, which is 1e-4: then every gradient is noise. So
+one micro-batch per rank is run again in the training numerics and max |ratio - 1| over all ranks is
+compared with the clip range.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class RatioContractBroken(RuntimeError):
 class RatioContract:
     """`mode` as in the recipe's `old_velocity`; `share` of the clip range is the limit.
 
-    hold(points, probe, recompute): `probe(points)` gives max |ratio - 1| over all ranks, `recompute(points)` gives the points
-    with old velocities made in the training numerics. The last probe's value is kept as `error`, and what was done as `event`.
+    In `hold(points, probe, recompute)`, `probe(points)` gives max |ratio - 1| over all ranks,
+    `recompute(points)` gives the points with old velocities made in the training numerics. The last
+    probe's value is kept as `error`, and what was done as `event`.
     """
 
     mode: OldVelocity
@@ -48,7 +51,10 @@ class RatioContract:
         self.error = probe(points)
         if self.error <= self.share * self.clip_range:
             return points
-        seen = f"max |ratio - 1| = {self.error:.2e} on identical weights, clip range {self.clip_range:.0e}"
+        seen = (
+            f"max |ratio - 1| = {self.error:.2e} on identical weights, "
+            f"clip range {self.clip_range:.0e}"
+        )
         if self.mode == "rollout":
             self.event = f"ratio contract: {seen}"
             warnings.warn(f"{seen}: likely causes: {CAUSES}", stacklevel=2)
@@ -59,9 +65,10 @@ class RatioContract:
             self.error = probe(points)
         if not self.error <= self.clip_range:
             raise RatioContractBroken(
-                f"max |ratio - 1| = {self.error:.2e} after the old velocities were recomputed in the training numerics, past "
-                f"the clip range {self.clip_range:.0e}: something differs between two runs of one model ({CAUSES}). Lower the "
-                "noise in the model's output, or raise algorithm.clip_range."
+                f"max |ratio - 1| = {self.error:.2e} after the old velocities were recomputed in "
+                f"the training numerics, past the clip range {self.clip_range:.0e}: something "
+                f"differs between two runs of one model ({CAUSES}). Lower the noise in the model's "
+                "output, or raise algorithm.clip_range."
             )
         return points
 

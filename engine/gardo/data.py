@@ -17,16 +17,20 @@ MAX_BYTES = 64 << 20
 
 
 def load_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file. ValueError says what is wrong with the file and how to mend it."""
+    """The non-empty lines of a UTF-8 text file.
+
+    ValueError says what is wrong with the file and how to mend it.
+    """
     if not path.is_file():
         raise ValueError(f"no such file: {str(path)!r}; give a text file with one prompt a line")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{str(path)!r} is larger than {MAX_BYTES >> 20} MiB; split it")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8, for example with iconv -t UTF-8"
+            f"{str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8, "
+            "for example with iconv -t UTF-8"
         ) from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:

@@ -1,4 +1,7 @@
-"""Trained weights out of a run: `final/trainable.safetensors` (fp32) in, a diffusers LoRA or transformer folder out."""
+"""Trained weights out of a run, for diffusers.
+
+`final/trainable.safetensors` (fp32) in, a LoRA or a transformer folder out.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ FINAL = Path("final") / "trainable.safetensors"
 
 
 def save_final(folder: Path, weights: Mapping[str, Tensor]) -> Path:
-    """Writes the trainable weights (fp32, by parameter name) of a finished run; replaced in one move."""
+    """Writes the trainable weights (fp32, by name) of a finished run; replaced in one move."""
     path = folder / FINAL
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -28,9 +31,10 @@ def save_final(folder: Path, weights: Mapping[str, Tensor]) -> Path:
 
 
 def export_run(folder: Path, *, out: Path | None = None, policy: Policy | None = None) -> Path:
-    """Exports a run's weights to `out` (the run's `export/`); builds the policy from the run's recipe unless it is given.
+    """Exports a run's weights to `out` (the run's `export/`).
 
-    Returns the LoRA file, or the transformer folder after full fine-tuning. RecipeError where the run has no weights.
+    Builds the policy from the run's recipe unless it is given. Returns the LoRA file, or the
+    transformer folder after full fine-tuning. RecipeError where the run has no weights.
     """
     path = folder / FINAL
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Batch geometry of a recipe on a number of ranks: what each rank samples, and how an update is cut into micro-batches."""
+"""Batch geometry of a recipe: what each rank samples, and how an update becomes micro-batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
         ]
         near = sorted(sorted(fitting, key=lambda p: abs(p - prompts))[:2])
         raise RecipeError(
-            f"{source}: data.prompts_per_step: {prompts} prompts x {images} images = {prompts * images} do not split evenly over "
-            f"{world} ranks with {updates} updates a step. Nearest that do: prompts_per_step {' or '.join(map(str, near))}."
+            f"{source}: data.prompts_per_step: {prompts} prompts x {images} images = "
+            f"{prompts * images} do not split evenly over {world} ranks with {updates} updates a "
+            f"step. Nearest that do: prompts_per_step {' or '.join(map(str, near))}."
         )
     samples = prompts * images // world
     innermost = getattr(recipe.algorithm, "base", None) or recipe.algorithm
@@ -42,8 +43,9 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
         fitting = [m for m in range(1, rows + 1) if rows % m == 0]
         near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
         raise RecipeError(
-            f"{source}: train.micro_batch: {micro_batch} does not divide the {rows} rows ({samples // updates} samples x "
-            f"{rows_per_sample} steps) of an update on each of {world} ranks. Nearest that do: {' or '.join(map(str, near))}."
+            f"{source}: train.micro_batch: {micro_batch} does not divide the {rows} rows "
+            f"({samples // updates} samples x {rows_per_sample} steps) of an update on each of "
+            f"{world} ranks. Nearest that do: {' or '.join(map(str, near))}."
         )
     return Geometry(
         samples=samples,

@@ -1,6 +1,7 @@
-"""Names in a recipe -> Python objects. `flow_grpo` is a module of a package of ours, `my.module:Name` a user's own.
+"""Names in a recipe -> Python objects.
 
-Adding an algorithm, a reward or a model family is one new file: its name is the file's name.
+`flow_grpo` is a module of a package of ours, `my.module:Name` a user's own. Adding an algorithm, a
+reward or a model family is one new file: its name is the file's name.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any
 
 
 def names(package: str, *, hidden: tuple[str, ...] = ("base",)) -> list[str]:
-    """The built-in names of a package such as "gardo.algorithms": its modules that define `PLUGIN`."""
+    """The built-in names of a package ("gardo.algorithms"): its modules that define `PLUGIN`."""
     path = importlib.import_module(package).__path__
     found = [m.name for m in pkgutil.iter_modules(path) if m.name not in hidden]
     return sorted(n for n in found if hasattr(importlib.import_module(f"{package}.{n}"), "PLUGIN"))
 
 
 def resolve(package: str, name: str) -> Any:
-    """The plug-in called `name`: a module's `PLUGIN`, or the object at a dotted path "module:attribute".
+    """The plug-in called `name`: a module's `PLUGIN`, or what a path "module:attribute" names.
 
     ValueError says which names exist.
     """

@@ -1,9 +1,10 @@
-"""Sampling, and what lies between it and the gradient: teacher velocities, the split into updates, micro-batches.
+"""Sampling, and what lies between it and the gradient: teachers, updates, micro-batches.
 
-All randomness is a function of coordinates: (seed, step, sample, denoise step, element). The same noise is drawn on 1, 2 or
-64 ranks, in any micro-batch, and after a resume.
+All randomness is a function of coordinates: (seed, step, sample, denoise step, element). The same
+noise is drawn on 1, 2 or 64 ranks, in any micro-batch, and after a resume.
 
-Shapes: P prompts of a step, G images each, B samples of this rank, T recorded steps, R training rows, X one latent.
+Shapes: P prompts of a step, G images each, B samples of this rank, T recorded steps, R training
+rows, X one latent.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def sample(
 ) -> Rollout:
     """Samples first .. first + count of the step's P x G images, on this rank.
 
-    `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go through the model at once.
+    `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go
+    through the model at once.
     """
     sample_B = torch.arange(first, first + count, device=device)
     group_B = sample_B // images_per_prompt
@@ -166,8 +168,8 @@ def teach(
 ) -> Points:
     """Velocities of other weights at the wanted rows: {weights: bool [R]}; zeros elsewhere.
 
-    Every rank makes the same number of model calls: the largest count of all ranks decides, short ranks repeat a row. A
-    teacher wanted nowhere on any rank costs nothing.
+    Every rank makes the same number of model calls: the largest count of all ranks decides, short
+    ranks repeat a row. A teacher wanted nowhere on any rank costs nothing.
     """
     for weights, mask_R in wanted.items():
         rows = mask_R.nonzero().flatten()
@@ -218,8 +220,8 @@ def minibatches(
 ) -> Iterator[Batch]:
     """Micro-batches of an iteration, update after update; `credit` is this rank's.
 
-    An update takes one of every `updates` neighbouring samples, drawn anew each step, and all of a sample's rows: the same
-    samples on any number of ranks.
+    An update takes one of every `updates` neighbouring samples, drawn anew each step, and all of a
+    sample's rows: the same samples on any number of ranks.
     """
     block_B = sample_B // updates
     order = random_uniform(seed, noise_id(step, block_B), SHARES, updates).argsort(

@@ -121,7 +121,7 @@ def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.d
 
 
 def keep_old_run(folder: Path) -> Path | None:
-    """Moves an earlier run's folder out of the way, so that nothing is lost; returns where it is now."""
+    """Moves an earlier run's folder out of the way, so that nothing is lost; returns its place."""
     if not folder.exists():
         return None
     number = next(
@@ -146,7 +146,8 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
     rank, local_rank, world = ranks()
     if world > 1 and recipe.distributed.engine == "local":
         raise config.RecipeError(
-            f"{source}: distributed.engine: local runs in one process, but {world} ranks were launched; use engine zero"
+            f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
+            "launched; use engine zero"
         )
     plan = geometry(recipe, rank=rank, world=world, source=source)
     cuda = torch.cuda.is_available()
@@ -191,7 +192,7 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             recipe.evaluate,
             seed=recipe.run.seed,
             folder=folder,
-        ),  # fmt: skip
+        ),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel),
         log=log,

@@ -1,6 +1,7 @@
-"""The training loop: sample, score, credit, teach, train. What `deepspeed --module gardo.train RECIPE` launches.
+"""The training loop: sample, score, credit, teach, train.
 
-Reads top to bottom for every algorithm: the loop never asks which one it is.
+What `deepspeed --module gardo.train RECIPE` launches. Reads top to bottom for every algorithm: the
+loop never asks which one it is.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 
 from gardo.config import RecipeError, load
 from gardo.data import step_prompts
-from gardo.distributed.base import gather_record
+from gardo.distributed.base import gather_record, leave_process_group
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run, save_final
 from gardo.report.html import write_report
 from gardo.rollout import batch_of, minibatches, sample, teach
 from gardo.session import Session, open_session
-from gardo.types import Credit, Metrics, Points, Rollout, select
+from gardo.types import Credit, Metrics, Points, Rollout, Scores, select
 
 
 def train(s: Session) -> None:
@@ -131,7 +132,15 @@ def evaluate(s: Session, step: int) -> None:
     s.progress.evaluation(record)
 
 
-def log_step(s: Session, step, scores, credit, totals, norms, events) -> None:  # type: ignore[no-untyped-def]
+def log_step(
+    s: Session,
+    step: int,
+    scores: Scores,
+    credit: Credit,
+    totals: Metrics,
+    norms: list[float],
+    events: list[str],
+) -> None:
     """One line of metrics.jsonl and of the progress."""
     contract = s.algorithm.contract
     metrics = {
@@ -199,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         session.progress.close()
         if session.log:
             session.log.close()
-    session.engine.close()
+        session.engine.close()
+    leave_process_group()
     return 0
 
 

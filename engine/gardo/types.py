@@ -1,7 +1,8 @@
-"""The values that travel between the parts of the engine: frozen dataclasses of tensors, nothing else.
+"""The values that travel between the parts of the engine: frozen dataclasses of tensors.
 
-Shapes: B samples of this rank (or of all ranks, after a gather), P prompts, G images of a prompt, T recorded steps,
-R training rows (sample x step), X the shape of one latent: (L, D) packed tokens for Flux, (C, H, W) for SD3; D feature width.
+Shapes: B samples of this rank (or of all ranks, after a gather), P prompts, G images of a prompt,
+T recorded steps, R training rows (sample x step), X the shape of one latent: (L, D) packed tokens
+for Flux, (C, H, W) for SD3; D feature width.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Rollout:
     images_B3HW: Tensor  # fp32 in [0, 1]
     step_T: Tensor  # int64, the recorded denoise steps
     state_BTX: Tensor  # fp32, x before the step
-    u_BTX: Tensor  # fp32, the noise of the step in velocity units (std / B) z; zeros where the step has none
+    u_BTX: Tensor  # fp32, the step's noise in velocity units (std / B) z; zeros where it has none
     velocity_BTX: Tensor  # model dtype, what the sampler used
     transitions: Any
     seed: int
@@ -88,7 +89,10 @@ class Credit:
 
 @dataclass(frozen=True)
 class Points:
-    """Rows to train on, [R, ...]. `velocities` holds what teachers said, by the name of their weights."""
+    """Rows to train on, [R, ...].
+
+    `velocities` holds what teachers said, by the name of their weights.
+    """
 
     sample_R: Tensor  # int64, index into this rank's B samples
     prompt_R: Tensor  # int64, row of the conditioning

@@ -37,6 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             pipeline = build()
+            pipeline.vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
             if family == "sd3":  # as in a real checkpoint: not what the class would compute
                 pipeline.transformer.pos_embed.pos_embed.mul_(1.5)
             pipeline.save_pretrained(root / family)
@@ -79,13 +80,13 @@ def velocity(policy: Policy) -> torch.Tensor:
         )
 
 
-def images(policy: Policy) -> torch.Tensor:
-    return policy.generate(policy.encode(PROMPTS), latents(policy), steps=3)
+def images(policy: Policy, steps: int = 3) -> torch.Tensor:
+    return policy.generate(policy.encode(PROMPTS), latents(policy), steps=steps)
 
 
-def euler(policy: Policy, x: torch.Tensor, steps: int) -> torch.Tensor:
+def euler(policy: Policy, steps: int) -> torch.Tensor:
     """The latents of the training loop's own sampler, without noise."""
-    conditioning = policy.encode(PROMPTS)
+    x, conditioning = latents(policy), policy.encode(PROMPTS)
     table = transitions(policy.sigmas(steps), "ode")
     for t in range(steps):
         row_B = torch.full((len(x),), t)
@@ -114,20 +115,15 @@ def test_families_are_found_by_name():
 @pytest.mark.parametrize("guidance", [0.5, 1.0, 4.5])
 def test_euler_steps_are_the_pipeline(make, family, guidance):
     policy = make(family, guidance=guidance)
-    x = latents(policy)
-    ours, theirs = policy.decode(euler(policy, x, 4)), images_of(policy, x, 4)
+    ours, theirs = policy.decode(euler(policy, 4)), images(policy, 4)
     assert ours.shape == (len(PROMPTS), 3, HEIGHT, WIDTH) and ours.dtype == torch.float32
     assert ours.std() > 0.05 and (ours[0] - ours[1]).abs().mean() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
 
 
-def images_of(policy, x, steps):
-    return policy.generate(policy.encode(PROMPTS), x, steps=steps)
-
-
 @pytest.mark.parametrize("steps", [1, 4, 28])
 def test_schedule_is_the_pipelines(policy, steps):
-    images_of(policy, latents(policy), steps)  # leaves its schedule in its scheduler
+    images(policy, steps)  # leaves its schedule in its scheduler
     ours, theirs = policy.sigmas(steps), policy.pipeline.scheduler.sigmas
     assert ours.dtype == torch.float64 and ours.shape == (steps + 1,)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-7)

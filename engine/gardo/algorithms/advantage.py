@@ -1,4 +1,6 @@
-"""Rewards -> advantages within groups. Equal rewards give zeros, never NaN; invalid samples get 0 and do not count.
+"""Rewards -> advantages within groups.
+
+Equal rewards give zeros, never NaN; invalid samples get 0 and do not count.
 
 Shapes: B samples of all ranks, in groups by `group_B`.
 """

@@ -1,4 +1,6 @@
-"""The algorithm protocol: everything that Flow-GRPO, DiffusionNFT, ReFL and GARDO disagree about. The loop never asks which it is.
+"""The algorithm protocol: everything that Flow-GRPO, DiffusionNFT, ReFL and GARDO disagree about.
+
+The loop never asks which it is.
 
 Shapes: B samples (of all ranks in `credit`, of this rank elsewhere), R training rows.
 """
@@ -81,7 +83,7 @@ class Algorithm:
 
     @classmethod
     def check(cls, settings: Any, sampler: SamplerSettings) -> None:
-        """ValueError where the sampler cannot serve this algorithm; names the field and the mend."""
+        """ValueError where the sampler cannot serve this algorithm; names field and mend."""
 
     @property
     def has_kl(self) -> bool:
@@ -114,7 +116,10 @@ class Algorithm:
         """After every gradient step."""
 
     def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
-        """After an iteration; `metrics` are sums over all of it and all ranks. Returns what happened, for the log."""
+        """After an iteration; `metrics` are sums over all of it and all ranks.
+
+        Returns what happened, for the log.
+        """
         return []
 
     def reference_reset(self) -> None:

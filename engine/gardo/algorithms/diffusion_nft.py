@@ -1,8 +1,10 @@
-"""DiffusionNFT (arXiv 2509.16117): images are noised afresh, and a contrast of an implicit good and bad policy is regressed.
+"""DiffusionNFT (arXiv 2509.16117): images are noised afresh, and a contrast is regressed.
 
-Samples come from the `old` weights with an ODE; each image trains at some of the sampler's own times, each with its own noise.
-With r = clamp(clamp(A) / 10 + 1/2, 0, 1) the loss pulls v towards good images and away from bad ones around v_old. After
-each iteration old <- d old + (1 - d) train. The KL to the reference is a velocity error.
+The contrast is of an implicit good and an implicit bad policy. Samples come from the `old` weights
+with an ODE; each image trains at some of the sampler's own times, each with its own noise.
+With r = clamp(clamp(A) / 10 + 1/2, 0, 1) the loss pulls v towards good images and away from bad
+ones around v_old. After each iteration old <- d old + (1 - d) train. The KL to the reference is a
+velocity error.
 
 Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one latent.
 """
@@ -66,7 +68,8 @@ class DiffusionNFT(Algorithm):
     def check(cls, settings: DiffusionNFTSettings, sampler: SamplerSettings) -> None:
         if sampler.train_steps > sampler.steps:
             raise ValueError(
-                f"sampler.train_steps: {sampler.train_steps} times of {sampler.steps} steps; at most {sampler.steps}"
+                f"sampler.train_steps: {sampler.train_steps} times of {sampler.steps} steps; "
+                f"at most {sampler.steps}"
             )
 
     @property
@@ -88,7 +91,7 @@ class DiffusionNFT(Algorithm):
         return Credit(advantage_B=advantage_B, gate_B=uniform_gate(scores, self.has_kl))
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
-        """Each image at `train_steps` of the sampler's times (drawn without repetition), with fresh noise."""
+        """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
         count, device = self.world.sampler.train_steps, rollout.final_BX.device
         identity_B = noise_id(rollout.step, rollout.sample_B)
         order = random_uniform(rollout.seed, identity_B, TIMES, self.table.steps)

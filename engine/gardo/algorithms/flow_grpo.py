@@ -1,15 +1,15 @@
-"""Flow-GRPO (arXiv 2505.05470): clipped policy gradient over the recorded steps of an SDE sampler, with a KL to a reference.
+"""Flow-GRPO (arXiv 2505.05470): clipped policy gradient over the recorded steps of an SDE sampler.
 
-Without `beta` there is no reference at all. With it the KL acts on every sample (DPOK-like, to the initial policy), unless GARDO
-wraps this and gates it. While the reference equals the sampling policy (at the start, and in the iteration after a reset), the
-rollout's own velocities are the reference's: no teacher runs.
+With a KL to a reference. Without `beta` there is no reference at all. With it the KL acts on every
+sample (DPOK-like, to the initial policy), unless GARDO wraps this and gates it. While the reference
+equals the sampling policy (at the start, and in the iteration after a reset), the rollout's own
+velocities are the reference's: no teacher runs.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -56,8 +56,8 @@ class FlowGRPO(Algorithm):
     def check(cls, settings: FlowGRPOSettings, sampler: SamplerSettings) -> None:
         if sampler.train_steps >= sampler.steps:
             raise ValueError(
-                f"sampler.train_steps: {sampler.train_steps} of {sampler.steps} steps; the last step of an SDE sampler is not "
-                f"trained: at most {sampler.steps - 1}"
+                f"sampler.train_steps: {sampler.train_steps} of {sampler.steps} steps; the last "
+                f"step of an SDE sampler is not trained: at most {sampler.steps - 1}"
             )
 
     @property

@@ -1,12 +1,16 @@
-"""GARDO: gated and adaptive regularisation with diversity-aware optimisation (arXiv 2512.24138), around any base algorithm.
+"""GARDO (arXiv 2512.24138), around any base algorithm.
 
-What it adds to the base, each switched off by leaving it out of the recipe:
-  gate       eq. 7   the KL acts only on samples whose proxy reward is anomalously high against the auxiliaries
-  diversity  eq. 8   positive advantages are scaled by the distance to the nearest image of the group
-  reference  A.1     the reference is reset to the policy when the KL, or the number of updates, passes a limit
+Gated and adaptive regularisation with diversity-aware optimisation. What it adds to the base, each
+switched off by leaving it out of the recipe:
+  gate       eq. 7   the KL acts only on samples whose proxy reward is anomalously high against
+                     the auxiliaries
+  diversity  eq. 8   positive advantages are scaled by the distance to the group's nearest image
+  reference  A.1     the reference is reset to the policy when the KL, or the number of updates,
+                     passes a limit
 
-The sign of the gate is the paper's. The released code ranks the other way round: it gates the samples that the proxy ranks *worse*
-than the auxiliaries do, a set disjoint from the paper's (`sign: official_code`).
+The sign of the gate is the paper's. The released code ranks the other way round: it gates the
+samples that the proxy ranks *worse* than the auxiliaries do, a set disjoint from the paper's
+(`sign: official_code`).
 
 Shapes: B samples of all ranks, D features.
 """
@@ -37,7 +41,10 @@ from gardo_kernels import nearest_cosine, win_rate
 
 
 class GateSettings(Strict):
-    """`fraction` of the valid samples is gated; it adapts to the mean positive uncertainty within `limits`."""
+    """`fraction` of the valid samples is gated.
+
+    It adapts to the mean positive uncertainty within `limits`.
+    """
 
     fraction: float = Field(0.1, ge=0, le=1)
     limits: Pair[float] = Field((0.02, 0.2), description="the paper's upper limit is 1")
@@ -55,14 +62,20 @@ class GateSettings(Strict):
 
 
 class DiversitySettings(Strict):
-    """`features` names the reward of role features; `normalise: raw` is the paper's text, group_mean its release."""
+    """`features` names the reward of role features.
+
+    `normalise: raw` is the paper's text, group_mean its release.
+    """
 
     features: str = "dinov3"
     normalise: Literal["group_mean", "raw"] = "group_mean"
 
 
 class ReferenceSettings(Strict):
-    """Reset when the iteration's KL exceeds `reset_kl`, or after `reset_updates` gradient steps; either may be left out."""
+    """Reset when the iteration's KL exceeds `reset_kl`, or after `reset_updates` gradient steps.
+
+    Either may be left out.
+    """
 
     reset_kl: float | None = Field(None, gt=0)
     reset_updates: int | None = Field(None, ge=1)
@@ -91,7 +104,10 @@ def uncertainty(scores: Scores, population: Literal["batch", "group"]) -> Tensor
 def most_uncertain(
     uncertainty_B: Tensor, valid_B: Tensor, sample_B: Tensor, fraction: float
 ) -> Tensor:
-    """bool [B]: exactly round(fraction x valid) valid samples of highest U; ties go to the lower sample id."""
+    """bool [B]: exactly round(fraction x valid) valid samples of highest U.
+
+    Ties go to the lower sample id.
+    """
     count = math.floor(fraction * int(valid_B.sum()) + 0.5)
     by_sample = sample_B.argsort(stable=True)
     ranked = torch.where(valid_B, uncertainty_B, -torch.inf)[by_sample]
@@ -152,9 +168,11 @@ def diversity_factor(
     group_B: Tensor,
     normalise: Literal["group_mean", "raw"],
 ) -> Tensor:
-    """What each advantage is multiplied with, fp32 [B]: the distance to the nearest neighbour where it is positive, else 1.
+    """What each advantage is multiplied with, fp32 [B].
 
-    `group_mean` divides by the group's mean distance; a group of identical images keeps factor 1 (its mean distance is 0).
+    The distance to the nearest neighbour where the advantage is positive, else 1. `group_mean`
+    divides by the group's mean distance; a group of identical images keeps factor 1 (its mean
+    distance is 0).
     """
     factor_B = nearest_B
     if normalise == "group_mean":
@@ -172,7 +190,10 @@ class Reference:
         self.updates = 0
 
     def why_due(self, kl: float) -> str | None:
-        """The reason for a reset after this iteration, if there is one. No gated rows, no KL: NaN never triggers."""
+        """The reason for a reset after this iteration, if there is one.
+
+        No gated rows, no KL: NaN never triggers.
+        """
         limit, most = self.settings.reset_kl, self.settings.reset_updates
         if limit is not None and kl > limit:
             return f"kl {kl:.2e} > {limit:.2e}"
@@ -199,8 +220,8 @@ class Gardo(Algorithm):
     def check(cls, settings: GardoSettings, sampler: SamplerSettings) -> None:
         if (settings.gate or settings.reference) and not getattr(settings.base, "beta", 0.0):
             raise ValueError(
-                f"algorithm.base.beta: {settings.base.name} has no KL to gate or to reset; give it a beta above 0, or leave "
-                "algorithm.gate and algorithm.reference out"
+                f"algorithm.base.beta: {settings.base.name} has no KL to gate or to reset; "
+                "give it a beta above 0, or leave algorithm.gate and algorithm.reference out"
             )
 
     @property

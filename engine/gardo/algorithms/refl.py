@@ -1,6 +1,7 @@
-"""ReFL (ImageReward, arXiv 2304.05977) for flow models: the gradient of a differentiable reward at a random late step.
+"""ReFL (ImageReward, arXiv 2304.05977) for flow models.
 
-The sampler runs without gradients; at one late step, the same on all ranks, the predicted image x0 = x - sigma v is decoded with
+The gradient of a differentiable reward at a random late step. The sampler runs without gradients;
+at one late step, the same on all ranks, the predicted image x0 = x - sigma v is decoded with
 gradients, scored, and loss = weight mean(relu(margin - R)) with R = (reward - mean) / std.
 """
 

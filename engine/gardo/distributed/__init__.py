@@ -1,1 +1,1 @@
-"""Where the loop runs: local.py (one process) and zero3.py (DeepSpeed, the only file that imports it); slots.py."""
+"""Where the loop runs: local.py (one process) and zero3.py (DeepSpeed, imported only there)."""

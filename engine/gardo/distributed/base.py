@@ -79,7 +79,15 @@ def gather_record(engine: Engine, record: Record) -> Record:
             return {k: gathered(v) for k, v in value.items()}
         return value
 
-    return replace(record, **{f.name: gathered(getattr(record, f.name)) for f in fields(record)})  # type: ignore[type-var, arg-type]
+    names = [f.name for f in fields(record)]  # type: ignore[arg-type]
+    changed = {name: gathered(getattr(record, name)) for name in names}
+    return replace(record, **changed)  # type: ignore[type-var]
+
+
+def leave_process_group() -> None:
+    """The end of a launched process; nothing to do where there was no group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_step(slots: Slots) -> None:

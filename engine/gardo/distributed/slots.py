@@ -1,7 +1,8 @@
 """Slots: named copies of the trainable weights, held shard by shard in fp32.
 
-Using a slot writes it into the live shards, runs, and writes the live weights back, bit for bit. Nothing is gathered for it, and
-the same code serves LoRA and full fine-tuning, one process and ZeRO-3.
+Using a slot writes it into the live shards, runs, and writes the live weights back, bit for bit.
+Nothing is gathered for it, and the same code serves LoRA and full fine-tuning, one process and
+ZeRO-3.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Shards(Protocol):
         """What forward passes read (the pieces that are gathered from), in the model's dtype."""
 
     def masters(self) -> Sequence[Tensor]:
-        """The fp32 pieces that the optimizer updates; the live tensors themselves where there are no others."""
+        """The fp32 pieces that the optimizer updates; where there are no others, the live ones."""
 
     def settle(self) -> None:
-        """Drops anything gathered from the live pieces, so that what is written to them will be read."""
+        """Drops anything gathered from the live pieces, so that what is written there is read."""
 
 
 class Slots:

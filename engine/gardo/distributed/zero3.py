@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-3: the only file that imports deepspeed.
 
-Weights, gradients and optimizer state are partitioned over the ranks; DeepSpeed's module hooks gather what a forward needs. The
-loop and the pipelines call the module itself, never the DeepSpeed engine's forward.
+Weights, gradients and optimizer state are partitioned over the ranks; DeepSpeed's module hooks
+gather what a forward needs. The loop and the pipelines call the module itself, never the DeepSpeed
+engine's forward.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from gardo.distributed.base import OptimizerSettings, adamw, check_step
@@ -70,7 +71,8 @@ def zero_config(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON, every value spelled out.
 
-    Persistence is off because slots exchange shard contents: a parameter that DeepSpeed keeps gathered would not see it.
+    Persistence is off because slots exchange shard contents: a parameter that DeepSpeed keeps
+    gathered would not see it.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports it; the loop cuts the batches
@@ -179,5 +181,3 @@ class Zero3Engine:
 
     def close(self) -> None:
         self._engine.destroy()
-        if dist.is_initialized():
-            dist.destroy_process_group()

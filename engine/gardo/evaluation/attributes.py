@@ -1,4 +1,6 @@
-"""Diversity of the tiny world, told from pixels: the entropy of decoded layout, size and hue. Not the features that are rewarded.
+"""Diversity of the tiny world, told from pixels: the entropy of decoded layout, size and hue.
+
+Not the features that are rewarded.
 
 Shapes: B pictures of 32 x 32 pixels.
 """
@@ -15,8 +17,11 @@ from gardo.tiny import world
 
 
 def attribute_labels(images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """int64 [B] labels: `layout` (which cells of a 3 x 3 grid are occupied), `size` (coloured area an object, in steps of 12
-    pixels), `hue` (mean deviation from the prompt's hue, in steps of 1/100 of the colour circle)."""
+    """int64 [B] labels.
+
+    `layout`: which cells of a 3 x 3 grid are occupied. `size`: coloured area an object, in steps of
+    12 pixels. `hue`: mean deviation from the prompt's hue, in steps of 1/100 of the colour circle.
+    """
     asked = [world.parse(p) for p in prompts]
     device = images_B3HW.device
     count_B = torch.tensor([n for n, _, _ in asked], device=device)

@@ -1,6 +1,7 @@
-"""Evaluation during a run: the same prompts with the same noise through the diffusers pipeline, each time.
+"""Evaluation during a run: each time the same prompts and noise through the diffusers pipeline.
 
-The unit of every interval is the prompt: images of a prompt are averaged first. Changes are paired with the first evaluation.
+The unit of every interval is the prompt: images of a prompt are averaged first. Changes are paired
+with the first evaluation.
 
 Shapes: E evaluation prompts, n images each, I = E n images, B images of one forward.
 """

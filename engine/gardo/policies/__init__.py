@@ -1,1 +1,1 @@
-"""Model families. base.py holds the protocol and what all diffusers pipelines share; one more file for each family."""
+"""Model families: one file each; base.py holds the protocol and what all pipelines share."""

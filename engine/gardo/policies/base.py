@@ -1,19 +1,22 @@
-"""The policy: a diffusers pipeline seen by the trainer. Families differ in `encode`, `velocity`, `latent_shape`, names.
+"""The policy: a diffusers pipeline seen by the trainer.
+
+Families differ in `encode`, `velocity`, `latent_shape`, names.
 
 Shapes: B images, P prompts, R rows, X one latent (`latent_shape`), H x W pixels.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,11 +27,15 @@ BUILTIN = Path(__file__).parents[1] / "tiny" / "weights"
 
 def model_path(path: str) -> str:
     """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
-    return str(BUILTIN / path.removeprefix("builtin:")) if path.startswith("builtin:") else path
+    if path.startswith("builtin:"):
+        return str(BUILTIN / path.removeprefix("builtin:"))
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 class PolicySettings(Strict):
-    """What every family needs to be told."""
+    """What every family needs to be told. A local folder is looked into before anything loads."""
+
+    pipeline_name: ClassVar[str]  # `_class_name` in model_index.json
 
     family: str
     path: str = Field(description="hub id, local folder in diffusers format, or builtin:NAME")
@@ -43,17 +50,46 @@ class PolicySettings(Strict):
     def _exists(cls, value: str) -> str:
         path = Path(model_path(value))
         looks_local = value.startswith(("builtin:", ".", "/", "~")) or value.count("/") != 1
-        if path.is_dir() and not (path / "model_index.json").is_file():
+        if not path.is_dir():
+            if looks_local:
+                raise ValueError(
+                    f"no such folder: {value!r}; give a diffusers folder or a hub id owner/name"
+                )
+            return value
+        index = path / "model_index.json"
+        if not index.is_file():
             raise ValueError(f"{value!r} has no model_index.json: not a folder in diffusers format")
-        if looks_local and not path.is_dir():
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        if found != cls.pipeline_name:
             raise ValueError(
-                f"no such folder: {value!r}; give a diffusers folder or a hub id owner/name"
+                f"{value!r} holds a {found}, this family needs a {cls.pipeline_name}; change "
+                "model.family or model.path"
             )
         return value
 
+    @model_validator(mode="after")
+    def _size_fits(self) -> Self:
+        config = Path(model_path(self.path)) / "vae" / "config.json"
+        if config.is_file():
+            levels = len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"])
+            check_size(self.size, 2**levels)
+        return self
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """ValueError where the pixels do not make whole latent patches; names sizes that do."""
+    if any(side % multiple for side in size):
+        near = [max(multiple, round(side / multiple) * multiple) for side in size]
+        raise ValueError(
+            f"size {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
+        )
+
 
 class Policy:
-    """A pipeline whose transformer is trained. `velocity` is the only call of the training loop into the model."""
+    """A pipeline whose transformer is trained.
+
+    `velocity` is the only call of the training loop into the model.
+    """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     lora_targets: ClassVar[tuple[str, ...]]
@@ -72,12 +108,10 @@ class Policy:
         self.dtype = dtype
         self.device = device
         self.height, self.width = settings.size
-        multiple = 2 * pipeline.vae_scale_factor
-        if self.height % multiple or self.width % multiple:
-            raise ValueError(f"model.size: {settings.size} is not a multiple of {multiple} pixels")
+        check_size(settings.size, 2 * pipeline.vae_scale_factor)
         self.lora: LoraConfig | None = None
 
-    # What a family defines -------------------------------------------------------------------------------------
+    # What a family defines ------------------------------------------------------------------------
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -88,7 +122,7 @@ class Policy:
         raise NotImplementedError  # pragma: no cover
 
     def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The model's velocity at x, fp32 [R, *latent_shape]; `conditioning` has one entry a row."""
+        """The model's velocity at x, fp32 [R, *latent_shape]; `conditioning` has R rows."""
         raise NotImplementedError  # pragma: no cover
 
     def sigmas(self, steps: int) -> Tensor:
@@ -98,10 +132,10 @@ class Policy:
     def _to_vae(self, latents_BX: Tensor) -> Tensor:
         return latents_BX
 
-    # What all share --------------------------------------------------------------------------------------------
+    # What all share -------------------------------------------------------------------------------
 
     @property
-    def transformer(self) -> nn.Module:
+    def transformer(self) -> Any:
         return self.pipeline.transformer
 
     def decode(self, latents_BX: Tensor) -> Tensor:
@@ -114,7 +148,7 @@ class Policy:
     def generate(
         self, conditioning: Mapping[str, Tensor], latents_BX: Tensor, *, steps: int
     ) -> Tensor:
-        """Images [B, 3, H, W] of the pipeline itself (its scheduler, its defaults) from given initial noise."""
+        """Images [B, 3, H, W] of the pipeline itself (its scheduler, its defaults) from noise."""
         return self.pipeline(
             **self._pipeline_text(conditioning),
             latents=latents_BX.to(self.dtype),
@@ -135,12 +169,15 @@ class Policy:
     def train_lora(
         self, *, rank: int, alpha: float, targets: tuple[str, ...] | None, seed: int
     ) -> None:
-        """Adds a LoRA adapter (A Gaussian, B zero; the same on every rank) and makes it the only thing that trains."""
+        """Adds a LoRA adapter and makes it the only thing that trains.
+
+        A Gaussian, B zero; the same on every rank.
+        """
         self.lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             init_lora_weights="gaussian",
-            target_modules=list(targets or self.lora_targets),
+            target_modules=sorted(targets or self.lora_targets),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -152,8 +189,16 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
 
+    def _lora_metadata(self) -> dict[str, Any]:
+        """What diffusers stores beside the weights; sets sorted, so that a file is reproducible."""
+        metadata = self.transformer.peft_config["default"].to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> Path:
-        """Writes trained weights (`trainable()` names) for diffusers: a LoRA with its metadata, or a transformer folder."""
+        """Writes trained weights (`trainable()` names) for diffusers.
+
+        A LoRA with its metadata, or a transformer folder; returns what was written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if self.lora is None:
             self.transformer.save_config(folder)
@@ -169,6 +214,6 @@ class Policy:
             transformer_lora_layers=get_peft_model_state_dict(
                 self.transformer, {n: t.contiguous() for n, t in weights.items()}
             ),
-            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+            transformer_lora_adapter_metadata=self._lora_metadata(),
         )
         return folder / "pytorch_lora_weights.safetensors"

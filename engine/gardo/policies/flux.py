@@ -1,9 +1,9 @@
-"""Flux.1: packed latents of 2 x 2 patches, CLIP pooled + T5 text, distilled guidance as an input."""
+"""Flux.1: packed latents of 2 x 2 patches, CLIP pooled + T5 text, distilled guidance as input."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import FluxPipeline
@@ -14,13 +14,14 @@ from gardo.policies.base import Policy, PolicySettings
 
 
 class FluxSettings(PolicySettings):
+    pipeline_name: ClassVar[str] = "FluxPipeline"
     family: Literal["flux"] = "flux"
 
 
 class FluxPolicy(Policy):
     Settings = FluxSettings
     pipeline_class = FluxPipeline
-    lora_targets = (
+    lora_targets = (  # Flow-GRPO's list
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -33,8 +34,6 @@ class FluxPolicy(Policy):
         "ff.net.2",
         "ff_context.net.0.proj",
         "ff_context.net.2",
-        "proj_mlp",
-        "proj_out",
     )
 
     def __init__(self, settings: FluxSettings, *, dtype: torch.dtype, device: torch.device) -> None:

@@ -9,7 +9,7 @@ Shapes: P prompts, R rows, X = [C, h, w] one latent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -20,16 +20,17 @@ from gardo.flow import sd3_sigmas
 from gardo.policies.base import Policy, PolicySettings
 
 
-class Settings(PolicySettings):
+class SD3Settings(PolicySettings):
     """The pipeline's own defaults, with the guidance scale of SD3.5 Medium."""
 
+    pipeline_name: ClassVar[str] = "StableDiffusion3Pipeline"
     family: Literal["sd3"] = "sd3"
     guidance: float = Field(4.5, ge=0, description="guidance scale; up to 1: no negative branch")
     text_tokens: int = Field(256, ge=1, le=512, description="T5 tokens of a prompt, after CLIP's")
 
 
 class SD3Policy(Policy):
-    Settings = Settings
+    Settings = SD3Settings
     pipeline_class = StableDiffusion3Pipeline
     lora_targets = (
         "attn.add_k_proj",

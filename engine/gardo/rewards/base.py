@@ -1,6 +1,7 @@
 """The reward protocol: images and their prompts -> one value each and whether it is valid.
 
-A failure is a mask, never a zero. `differentiable` rewards let gradients through to the images (ReFL).
+A failure is a mask, never a zero. Rewards that are `differentiable` let gradients through to the
+images (ReFL).
 
 Shapes: B images, float32 [B, 3, H, W] in [0, 1].
 """
@@ -42,12 +43,18 @@ class Reward:
     def score(
         self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(values, mask): fp32 [B] (for features [B, D]) and bool [B], False where the value must not be used."""
+        """(values, mask): fp32 [B] (for features [B, D]) and bool [B].
+
+        The mask is False where the value must not be used.
+        """
         raise NotImplementedError  # pragma: no cover
 
     @classmethod
     def check_prompt(cls, prompt: str) -> None:
-        """ValueError where this reward could never score the prompt; called for every prompt before training."""
+        """ValueError where this reward could never score the prompt.
+
+        Called for every prompt before training.
+        """
 
 
 class Panel:

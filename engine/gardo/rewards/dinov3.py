@@ -1,7 +1,8 @@
-"""DINOv3 features for diversity: the mean of the patch tokens after the final norm (GARDO's released definition).
+"""DINOv3 features for diversity: the mean of the patch tokens after the final norm.
 
-Pictures are resized to `size` (bicubic, antialiased) and normalised with ImageNet's statistics. The class token and the
-registers are left out; the model's own pooler returns the class token, which is another feature.
+That is GARDO's released definition. Pictures are resized to `size` (bicubic, antialiased) and
+normalised with ImageNet's statistics. The class token and the registers are left out; the model's
+own pooler returns the class token, which is another feature.
 
 Shapes: B images, D the model's width.
 """
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import DINOv3ViTModel
 
@@ -25,11 +26,26 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+def model_path(path: str) -> str:
+    """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
+    return str(BUILTIN / path.removeprefix("builtin:")) if path.startswith("builtin:") else path
+
+
 class Dinov3Settings(RewardSettings):
     kind: Literal["dinov3"] = "dinov3"
     role: Literal["features"] = "features"
     path: str = Field("facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder")
     size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
+
+    @field_validator("path")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        looks_local = value.startswith(("builtin:", ".", "/", "~")) or value.count("/") != 1
+        if looks_local and not (Path(model_path(value)) / "config.json").is_file():
+            raise ValueError(
+                f"no DINOv3 folder (with config.json): {value!r}; give one, or a hub id owner/name"
+            )
+        return value
 
 
 def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
@@ -49,10 +65,8 @@ class Dinov3(Reward):
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
         super().__init__(settings, device)
-        path = settings.path
-        if path.startswith("builtin:"):
-            path = str(BUILTIN / path.removeprefix("builtin:"))
-        self.model = DINOv3ViTModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        model = DINOv3ViTModel.from_pretrained(model_path(settings.path), dtype=torch.float32)
+        self.model = model.to(device).eval()
 
     @torch.no_grad()
     def score(

@@ -1,7 +1,8 @@
-"""Counting by colour, on pixels: how many connected patches of the prompt's colour are there? A proxy that can be cheated.
+"""Counting by colour, on pixels: how many connected patches of the prompt's colour are there?
 
-score = 1 / (1 + |patches - asked|): 1 when exact. A patch of `min_pixels` pixels counts as an object whatever its shape,
-so specks, stripes and torn objects earn as much as circles do.
+A proxy that can be cheated. score = 1 / (1 + |patches - asked|): 1 when exact. A patch of
+`min_pixels` pixels counts as an object whatever its shape, so specks, stripes and torn objects earn
+as much as circles do.
 
 Shapes: B images of H x W pixels.
 """
@@ -26,14 +27,17 @@ class TinyCountSettings(RewardSettings):
 
 
 def colour_mask(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
-    """bool [B, H, W]: pixels that are bright, saturated and within 1/12 of the colour circle of the hue."""
+    """bool [B, H, W]: bright, saturated pixels within 1/12 of the colour circle of the hue."""
     hue, saturation, value = world.rgb_to_hsv(images_B3HW)
     near = world.hue_distance(hue, hue_B[:, None, None]) < 1 / 12
     return near & (saturation > 0.5) & (value > 0.45)
 
 
 def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
-    """int64 [B]: 8-connected patches of at least `min_pixels` pixels, by spreading the largest label."""
+    """int64 [B]: 8-connected patches of at least `min_pixels` pixels.
+
+    By spreading the largest label of each patch until nothing changes.
+    """
     batch, height, width = mask_BHW.shape
     index = torch.arange(1, height * width + 1, device=mask_BHW.device, dtype=torch.float32)
     mask = mask_BHW[:, None].float()

@@ -1,7 +1,9 @@
-"""Held-out quality of a picture: the probability that it shows the prompt's shape in the prompt's colour, and nothing else.
+"""Held-out quality of a picture: the probability that it shows what the prompt names.
 
-A transformer over patches, unlike the convolutional judge that a recipe may gate with, trained on noised and blurred
-pictures and on a rejected class: mixed objects, combs of dots, torn and smeared objects, blobs, noise. Never optimised.
+That is, the prompt's shape in the prompt's colour, and nothing else; the count is not judged. A
+transformer over patches, unlike the convolutional judge that a recipe may gate with, trained on
+noised and blurred pictures and on a rejected class: mixed objects, combs of dots, torn and smeared
+objects, blobs, noise. Never optimised.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Palette purity, on pixels: the share of the coloured pixels that have the prompt's colour. Differentiable nowhere."""
+"""Palette purity, on pixels: the share of the coloured pixels that have the prompt's colour.
+
+Differentiable nowhere.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Log-probability of the prompt's shape by a small convolutional classifier. Differentiable; an auxiliary, or ReFL's reward.
+"""Log-probability of the prompt's shape by a small convolutional classifier. Differentiable.
 
-Trained on clean pictures of the world only (gardo.tiny.make), so it is an imperfect judge of anything else.
+An auxiliary, or ReFL's reward. Trained on clean pictures of the world only (gardo.tiny.make), so it
+is an imperfect judge of anything else.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ class ShapeNet(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1),
+            nn.Conv2d(3, 16, 5, stride=2, padding=2),
             nn.SiLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 32, 3, padding=1),
             nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
+            nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Linear(32, len(world.SHAPES)),
         )

@@ -1,4 +1,4 @@
-"""The built-in tiny world: captioned pictures of coloured shapes and the real, tiny models trained on them.
+"""The built-in tiny world: captioned pictures of coloured shapes, and real, tiny models of them.
 
 world.py    draws scenes and captions; pure functions of a generator
 models.py   builds the tiny models (FluxPipeline, StableDiffusion3Pipeline, DINOv3) from scratch

@@ -1,9 +1,13 @@
-"""Train the tiny models from scratch and write them to `weights/`: python -m gardo.tiny.make [STAGE ...]
+"""Train the tiny models from scratch and write them to `weights/`.
 
-Stages, in order: vae, flux, dinov3, judges, sd3. Each is seeded and stands alone once those before it have run. About
-twenty minutes on 2 CPU cores; the results ship with the package, so nobody needs to run this.
+    python -m gardo.tiny.make [STAGE ...]
 
-The weights are stored in bf16 (under 5 MB in all) and used in fp32, so what is stored is exactly what is used.
+Stages, in order: vae, flux, dinov3, judges, sd3. Each is seeded and stands alone once those before
+it have run. About twenty minutes on 2 CPU cores; the results ship with the package, so nobody needs
+to run this.
+
+The weights are stored in bf16 (under 5 MB in all) and used in fp32, so what is stored is exactly
+what is used.
 """
 
 from __future__ import annotations
@@ -155,7 +159,10 @@ def make_flux(steps: int = 2400, batch: int = 48) -> None:
 
 
 def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
-    """Features that know layout, size, hue, shape and count: linear heads on the mean patch token learn to tell them."""
+    """Features that know layout, size, hue, shape and count.
+
+    Linear heads on the mean patch token learn to tell them.
+    """
     torch.manual_seed(3)
     model = models.dinov3().train()
     scene, images = pictures(20_000, seed=3)
@@ -189,7 +196,10 @@ def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
 
 
 def corrupted(count: int, seed: int) -> Tensor:
-    """Pictures that no caption fits: mixed objects, combs of dots, torn and smeared objects, blobs, noise."""
+    """Pictures that no caption fits.
+
+    Mixed objects, torn and smeared objects, combs of dots, blobs, noise.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -228,7 +238,7 @@ def roughened(images: Tensor, generator: torch.Generator) -> Tensor:
     return (mixed * gain + noise).clamp(0, 1)
 
 
-def make_judges(steps: int = 700, batch: int = 64) -> None:
+def make_judges(steps: int = 1000, batch: int = 64) -> None:
     SHAPE.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(4)
     scene, images = pictures(12_000, seed=4)
@@ -253,7 +263,7 @@ def make_judges(steps: int = 700, batch: int = 64) -> None:
         rough = roughened(images[rows], torch.Generator().manual_seed(5_000_011 + step))
         return F.cross_entropy(judge(rough), label_B[rows])
 
-    fit(judge.parameters(), fidelity_loss, steps=2 * steps, lr=1.5e-3, name="fidelity")
+    fit(judge.parameters(), fidelity_loss, steps=2 * steps, lr=2e-3, name="fidelity")
     save_file({k: v.to(torch.bfloat16) for k, v in judge.state_dict().items()}, FIDELITY)
 
 

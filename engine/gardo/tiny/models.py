@@ -1,8 +1,8 @@
-"""The tiny models of the built-in world: the real diffusers and transformers classes with small configurations.
+"""The tiny models of the built-in world: real diffusers and transformers classes, made small.
 
-`flux_pipeline` and `sd3_pipeline` return complete pipelines (transformer, VAE, text encoders, tokenizers, scheduler)
-which `save_pretrained` writes in the layout of FLUX.1-dev and stable-diffusion-3.5; weights are random until make.py
-trains them. Callers seed torch beforehand.
+`flux_pipeline` and `sd3_pipeline` return complete pipelines (transformer, VAE, text encoders,
+tokenizers, scheduler) which `save_pretrained` writes in the layout of FLUX.1-dev and
+stable-diffusion-3.5; weights are random until make.py trains them. Callers seed torch beforehand.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _words() -> list[str]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding whose merges spell every word of the world; other words fall to letters."""
+    """Byte pairs whose merges spell every word of the world; other words fall to letters."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces: dict[str, int] = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     for letter in letters:
@@ -121,7 +121,10 @@ def autoencoder() -> AutoencoderKL:
 
 
 def flux_pipeline(vae: AutoencoderKL | None = None) -> FluxPipeline:
-    """A FluxPipeline of about 1.1 M parameters: 2 double and 2 single blocks, 6 heads of 16, guidance embedding."""
+    """A FluxPipeline of about 1.1 M parameters, with guidance embedding.
+
+    2 double and 2 single blocks, 6 heads of 16.
+    """
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -153,7 +156,10 @@ def flux_pipeline(vae: AutoencoderKL | None = None) -> FluxPipeline:
 
 
 def sd3_pipeline(vae: AutoencoderKL | None = None) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline in the layout of SD3.5 Medium (QK RMS norms, dual attention in the first block)."""
+    """A StableDiffusion3Pipeline in the layout of SD3.5 Medium.
+
+    QK RMS norms, dual attention in the first block.
+    """
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     config = _clip_config(len(clip), projection_dim=TEXT_WIDTH)
     return StableDiffusion3Pipeline(

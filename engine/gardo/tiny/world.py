@@ -1,9 +1,10 @@
-"""A world of 32 x 32 pictures: one to three circles, squares or triangles of one colour on a dark ground.
+"""A world of 32 x 32 pictures: one to three circles, squares or triangles of one colour.
 
-Every picture has a caption ("two red circles"). The world is small enough that a Flux of a million parameters learns it
-in minutes on two CPU cores, and rich enough to show reward hacking: counts can be faked with specks, layouts can collapse.
+The ground is dark. Every picture has a caption ("two red circles"). The world is small enough that
+a Flux of a million parameters learns it in minutes on two CPU cores, and rich enough to show reward
+hacking: counts can be faked with specks, layouts can collapse.
 
-Shapes: B pictures, K object slots (3), H = W = 32 pixels. Pictures are float32 in [0, 1], [B, 3, H, W].
+Shapes: B pictures, K object slots (3), H = W = 32 pixels. Pictures: float32 [B, 3, H, W] in [0, 1].
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def caption(count: int, colour: int, shape: int) -> str:
 
 
 def parse(prompt: str) -> tuple[int, int, int]:
-    """(count, colour index, shape index) of a caption. ValueError names the word that is unknown."""
+    """(count, colour index, shape index) of a caption. ValueError names the unknown word."""
     words = prompt.strip().lower().split()
     if len(words) != 3:
         raise ValueError(f"prompt {prompt!r}: expected three words, such as 'two red circles'")
@@ -71,7 +72,10 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def rgb_to_hsv(rgb_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, 3, H, W] in [0, 1] -> hue, saturation, value, each [B, H, W] in [0, 1]; hue 0 where there is no colour."""
+    """[B, 3, H, W] in [0, 1] -> hue, saturation, value, each [B, H, W] in [0, 1].
+
+    The hue is 0 where there is no colour.
+    """
     value, arg = rgb_B3HW.max(1)
     chroma = value - rgb_B3HW.amin(1)
     red, green, blue = rgb_B3HW.unbind(1)
@@ -88,7 +92,10 @@ def hue_distance(hue: Tensor, other: Tensor) -> Tensor:
 
 
 def sample_scenes(batch: int, generator: torch.Generator, *, mixed: bool = False) -> Scene:
-    """Random scenes. With `mixed`, shapes and colours differ between the objects of a picture (no caption fits)."""
+    """Random scenes.
+
+    With `mixed`, shapes and colours differ between the objects of a picture (no caption fits).
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
@@ -119,7 +126,7 @@ def sample_scenes(batch: int, generator: torch.Generator, *, mixed: bool = False
 
 
 def _place(radius_BK: Tensor, count_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Centres at which the first `count` objects of each picture do not touch (rejection sampling)."""
+    """Centres at which the first `count` objects do not touch each other (rejection sampling)."""
     batch, slots = radius_BK.shape
     margin_BK1 = (radius_BK + _GAP / 2)[..., None]
     reach_BKK = radius_BK[:, :, None] + radius_BK[:, None, :] + _GAP

@@ -1,0 +1,97 @@
+"""The main job as its user types it: the deepspeed launcher, two ranks, the demo's recipe; then the exported LoRA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from gardo.report.metrics_log import read_metrics
+from tests.integration.test_parity import ROOT, environment
+
+SMALL = [
+    "run.steps=1",
+    "data.prompts_per_step=2",
+    "data.images_per_prompt=4",
+    "train.micro_batch=null",
+    "evaluate.prompt_count=4",
+    "evaluate.images_per_prompt=2",
+    "evaluate.batch=4",
+    "evaluate.shown=4",
+]
+
+REPLAY = """
+import sys
+from pathlib import Path
+import torch
+from diffusers import FluxPipeline
+from gardo.report.pictures import save_grid
+from gardo_kernels import random_normal
+
+model, lora, prompts_file, out = sys.argv[1:]
+torch.set_num_threads(1)
+pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
+pipeline.load_lora_weights(lora)
+prompts = Path(prompts_file).read_text().split("\\n")[:4]
+noise = random_normal(42, torch.arange(8), 1 << 25, (64, 16))
+images = [
+    pipeline(
+        [p for p in prompts[first // 2 : first // 2 + 2] for _ in range(2)],
+        latents=noise[first : first + 4],
+        height=32, width=32, num_inference_steps=8, guidance_scale=3.5, max_sequence_length=8,
+        output_type="pt",
+    ).images
+    for first in (0, 4)
+]
+save_grid(torch.cat(images), Path(out), columns=2)
+"""
+
+
+def bin_folder() -> str:
+    return str(Path(sys.executable).parent)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one iteration of the demo's recipe on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = "deepspeed --num_gpus 2 --module gardo.train recipes/tiny_flux_gardo.yaml"
+    settings = [*SMALL, f"run.folder={folder}", "distributed.threads=1"]
+    env = environment()
+    env["PATH"] = f"{bin_folder()}:{env['PATH']}"
+    done = subprocess.run(
+        [*command.split(), *(p for s in settings for p in ("--set", s))],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "report" in done.stdout and "export" in done.stdout
+    return folder / "tiny-flux-gardo"
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "report.html", "final/trainable.safetensors"):
+        assert (finished / name).is_file(), name
+    assert (finished / "export" / "pytorch_lora_weights.safetensors").is_file()
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [r["kind"] for r in records] == ["evaluation", "step", "evaluation"]
+    assert (finished / "samples" / "step-00000.png").is_file()
+
+
+def test_exported_lora_gives_the_evaluation_images_bit_for_bit(
+    finished: Path, tmp_path: Path
+) -> None:
+    replayed = tmp_path / "replayed.png"
+    subprocess.run(
+        [
+            sys.executable, "-c", REPLAY, str(ROOT / "engine/gardo/tiny/weights/flux"),
+            str(finished / "export"), str(ROOT / "recipes/tiny_prompts.txt"), str(replayed),
+        ],
+        env=environment(), check=True, timeout=300,
+    )  # fmt: skip
+    after = Image.open(finished / "samples" / "step-00001.png")
+    before = Image.open(finished / "samples" / "step-00000.png")
+    assert ImageChops.difference(after, Image.open(replayed)).getbbox() is None
+    assert ImageChops.difference(after, before).getbbox() is not None  # training moved the pictures
