@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -175,7 +176,7 @@ def teach(
         rows = mask_R.nonzero().flatten()
         velocity = torch.zeros_like(points.x_RX, dtype=policy.dtype)
         calls = math.ceil(engine.agree_max(len(rows)) / micro_batch)
-        with use(weights):  # type: ignore[attr-defined]
+        with use(weights) if calls else nullcontext():  # type: ignore[attr-defined]
             for call in range(calls):
                 part = rows[call * micro_batch : (call + 1) * micro_batch]
                 padded = part if len(part) else rows.new_zeros(1)

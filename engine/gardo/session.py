@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor
 
 from gardo import config
@@ -130,6 +132,13 @@ def keep_old_run(folder: Path) -> Path | None:
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
+def quiet_libraries() -> None:
+    """The run's output is ours: no loading bars, no note for each prompt that CLIP cuts at its limit."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def ranks() -> tuple[int, int, int]:
     """(rank, local rank, world) as the launcher says; (0, 0, 1) without one."""
     env = os.environ
@@ -144,6 +153,7 @@ def use_threads(recipe: Recipe, world: int) -> None:
 def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False) -> Session:
     """Checks the geometry, then loads the models and starts the engine."""
     rank, local_rank, world = ranks()
+    quiet_libraries()
     if world > 1 and recipe.distributed.engine == "local":
         raise config.RecipeError(
             f"{source}: distributed.engine: local runs in one process, but {world} ranks were "

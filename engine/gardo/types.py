@@ -133,6 +133,7 @@ class Metrics:
         return self
 
     def maximum(self, name: str, values: Tensor) -> Metrics:
+        """Keeps the largest value; NaN counts as infinity."""
         self._raise(name, float(values.detach().max()) if values.numel() else float("-inf"))
         return self
 
@@ -160,4 +161,6 @@ class Metrics:
         self.sums[name] = (old_total + total, old_count + count)
 
     def _raise(self, name: str, value: float) -> None:
+        if value != value:  # NaN compares as not larger, here and in collectives: it would be lost
+            value = float("inf")
         self.maxima[name] = max(self.maxima.get(name, float("-inf")), value)

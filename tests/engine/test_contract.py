@@ -1,4 +1,4 @@
-"""What is done when the training numerics disagree with sampling's, and that nothing slips through."""
+"""What is done when training numerics disagree with sampling's; nothing slips through."""
 
 import itertools
 import math

@@ -31,7 +31,7 @@ def test_any_script_is_a_prompt(tmp_path):
 
 def test_missing_file(tmp_path):
     for path in (tmp_path / "nowhere.txt", tmp_path):
-        with pytest.raises(ValueError, match="no such file.*one prompt a line") as caught:
+        with pytest.raises(ValueError, match=r"no such file.*one prompt a line") as caught:
             load_prompts(path)
         assert path.name in str(caught.value)
 

@@ -91,8 +91,12 @@ def test_a_long_winding_patch_is_one() -> None:
 
 
 def test_count_is_exact_on_clean_pictures() -> None:
-    values = score("tiny_count", *clean(1000, 21))
-    assert float((values == 1).float().mean()) > 0.99
+    """Always for circles; in 1 % of the others corners touch (see test_world)."""
+    images, prompts = clean(1500, 21)
+    exact_B = score("tiny_count", images, prompts) == 1
+    circle_B = torch.tensor(["circle" in p for p in prompts])
+    assert bool(exact_B[circle_B].all())
+    assert float(exact_B.float().mean()) > 0.98
 
 
 @pytest.mark.parametrize("shown", [0, 1, 2, 3])
@@ -151,7 +155,7 @@ def test_purity_weighs_by_colourfulness() -> None:
 def test_purity_stays_between_0_and_1() -> None:
     noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(22))
     values = score("tiny_purity", noise, ["two blue circles"] * 64)
-    assert 0 < float(values.min()) and float(values.max()) < 0.4
+    assert float(values.min()) > 0 and float(values.max()) < 0.4
     assert float(score("tiny_purity", *clean(300, 23)).min()) > 0.95
 
 
@@ -190,8 +194,7 @@ def test_fidelity_tells_clean_from_corrupted() -> None:
     broken = make.corrupted(600, seed=28)
     accepted = 1 - judge.net(broken).softmax(-1)[:, REJECTED]
     assert float(accepted.mean()) < 0.2
-    for_any_prompt = score("tiny_fidelity", broken, [p for p in prompts for _ in range(1)])
-    assert float(for_any_prompt.mean()) < 0.1
+    assert float(score("tiny_fidelity", broken, prompts).mean()) < 0.1
 
 
 def test_fidelity_is_low_for_another_prompt() -> None:

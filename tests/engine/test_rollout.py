@@ -127,7 +127,7 @@ def test_recorded_noise_is_the_step(variant, level):
     x_next = torch.cat([x[:, 1:], rollout.final_BX[:, None].double()], 1)
     A, B = (spread(table.column(n)[None].double(), x) for n in ("A", "B"))
     moved = B * (rollout.velocity_BTX + rollout.u_BTX).double()
-    torch.testing.assert_close(x_next - A * x, moved, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(x_next - A * x, moved, rtol=1e-4, atol=1e-5)
     spread_T = (rollout.u_BTX * spread(table.column("B")[None], x)).square().mean((0, 2, 3)).sqrt()
     torch.testing.assert_close(spread_T, table.column("std"), rtol=0.3, atol=0)
     if variant == "cps":
@@ -244,7 +244,7 @@ def test_every_rank_calls_the_teacher_as_often(mine, other, calls):
         micro_batch=3,
     )
     assert policy.calls == calls
-    assert set(entered) == ({"reference"} if calls else set(entered))
+    assert entered == (["reference"] if calls else []), "no exchange of weights for nothing"
     velocity = taught.velocities["reference"]
     assert velocity.shape == points.x_RX.shape and velocity.dtype == torch.bfloat16
     assert not velocity[~rows].any()

@@ -136,6 +136,7 @@ class DiffusionNFT(Algorithm):
             gate=batch.gate_R if self.has_kl else None,
             v_ref=points.velocities["reference"].float() if self.has_kl else None,
             beta=settings.beta,
+            policy_scale=settings.advantage_clip,
         )
         metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.policy_R)
         if self.has_kl:

@@ -1,0 +1,652 @@
+"""Recipes: what loads, and what bad ones are told: file (or --set), field, value, mend."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gardo import cli, config
+from gardo.algorithms.flow_grpo import FlowGRPO
+from gardo.config import Recipe, RecipeError, check, dump, load, read_yaml
+from gardo.planner import geometry
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DEMO = ROOT / "recipes/tiny_flux_gardo.yaml"
+SECTIONS = ("model", "train", "data", "sampler", "algorithm", "rewards", "run")
+
+
+def written(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The demo's recipe in `folder` with pieces of its text replaced; each must occur once."""
+    text = DEMO.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+        text = text.replace(old, new)
+    shutil.copy(DEMO.parent / "tiny_prompts.txt", folder)
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as raised:
+        load(path, overrides)
+    return str(raised.value)
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values: each load makes classes of its own, so recipes differ."""
+    return recipe.model_dump(mode="json")
+
+
+# ---- what loads ----------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_fits_two_ranks(path: Path) -> None:
+    recipe = load(path)
+    assert len(recipe.prompts()) == 54
+    for world in (1, 2):
+        plan = geometry(recipe, rank=world - 1, world=world)
+        assert plan.samples * world == recipe.data.prompts_per_step * recipe.data.images_per_prompt
+        assert plan.first == (world - 1) * plan.samples
+        assert plan.rows == plan.micro_batch * plan.accumulation
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_dump_loads_to_the_same_recipe(path: Path) -> None:
+    recipe = load(path)
+    again = check(read_yaml(dump(recipe), "dump"), "dump")
+    assert values(again) == values(recipe)
+    assert dump(again) == dump(recipe)
+
+
+def test_the_demo_means_what_it_says() -> None:
+    recipe = load(DEMO)
+    assert recipe.algorithm.name == "gardo" and recipe.algorithm.base.name == "flow_grpo"
+    assert recipe.algorithm.base.clip_range == 1e-3
+    assert recipe.algorithm.gate.limits == (0.02, 0.2)
+    assert recipe.model.size == (32, 32)
+    assert recipe.train.weights.kind == "lora" and recipe.train.weights.rank == 16
+    roles = {name: s.role for name, s in config.reward_settings(recipe).items()}
+    assert roles == {
+        "tiny_count": "proxy",
+        "tiny_shape": "auxiliary",
+        "tiny_purity": "auxiliary",
+        "dinov3": "features",
+        "tiny_fidelity": "held_out",
+    }
+    assert recipe.run_folder == Path("runs/tiny-flux-gardo")
+
+
+def test_prompt_files_are_found_beside_the_recipe_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = written(elsewhere)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("one red circle\n")
+    assert len(load(path).prompts()) == 54
+    here = load(path, ["data.prompts=here.txt", "evaluate.prompt_count=1"])
+    assert here.prompts() == here.evaluation_prompts() == ["one red circle"]
+    (elsewhere / "here.txt").write_text("two red circles\n\n  three red circles \n")
+    assert load(path, ["data.prompts=here.txt"]).prompts() == [
+        "two red circles",
+        "three red circles",
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    (tmp_path / "tiny_prompts.txt").write_bytes(b"\xef\xbb\xbfone red circle\n")
+    assert load(path).prompts() == ["one red circle"]
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+NAME, STEPS = "name: tiny-flux-gardo", "steps: 80"
+FLUX = 'path: "builtin:flux"'
+FEATURES = '  dinov3: {role: features, path: "builtin:dinov3", size: 32}\n'
+BASE = "name: flow_grpo"
+
+BAD_VALUES = {
+    # unknown fields
+    "unknown section": (("evaluate: {", "evaluates: {"), "evaluates: unknown field",
+                        "Did you mean evaluate?"),
+    "unknown field": (("noise_level: 0.7", "noise_levle: 0.7"), "sampler.noise_levle: unknown",
+                      "Did you mean sampler.noise_level?"),
+    "unknown field of the model": (("guidance: 3.5", "guidence: 3.5"), "model.guidence: unknown",
+                                   "Did you mean model.guidance?"),
+    "unknown field of the algorithm": (("{fraction: 0.1", "{fractoin: 0.1"),
+                                       "algorithm.gate.fractoin: unknown",
+                                       "Did you mean algorithm.gate.fraction?"),
+    "unknown field of the base": (("clip_range: 1.0e-3", "clip_rage: 1.0e-3"),
+                                  "algorithm.base.clip_rage: unknown",
+                                  "Did you mean algorithm.base.clip_range?"),
+    "unknown field of a reward": (("tiny_count: {", "tiny_count: {min_pixel: 3, "),
+                                  "rewards.tiny_count.min_pixel: unknown",
+                                  "Did you mean rewards.tiny_count.min_pixels?"),
+    "unknown field far from any": (("seed: 42", "colour: 42"), "run.colour: unknown field",
+                                   "Known here: folder, name, rollout_batch, seed, steps."),
+    "rank of a full fine-tuning": (("kind: lora, rank: 16, alpha: 32", "kind: full, rank: 16"),
+                                   "train.weights.rank: unknown field", "Known here: kind."),
+    # types and ranges
+    "text for a number": ((STEPS, "steps: eighty"), "run.steps: 'eighty'", "valid integer"),
+    "fraction for a whole number": ((STEPS, "steps: 80.5"), "run.steps: 80.5", "valid integer"),
+    "truth for a number": (("seed: 42", "seed: yes"), "run.seed: True", "valid integer"),
+    "number for text": ((NAME, "name: 5"), "run.name: 5", "valid string"),
+    "section for a number": ((STEPS, "steps: {a: 1}"), "run.steps: input", "valid integer"),
+    "number for a section": (("{steps: 8, train_steps: 6, sde: flow, noise_level: 0.7}", "5"),
+                             "sampler: 5", "valid dictionary"),
+    "one size for two": (("size: [32, 32]", "size: 32"), "model.size: 32", "valid tuple"),
+    "three sizes": (("size: [32, 32]", "size: [32, 32, 3]"), "model.size", "at most 2"),
+    "negative size": (("size: [32, 32]", "size: [32, -32]"), "model.size.1: -32", "than 0"),
+    "zero rank": (("rank: 16", "rank: 0"), "train.weights.rank: 0", "equal to 1"),
+    "NaN": (("lr: 1.0e-3", "lr: .nan"), "train.optimizer.lr: nan", "finite number"),
+    "infinity": (("noise_level: 0.7", "noise_level: .inf"), "sampler.noise_level: inf",
+                 "finite number"),
+    "NaN in a pair": (("limits: [0.02, 0.2]", "limits: [.nan, 0.2]"),
+                      "algorithm.gate.limits.0: nan", "finite number"),
+    "limits upside down": (("limits: [0.02, 0.2]", "limits: [0.2, 0.02]"),
+                           "algorithm.gate.limits: [0.2, 0.02]", "low <= high"),
+    "unknown sampler": (("sde: flow", "sde: fast"), "sampler.sde: 'fast'", "'dance'"),
+    "other optimizer": (("name: adamw", "name: sgd"), "train.optimizer.name: 'sgd'", "adamw"),
+    "run outside its folder": ((NAME, "name: ../elsewhere"), "run.name: '../elsewhere'", "A-Z"),
+    # plug-ins
+    "unknown algorithm": (("name: gardo\n", "name: grado\n"), "algorithm.name: 'grado' is none of",
+                          "diffusion_nft, flow_grpo, gardo, refl"),
+    "unknown base": ((BASE, "name: grpo"), "algorithm.base.name: 'grpo'", "flow_grpo"),
+    "no base": (("  base:\n", "  bass:\n"), "algorithm.base.name: missing", "flow_grpo"),
+    "unknown reward": (("tiny_count:", "tiny_cuont:"), "rewards.tiny_cuont.kind: 'tiny_cuont'",
+                       "dinov3, tiny_count, tiny_fidelity, tiny_purity, tiny_shape"),
+    "unknown family": (("family: flux", "family: fluks"), "model.family: 'fluks'", "flux, sd3"),
+    "no family": (("family: flux, ", ""), "model.family: missing", "flux, sd3"),
+    "module that is not there": (("name: gardo\n", 'name: "no_such_module:Name"\n'),
+                                 "algorithm.name: 'no_such_module:Name'", "cannot be imported"),
+    "no plug-in": (("name: gardo\n", 'name: "os:getcwd"\n'), "algorithm.name: 'os:getcwd'",
+                   "no plug-in"),
+    "reward that is no name": (("tiny_count:", "_count:"), "rewards._count", "a letter"),
+    "unknown weights": (("kind: lora", "kind: lorra"), "train.weights:", "'lora', 'full'"),
+    "weights without a kind": (("kind: lora, ", ""), "train.weights: kind", "lora, full"),
+    # files
+    "missing model folder": ((FLUX, "path: ./no/such/model"), "model.path: no such folder",
+                             "'./no/such/model'; give a diffusers folder or a hub id"),
+    "missing built-in model": ((FLUX, 'path: "builtin:nothing"'), "model.path:",
+                               "'builtin:nothing'"),
+    "folder of something else": ((FLUX, 'path: "."'), "model.path: '.'", "no model_index.json"),
+    "missing features model": (('"builtin:dinov3"', "./no/dinov3"), "rewards.dinov3.path",
+                               "'./no/dinov3'; give one, or a hub id"),
+    "missing prompt file": (("prompts: tiny_prompts.txt", "prompts: nowhere.txt"),
+                            "data.prompts: no such file", "one prompt a line"),
+    "missing evaluation prompts": (("every: 20", "every: 20, prompts: nowhere.txt"),
+                                   "evaluate.prompts: no such file", "one prompt a line"),
+    # rules between sections
+    "no proxy": (("tiny_count: {role: proxy}", "tiny_count: {role: held_out}"),
+                 "rewards: none has role proxy", "`role: proxy`"),
+    "no features": ((FEATURES, ""), "algorithm.diversity.features: 'dinov3'",
+                    "add `dinov3: {role: features}` to rewards"),
+    "features of another name": (("{features: dinov3}", "{features: dino}"),
+                                 "algorithm.diversity.features: 'dino'", "add `dino:"),
+    "two features": ((FEATURES, FEATURES + FEATURES.replace("dinov3:", "two: {kind: dinov3}", 1)
+                      .replace("kind: dinov3} {", "kind: dinov3, ")),
+                     "rewards: dinov3, two all have role features", "keep one"),
+    "every step trained": (("train_steps: 6", "train_steps: 8"), "sampler.train_steps: 8 of 8",
+                           "at most 7"),
+    "more steps trained than made": (("train_steps: 6", "train_steps: 9"),
+                                     "sampler.train_steps: 9 of 8", "at most 7"),
+    "gate without a KL": (("beta: 3.0", "beta: 0.0"), "algorithm.base.beta: flow_grpo has no KL",
+                          "a beta above 0"),
+    "group of one": (("images_per_prompt: 12", "images_per_prompt: 1"), "data.images_per_prompt: 1",
+                     "at least 2"),
+    "bfloat16 in one process": (("engine: zero, stage: 3", "engine: local, precision: bfloat16"),
+                                "distributed.precision: bfloat16", "use engine zero"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values_are_explained(case: str, tmp_path: Path) -> None:
+    change, field, mend = BAD_VALUES[case]
+    path = written(tmp_path, change)
+    message = refusal(path)
+    assert message.startswith(f"{path}: {field}"), message
+    assert mend in message
+    assert "\n" not in message
+
+
+BAD_TEXTS = {
+    "empty": ("", "a recipe is a mapping of sections"),
+    "list": ("- one\n- two\n", "a recipe is a mapping of sections; this is list"),
+    "text": ("a recipe\n", "a recipe is a mapping of sections; this is str"),
+    "no YAML": ("model: [\n", "not valid YAML"),
+    "key twice": ("run: {seed: 1, steps: 2, seed: 3}\n", "the key 'seed' stands twice"),
+    "section twice": ("run: {}\ndata: {}\nrun: {}\n", "the key 'run' stands twice"),
+    "Python object": ("run: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_bad_texts_are_explained(case: str, tmp_path: Path) -> None:
+    text, expected = BAD_TEXTS[case]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ") and expected in message
+    assert "\n" not in message
+
+
+def test_a_key_that_stands_twice_is_located(tmp_path: Path) -> None:
+    path = written(tmp_path, ("seed: 42", "seed: 42, seed: 43"))
+    message = refusal(path)
+    assert "'seed' stands twice" in message and "line 34" in message
+
+
+def test_bytes_that_are_no_text_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"run: {name: caf\xe9}\n")
+    assert refusal(path) == f"{path}: not UTF-8 (byte 15); save it as UTF-8"
+
+
+def test_a_missing_recipe_is_explained(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "no.yaml").startswith(f"{tmp_path / 'no.yaml'}: no such recipe")
+    assert "no such recipe" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_missing_sections_are_named(section: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(DEMO.read_text())
+    del raw[section]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    shutil.copy(DEMO.parent / "tiny_prompts.txt", tmp_path)
+    message = refusal(path)
+    assert re.match(rf"{re.escape(str(path))}: {section}\b[^:]*: missing", message), message
+
+
+def test_all_bad_fields_are_told_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, (STEPS, "steps: -1"), ("rank: 16", "rank: many"))
+    lines = refusal(path).split("\n")
+    assert [line.removeprefix(f"{path}: ").split(":")[0] for line in lines] == [
+        "train.weights.rank",
+        "run.steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty; write one prompt a line"),
+        (b" \n\n\t\n", "is empty; write one prompt a line"),
+        (b"one red circle\ntwo caf\xe9 circles\n", "is not UTF-8 (byte 22); save it as UTF-8"),
+        (b"one red circle\ntwo pink circles\n", "prompt 2: prompt 'two pink circles': 'pink'"),
+    ],
+    ids=["empty", "blank", "not UTF-8", "unknown word"],
+)
+@pytest.mark.parametrize("field", ["data.prompts", "evaluate.prompts"])
+def test_bad_prompt_files_are_explained(
+    field: str, content: bytes, expected: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, ("every: 20", "every: 20, prompts: tiny_prompts.txt"))
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(content)
+    message = refusal(path, f"{field}=bad.txt")
+    assert message.startswith(f"--set {field}: ") and expected in message
+    assert str(bad) in message or "pink" in message
+    path.write_text(path.read_text().replace("prompts: tiny_prompts.txt", "prompts: bad.txt"))
+    assert f"{path}: data.prompts: " in refusal(path)
+
+
+def test_a_prompt_that_cannot_be_scored_names_the_reward(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    (tmp_path / "tiny_prompts.txt").write_text("one red circle\nfour red circles\n")
+    assert "(rewards.tiny_count)" in refusal(path)
+
+
+def test_a_gate_needs_auxiliaries(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        ("tiny_shape: {role: auxiliary}", "tiny_shape: {role: held_out}"),
+        ("tiny_purity: {role: auxiliary}", "tiny_purity: {role: held_out}"),
+    )
+    message = refusal(path)
+    assert message.startswith(f"{path}: algorithm.gate: needs rewards with role auxiliary")
+    assert "or leave the gate out" in message
+    assert load(path, ["algorithm.gate=null"]).algorithm.gate is None
+
+
+def test_diversity_of_features_needs_features(tmp_path: Path) -> None:
+    path = written(tmp_path, (FEATURES, ""))
+    message = refusal(path, "algorithm.diversity=null", "evaluate.diversity=features")
+    assert message == ("--set evaluate.diversity: features needs a reward with role features")
+
+
+def test_refl_needs_a_differentiable_proxy() -> None:
+    path = ROOT / "recipes/tiny_flux_refl.yaml"
+    message = refusal(path, "rewards.tiny_count.role=proxy")
+    assert message == (
+        f"{path}: rewards.tiny_count: tiny_count has no gradient, and the algorithm needs one"
+    )
+
+
+def test_nft_cannot_train_more_times_than_there_are() -> None:
+    path = ROOT / "recipes/tiny_flux_nft_gardo.yaml"
+    assert load(path, ["sampler.train_steps=8"]).sampler.train_steps == 8
+    message = refusal(path, "sampler.train_steps=9")
+    assert message == "--set sampler.train_steps: 9 times of 8 steps; at most 8"
+
+
+# ---- geometry ------------------------------------------------------------------------------------
+
+
+def nearest(message: str) -> list[int]:
+    """The numbers that a message about geometry offers."""
+    return [int(n) for n in re.findall(r"\d+", message.split("Nearest that do: ")[1])]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "updates", "world"),
+    [(8, 12, 2, 5), (7, 3, 2, 4), (1, 2, 1, 64), (48, 24, 2, 7)],
+)
+def test_batches_that_do_not_split_are_told_what_would(
+    prompts: int, images: int, updates: int, world: int
+) -> None:
+    sizes = [
+        f"data.images_per_prompt={images}",
+        f"train.updates_per_step={updates}",
+        "train.micro_batch=null",
+    ]
+    recipe = load(DEMO, [*sizes, f"data.prompts_per_step={prompts}"])
+    with pytest.raises(RecipeError) as raised:
+        geometry(recipe, rank=0, world=world, source="some.yaml")
+    message = str(raised.value)
+    assert message.startswith(f"some.yaml: data.prompts_per_step: {prompts} prompts x {images} ")
+    assert f"{world} ranks" in message and f"{updates} updates" in message
+    offered = nearest(message)
+    assert len(offered) == 2
+    for better in offered:
+        plan = geometry(
+            load(DEMO, [*sizes, f"data.prompts_per_step={better}"]), rank=0, world=world
+        )
+        assert plan.samples * world == better * images
+    between = range(prompts - min(abs(prompts - b) for b in offered) + 1, prompts)
+    assert all(p * images % (world * updates) for p in between)
+
+
+@pytest.mark.parametrize("micro_batch", [5, 71, 200, 1000])
+def test_micro_batches_that_do_not_divide_are_told_what_would(micro_batch: int) -> None:
+    with pytest.raises(RecipeError) as raised:
+        geometry(load(DEMO, [f"train.micro_batch={micro_batch}"]), rank=1, world=2)
+    message = str(raised.value)
+    assert f"recipe: train.micro_batch: {micro_batch} does not divide the 144 rows" in message
+    assert "(24 samples x 6 steps)" in message
+    offered = nearest(message)
+    assert len(offered) == 2
+    for better in offered:
+        plan = geometry(load(DEMO, [f"train.micro_batch={better}"]), rank=1, world=2)
+        assert plan.micro_batch == better and plan.accumulation * better == 144
+
+
+def test_all_of_an_update_goes_at_once_without_micro_batch() -> None:
+    plan = geometry(load(DEMO, ["train.micro_batch=null"]), rank=1, world=2)
+    assert (plan.samples, plan.first, plan.rows, plan.micro_batch) == (48, 48, 144, 144)
+
+
+# ---- --set ---------------------------------------------------------------------------------------
+
+
+def test_overrides_have_yaml_types() -> None:
+    recipe = load(
+        DEMO,
+        [
+            "train.optimizer.lr=1e-4",
+            "run.steps=3",
+            "run.name=again",
+            "sampler.same_initial_noise=true",
+            "train.weights.targets=[attn.to_q, attn.to_k]",
+            "algorithm.diversity=null",
+            "algorithm.reference.reset_kl=5E-1",
+            "train.optimizer.betas=[0.9, 0.95]",
+            "rewards.tiny_count.weight=2",
+        ],
+    )
+    assert recipe.train.optimizer.lr == 1e-4 and isinstance(recipe.train.optimizer.lr, float)
+    assert recipe.run.steps == 3 and recipe.run.name == "again"
+    assert recipe.sampler.same_initial_noise is True
+    assert recipe.train.weights.targets == ["attn.to_q", "attn.to_k"]
+    assert recipe.algorithm.diversity is None
+    assert recipe.algorithm.reference.reset_kl == 0.5
+    assert recipe.algorithm.reference.reset_updates == load(DEMO).algorithm.reference.reset_updates
+    assert recipe.train.optimizer.betas == (0.9, 0.95)
+    assert recipe.rewards.tiny_count.weight == 2
+
+
+def test_the_last_override_wins() -> None:
+    assert load(DEMO, ["run.steps=3", "run.steps=5"]).run.steps == 5
+
+
+def test_overrides_leave_the_rest_alone() -> None:
+    expected = values(load(DEMO))
+    expected["run"]["steps"] = 3
+    assert values(load(DEMO, ["run.steps=3"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "algorithm.gate.fractoin=0.2",
+            "--set algorithm.gate.fractoin: unknown field. Did you mean algorithm.gate.fraction?",
+        ),
+        ("run.steps=many", "--set run.steps: 'many': input should be a valid integer"),
+        ("run.steps=-1", "--set run.steps: -1: input should be greater than or equal to 1"),
+        ("train.optimizer.lr=.nan", "--set train.optimizer.lr: nan: input should be a finite"),
+        ("model.size=[32, x]", "--set model.size: model.size.1: 'x': input should be"),
+        ("run={}", "--set run: run.name: missing"),
+        ("run.steps", "--set run.steps: expected FIELD=VALUE, such as"),
+        ("=3", "--set =3: expected FIELD=VALUE, such as"),
+        ("run.steps.more=1", "--set run.steps.more: 'steps' is a value, not a section"),
+        ("model.size=[32", "--set model.size: not valid YAML"),
+        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of diffusion_nft, "),
+        ("sampler.train_steps=8", "--set sampler.train_steps: 8 of 8 steps"),
+        ("data.prompts=nowhere.txt", "--set data.prompts: no such file: "),
+        ("model.path=builtin:none", "--set model.path: no such folder: 'builtin:none'"),
+    ],
+)
+def test_errors_of_overrides_name_the_override(override: str, expected: str) -> None:
+    assert refusal(DEMO, override).startswith(expected)
+
+
+# ---- plug-ins of the user ------------------------------------------------------------------------
+
+PLUGINS = """
+from typing import Literal
+from pydantic import Field
+from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from gardo.rewards.base import Reward, RewardSettings
+
+class MineSettings(FlowGRPOSettings):
+    name: Literal["mine"] = "mine"
+    strength: float = Field(1.0, gt=0)
+
+class Mine(FlowGRPO):
+    Settings = MineSettings
+
+class LengthSettings(RewardSettings):
+    longest: int = 20
+
+class Length(Reward):
+    Settings = LengthSettings
+
+    @classmethod
+    def check_prompt(cls, prompt):
+        if "yellow" in prompt:
+            raise ValueError(f"prompt {prompt!r} is yellow")
+"""
+
+
+@pytest.fixture
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "gardo_test_plugins.py").write_text(PLUGINS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gardo_test_plugins", raising=False)
+    return "gardo_test_plugins"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_algorithm_by_dotted_path_loads(
+    wrapped: bool, users_module: str, tmp_path: Path
+) -> None:
+    name = f'name: "{users_module}:Mine"'
+    path = written(tmp_path, (BASE, f"{name}\n    strength: 2.0"))
+    if not wrapped:
+        raw = yaml.safe_load(path.read_text())
+        raw["algorithm"] = raw["algorithm"]["base"]
+        path.write_text(yaml.safe_dump(raw))
+    recipe = load(path)
+    settings = recipe.algorithm.base if wrapped else recipe.algorithm
+    section = "algorithm.base" if wrapped else "algorithm"
+    assert settings.strength == 2.0 and settings.clip_range == 1e-3
+    plugin = config.algorithm_plugin(settings)
+    assert plugin.__name__ == "Mine" and issubclass(plugin, FlowGRPO)
+    assert geometry(recipe, rank=0, world=2).rows == 144
+    assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)
+    message = refusal(path, f"{section}.strenght=1.0")
+    assert message.endswith(f"unknown field. Did you mean {section}.strength?")
+    assert "greater than 0" in refusal(path, f"{section}.strength=0")
+
+
+def test_a_reward_by_dotted_path_loads(users_module: str, tmp_path: Path) -> None:
+    kind = f"kind: '{users_module}:Length'"
+    prompts = tmp_path / "red.txt"
+    prompts.write_text("one red circle\n")
+    path = written(
+        tmp_path,
+        ("tiny_count: {role: proxy}", f"length: {{role: proxy, {kind}, longest: 7}}"),
+        ("prompts: tiny_prompts.txt", "prompts: red.txt"),
+    )
+    recipe = load(path)
+    settings = config.reward_settings(recipe)["length"]
+    assert config.reward_plugin(settings).__name__ == "Length"
+    assert (settings.longest, settings.role, settings.weight) == (7, "proxy", 1.0)
+    assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)
+    assert "Did you mean rewards.length.longest?" in refusal(path, "rewards.length.longst=1")
+    prompts.write_text("one red circle\none yellow circle\n")
+    assert "prompt 2: prompt 'one yellow circle' is yellow (rewards.length)" in refusal(path)
+
+
+def test_a_name_that_the_module_lacks_is_explained(users_module: str, tmp_path: Path) -> None:
+    path = written(tmp_path, (BASE, f'name: "{users_module}:Nothing"'))
+    message = refusal(path)
+    assert f"algorithm.base.name: '{users_module}:Nothing' cannot be imported" in message
+    assert "has no attribute 'Nothing'" in message
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Our modules in a new process in `folder`."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("module", ["gardo.cli train", "gardo.train"])
+def test_a_bad_recipe_ends_with_2_before_anything_is_made(module: str, tmp_path: Path) -> None:
+    path = written(tmp_path, (FLUX, "path: ./no/such/model"))
+    before = sorted(tmp_path.rglob("*"))
+    done = run(tmp_path, *module.split(), "recipe.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip() == (
+        "recipe.yaml: model.path: no such folder: './no/such/model'; "
+        "give a diffusers folder or a hub id owner/name"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    assert path in before
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command in this process says on stderr as it ends with 2."""
+    with pytest.raises(SystemExit) as raised:
+        cli.app(list(arguments))
+    assert raised.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.strip()
+
+
+def test_geometry_is_refused_before_launching(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, "train", str(DEMO), "--gpus", "5")
+    assert message.startswith(f"{DEMO}: data.prompts_per_step: 8 prompts x 12 images = 96 do not")
+    local = "distributed.engine=local"
+    message = refused(capsys, "train", str(DEMO), "--gpus", "2", "--set", local)
+    assert message.startswith(f"{DEMO}: distributed.engine: local runs in one process")
+    message = refused(capsys, "train", str(DEMO), "--set", "run.stepz=1")
+    assert message == "--set run.stepz: unknown field. Did you mean run.steps?"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_without_a_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "export", str(tmp_path))
+    assert message.startswith(f"{tmp_path}: no final/trainable.safetensors; name the folder")
+    message = refused(capsys, "report", str(tmp_path))
+    assert message.startswith(f"{tmp_path}: no metrics.jsonl; name the folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.schema()
+    schema = json.loads(capsys.readouterr().out)
+    names = {
+        definition["properties"][key]["const"]
+        for definition in schema["$defs"].values()
+        for key in ("name", "kind", "family")
+        if "const" in definition.get("properties", {}).get(key, {})
+    }
+    packages = ("gardo.algorithms", "gardo.rewards", "gardo.policies")
+    built_in = {n for package in packages for n in config.plugins.names(package)}
+    assert {"gardo", "flow_grpo", "diffusion_nft", "refl", "flux", "sd3"} <= built_in
+    assert built_in <= names
+    assert names - built_in == {"lora", "full"}
+
+
+def test_the_schema_has_the_shape_of_a_recipe() -> None:
+    schema = config.full_schema()
+    assert set(SECTIONS) == set(schema["required"])
+    assert set(yaml.safe_load(DEMO.read_text())) <= set(schema["properties"])
+    strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
+    assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
+    sampler = schema["$defs"]["SamplerSettings"]["properties"]
+    assert sampler["sde"]["enum"] == ["flow", "dance", "cps"]
+    assert sampler["steps"]["description"] == "denoise steps T"
+    if importlib.util.find_spec("jsonschema"):
+        import jsonschema
+
+        for path in RECIPES:
+            jsonschema.validate(yaml.safe_load(path.read_text()), schema)
