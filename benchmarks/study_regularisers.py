@@ -1,8 +1,11 @@
-"""No KL, uniform KL and GARDO on the built-in tiny Flux, same budget: one picture, one table. ./run study
+"""No KL, uniform KL and GARDO on the built-in tiny Flux, same budget: one picture, one table.
 
-Trains the three recipes one after the other on two ranks (about eight minutes each on two cores), or takes runs that are
-there already (--runs FOLDER), and writes benchmarks/results/tiny_regularisers.{png,csv,md}. README.md shows the last two
-between its `study` marks, which this script fills.
+    ./run study
+
+Trains the three recipes one after the other on two ranks (about eight minutes each on two cores),
+or takes runs that are there already (--runs FOLDER), and writes
+benchmarks/results/tiny_regularisers.{png,csv,md}. README.md shows the last two between its `study`
+marks, which this script fills.
 """
 
 from __future__ import annotations
@@ -74,8 +77,7 @@ def table(arms: dict[str, list[dict[str, Any]]]) -> str:
         return f"{scale * values['mean']:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
     lines = [
-        "| | iterations | proxy, % | change | held-out, % | change | layout entropy | "
-        "size | hue |",
+        "| | iterations | proxy, % | change | held-out, % | change | layout entropy | size | hue |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     start = next(iter(arms.values()))[0]
@@ -123,7 +125,9 @@ def picture(arms: dict[str, list[dict[str, Any]]], folder: Path, path: Path) -> 
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     prompts = ", ".join(arms[first][0]["prompts"])
-    lower.suptitle(f"one row a prompt, the same noise in every panel: {prompts}", fontsize=8, y=0.02)
+    lower.suptitle(
+        f"one row a prompt, the same noise in every panel: {prompts}", fontsize=8, y=0.02
+    )
     figure.savefig(path)
 
 

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
@@ -243,7 +244,7 @@ def _plugin(package: str, section: Any, field: str, location: str) -> Any:
 
 def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseModel]:
     settings = _plugin("gardo.algorithms", section, "name", location).Settings
-    own_name = {"name": (str, ...)} if ":" in section["name"] else {}
+    own_name: dict[str, Any] = {"name": (str, ...)} if ":" in section["name"] else {}
     if "base" in settings.model_fields:
         base = _algorithm_settings(section.get("base"), f"{location}.base")
         own_name["base"] = (base, ...)
@@ -269,11 +270,10 @@ def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
             raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
     model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
-    panel = create_model(
-        "Rewards",
-        __base__=Strict,
-        **{str(n): (_reward_settings(str(n), section), ...) for n, section in rewards.items()},
-    )
+    fields: dict[str, Any] = {
+        str(n): (_reward_settings(str(n), section), ...) for n, section in rewards.items()
+    }
+    panel = create_model("Rewards", __base__=Strict, **fields)
     return create_model(
         "Recipe",
         __base__=Recipe,
@@ -290,13 +290,12 @@ def full_schema() -> dict[str, Any]:
         classes = [plugins.resolve(package, n).Settings for n in plugins.names(package)]
         return Union[tuple(classes)]  # noqa: UP007  built at run time
 
-    schema = create_model(
-        "Recipe",
-        __base__=Recipe,
-        model=(union("gardo.policies"), ...),
-        algorithm=(union("gardo.algorithms"), ...),
-        rewards=(dict[str, union("gardo.rewards")], ...),
-    )
+    sections: dict[str, Any] = {
+        "model": (union("gardo.policies"), ...),
+        "algorithm": (union("gardo.algorithms"), ...),
+        "rewards": (GenericAlias(dict, (str, union("gardo.rewards"))), ...),
+    }
+    schema = create_model("Recipe", __base__=Recipe, **sections)
     return schema.model_json_schema()
 
 
@@ -385,7 +384,8 @@ _RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _precision_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
-    return {name: getattr(recipe.rewards, name) for name in type(recipe.rewards).model_fields}
+    panel: Any = recipe.rewards  # a settings class once it is checked
+    return {name: getattr(panel, name) for name in type(panel).model_fields}
 
 
 def reward_plugin(settings: RewardSettings) -> Any:
@@ -449,7 +449,7 @@ def _explain(
 
 
 def _fields_at(schema: Any, location: Sequence[str]) -> list[str]:
-    options = [schema]
+    options: list[Any] = [schema]
     for part in location:
         if part in _WEIGHTS:
             options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]

@@ -133,7 +133,7 @@ def keep_old_run(folder: Path) -> Path | None:
 
 
 def quiet_libraries() -> None:
-    """The run's output is ours: no loading bars, no note for each prompt that CLIP cuts at its limit."""
+    """The run's output is ours: no loading bars, no note for each prompt that CLIP cuts."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -1,7 +1,8 @@
-"""A golden curve: five iterations of GARDO on the tiny Flux, one process, committed with full precision.
+"""A golden curve: five iterations of GARDO on the tiny Flux, committed with full precision.
 
-A refactor reproduces it; a change of numerics changes the file in the same commit, with its reason. Other CPUs round
-differently in the last bits, so values are compared to 1e-4 relative, counts and events exactly. To write it anew:
+One process. A refactor reproduces it; a change of numerics changes the file in the same commit,
+with its reason. Other CPUs round differently in the last bits, so values are compared to 1e-4
+relative, counts and events exactly. To write it anew:
 
     python -m tests.integration.test_golden
 """

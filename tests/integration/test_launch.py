@@ -1,4 +1,7 @@
-"""The main job as its user types it: the deepspeed launcher, two ranks, the demo's recipe; then the exported LoRA."""
+"""The main job as its user types it: the deepspeed launcher, two ranks, the demo's recipe.
+
+Then the exported LoRA.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process, one ZeRO-3 rank and two ZeRO-3 ranks train alike: same noise, same images, same losses."""
+"""One process, one ZeRO-3 rank and two ZeRO-3 ranks train alike: same noise, images, losses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def compare(folders: dict[str, Path], case: str, world: str) -> None:
         for name, value in one["metrics"].items():
             if name == "loss" or name in COMPARED:
                 # the policy terms of a group sum to about 0: their scale is the advantage, about 1
-                floor = 1e-4 if name in ("loss", "policy_loss") else 1e-9
+                floor = 1e-6 if name in ("loss", "policy_loss") else 1e-9
                 assert math.isclose(value, two["metrics"][name], rel_tol=1e-4, abs_tol=floor) or (
                     math.isnan(value) and math.isnan(two["metrics"][name])
                 ), (case, world, one["step"], name, value, two["metrics"][name])
@@ -110,7 +110,8 @@ torch.set_num_threads(1)
 pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
 pipeline.load_lora_weights(lora)
 images = pipeline(
-    open(prompts).read().split("\\n")[:4], latents=random_normal(7, torch.arange(4), 1 << 25, (64, 16)),
+    open(prompts).read().split("\\n")[:4],
+    latents=random_normal(7, torch.arange(4), 1 << 25, (64, 16)),
     height=32, width=32, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=8,
     output_type="pt",
 ).images
@@ -120,9 +121,7 @@ assert torch.equal(images, wanted), (images - wanted).abs().max()
 
 
 @pytest.mark.parametrize("world", ["local", "two_ranks"])
-def test_exported_lora_gives_the_same_images_bit_for_bit(
-    fair: dict[str, Path], world: str
-) -> None:
+def test_exported_lora_gives_the_same_images_bit_for_bit(fair: dict[str, Path], world: str) -> None:
     """FluxPipeline.load_lora_weights in a new process against what the run itself evaluated."""
     case = "gardo-lora-local" if world == "local" else "gardo-lora-zero"
     run = fair[world] / case

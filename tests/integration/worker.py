@@ -1,8 +1,9 @@
 """Trains many small cases in one process group and writes what was seen: worker.py OUT CASE ...
 
-Launched by the tests, alone or through the deepspeed launcher. A case is ALGORITHM-WEIGHTS-ENGINE, such as
-gardo-lora-zero. For each, rank 0 writes OUT/CASE.safetensors (noise and images of the first rollout, as all
-ranks drew them; evaluation images of the trained weights) and leaves OUT/CASE/metrics.jsonl.
+Launched by the tests, alone or through the deepspeed launcher. A case is ALGORITHM-WEIGHTS-ENGINE,
+such as gardo-lora-zero. For each, rank 0 writes OUT/CASE.safetensors (noise and images of the first
+rollout, as all ranks drew them; evaluation images of the trained weights) and leaves
+OUT/CASE/metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gardo.config import check, read_yaml
+from gardo.config import check
 from gardo.distributed.base import leave_process_group
 from gardo.rewards.base import Panel
 from gardo.rollout import INITIAL, noise_id
@@ -45,7 +46,7 @@ WEIGHTS = {
 
 
 def recipe(case: str, folder: Path, steps: int = 5) -> dict:
-    """A small recipe with a continuous proxy: a counted one could flip on the last bit of a pixel."""
+    """A small recipe with a continuous proxy: a counted one could flip on a pixel's last bit."""
     algorithm, weights, engine = case.split("-")
     kind, lr = WEIGHTS[weights]
     return {
@@ -90,7 +91,7 @@ class FirstImages(Panel):
 
 
 def run(case: str, out: Path) -> None:
-    session = open_session(check(read_yaml(str(recipe(case, out)), case), case), quiet=True)
+    session = open_session(check(recipe(case, out), case), quiet=True)
     session.panel = FirstImages(session.panel.rewards)
     plan, engine = session.geometry, session.engine
     sample_B = torch.arange(plan.first, plan.first + plan.samples)

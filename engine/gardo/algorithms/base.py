@@ -68,7 +68,7 @@ class Algorithm:
     """Base of the algorithms; `settings` is its own Settings."""
 
     Settings: ClassVar[type[AlgorithmSettings]]
-    differentiable: ClassVar[bool] = False  # needs gradients of the reward
+    differentiable: bool = False  # needs gradients of the reward
     slots: tuple[str, ...] = ()
 
     def __init__(self, settings: Any, world: World) -> None:

@@ -32,7 +32,7 @@ class _Partitions:
 
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter]) -> None:
         self._engine = engine
-        self._parameters = parameters
+        self._parameters: Sequence[Any] = parameters  # to which DeepSpeed adds ds_tensor
 
     def live(self) -> Sequence[Tensor]:
         return [p.ds_tensor for p in self._parameters]
@@ -109,7 +109,9 @@ class Zero3Engine:
         start_process_group(device)
         self.device = device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._trainable: dict[str, Any] = {  # DeepSpeed adds ds_shape to the parameters
+            n: p for n, p in module.named_parameters() if p.requires_grad
+        }
         parameters = list(self._trainable.values())
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -128,6 +130,9 @@ class Zero3Engine:
         return self.slots
 
     def backward(self, loss: Tensor) -> None:
+        # DeepSpeed counts micro-steps in its engine's forward, which we do not call; without the
+        # count each micro-batch overwrites the gradient of the one before it.
+        self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss)
 
     def step(self) -> bool:

@@ -74,8 +74,8 @@ class Evaluator:
             start = (call * world + self.engine.rank) * batch
             image_B = torch.arange(start, start + batch, device=device)
             images, prompts = self.batch(image_B % total)  # past the end: repeats, dropped below
-            for name, values in self._judge(images, prompts).items():
-                columns.setdefault(name, []).append(values)
+            for name, column in self._judge(images, prompts).items():
+                columns.setdefault(name, []).append(column)
             columns["image"].append(image_B)
             if picture is None:
                 picture = torch.zeros(shown, *images.shape[1:], dtype=torch.uint8, device=device)
