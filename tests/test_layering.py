@@ -43,7 +43,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "planner":       "types config policies rewards gardo_kernels"
                      " | torch diffusers transformers rich",
     "export":        "config policies session | torch",
-    "session":       "* | torch",
+    "session":       "* | torch diffusers transformers",
     "train":         "* | torch",
     "cli":           "* | torch typer rich",
 }

@@ -43,7 +43,8 @@ def _launcher() -> list[str]:
 
 def _run(command: list[str]) -> int:
     """Runs the command in a process group of its own; signals that reach us reach all of it."""
-    process = subprocess.Popen(command, start_new_session=True)
+    env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    process = subprocess.Popen(command, start_new_session=True, env=env)
 
     def forward(number: int, _: Any) -> None:
         os.killpg(process.pid, number)
@@ -63,6 +64,7 @@ def train(
     ] = 1,
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on --gpus ranks."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.config import RecipeError, load
     from gardo.planner import geometry
 
@@ -80,7 +82,16 @@ def train(
     arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
     if checked.distributed.engine == "local":
         raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
-    launch = [*_launcher(), "--num_gpus", str(gpus), "--module", "gardo.train", *arguments]
+    launch = [
+        *_launcher(),
+        "--log_level",
+        "error",
+        "--num_gpus",
+        str(gpus),
+        "--module",
+        "gardo.train",
+        *arguments,
+    ]
     raise typer.Exit(_run(launch))
 
 

@@ -176,9 +176,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check(
-    raw: dict[str, Any], source: str, origin: dict[tuple[str, ...], str] | None = None
+    raw: dict[str, Any],
+    source: str,
+    origin: dict[tuple[str, ...], str] | None = None,
+    *,
+    rules: bool = True,
 ) -> Recipe:
-    """The recipe of a mapping; `source` names the file in errors, `origin` the --set of a field."""
+    """The recipe of a mapping; `source` names the file in errors, `origin` the --set of a field.
+
+    `rules=False` leaves out what only training needs, such as the prompt files.
+    """
     origin = origin or {}
     try:
         schema = recipe_schema(raw)
@@ -188,7 +195,7 @@ def check(
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     except _BadName as error:
         raise RecipeError(_placed(error, source, origin)) from None
-    for rule in _RULES:
+    for rule in _RULES if rules else ():
         try:
             rule(recipe)
         except ValueError as error:

@@ -7,7 +7,9 @@ reward or a model family is one new file: its name is the file's name.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from typing import Any
 
 
@@ -25,6 +27,8 @@ def resolve(package: str, name: str) -> Any:
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's file lies there
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:

@@ -54,6 +54,10 @@ class FlowGRPO(Algorithm):
 
     @classmethod
     def check(cls, settings: FlowGRPOSettings, sampler: SamplerSettings) -> None:
+        if sampler.sde == "cps" and sampler.noise_level > 1:
+            raise ValueError(
+                f"sampler.noise_level: {sampler.noise_level}; sde cps takes a level up to 1"
+            )
         if sampler.train_steps >= sampler.steps:
             raise ValueError(
                 f"sampler.train_steps: {sampler.train_steps} of {sampler.steps} steps; the last "

@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from gardo.algorithms.advantage import group_statistics
@@ -59,6 +59,13 @@ class GateSettings(Strict):
         if not 0 <= value[0] <= value[1] <= 1:
             raise ValueError(f"{list(value)} must satisfy 0 <= low <= high <= 1")
         return value
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        low, high = self.limits
+        if not low <= self.fraction <= high:
+            raise ValueError(f"fraction {self.fraction} is outside limits [{low}, {high}]")
+        return self
 
 
 class DiversitySettings(Strict):

@@ -54,8 +54,7 @@ class Slots:
     @torch.no_grad()
     def use(self, name: str) -> Iterator[None]:
         """Forward passes inside see the slot's weights; no optimizer step may happen there."""
-        if self.exchanged is not None:
-            raise RuntimeError(f"slot {self.exchanged!r} is in use already; slots do not nest")
+        self._check_free()
         if name == LIVE:
             yield
             return
@@ -73,6 +72,7 @@ class Slots:
     @torch.no_grad()
     def copy(self, source: str, *, to: str) -> None:
         """slot `to` := slot or live weights `source`, in fp32."""
+        self._check_free()
         pieces = self._shards.masters() if source == LIVE else self.pieces(source)
         for slot, piece in zip(self.pieces(to), pieces, strict=True):
             slot.copy_(piece)
@@ -80,8 +80,14 @@ class Slots:
     @torch.no_grad()
     def decay(self, name: str, rate: float) -> None:
         """slot := rate slot + (1 - rate) live weights, in fp32 (an exponential moving average)."""
+        self._check_free()
         for slot, master in zip(self.pieces(name), self._shards.masters(), strict=True):
             slot.lerp_(master.float(), 1.0 - rate)
+
+    def _check_free(self) -> None:
+        if self.exchanged is not None:
+            raise RuntimeError(f"slot {self.exchanged!r} is in use; uses do not nest, and the live "
+                               "weights are away")  # fmt: skip
 
     def _write(self, live: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
         self._shards.settle()

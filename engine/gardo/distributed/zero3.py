@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ def start_process_group(device: torch.device) -> None:
     # The shared-memory op is compiled with g++ at start; gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),

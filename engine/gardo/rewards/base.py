@@ -79,17 +79,19 @@ class Panel:
         values: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
         features = None
+        features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, reward in self.rewards.items():
             value, mask = reward.score(images_B3HW, prompts)
             if reward.gives_features:
-                features = value.float()
+                features_valid_B = mask & value.isfinite().all(-1)
+                features = torch.where(features_valid_B[:, None], value.float(), 0.0)
                 continue
             values[name] = value.float()
             masks[name] = mask & value.isfinite()
         proxies = self.names("proxy")
         proxy_B = torch.stack([self.rewards[n].settings.weight * values[n] for n in proxies]).sum(0)
         needed = [masks[n] for n in (*proxies, *self.names("auxiliary"))]
-        valid_B = torch.stack(needed).all(0)
+        valid_B = torch.stack([*needed, features_valid_B]).all(0)
         return Scores(
             sample_B=sample_B,
             group_B=group_B,
