@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gardo import plugins
-from gardo.rewards import dinov3, tiny_count
+from gardo.rewards import dinov3, tiny_count, tiny_patches
 from gardo.rewards.base import Panel, Reward
 from gardo.rewards.tiny_fidelity import REJECTED, TinyFidelity
 from gardo.rewards.tiny_shape import TinyShape
@@ -75,7 +75,7 @@ def test_patches_match_flood_fill(density: float, least: int) -> None:
     mask_BHW = torch.rand(24, 11, 17, generator=generator) < density
     expected = [slow_count(mask, least) for mask in mask_BHW.tolist()]
     assert max(expected) > 0
-    assert tiny_count.count_patches(mask_BHW, least).tolist() == expected
+    assert tiny_patches.count_patches(mask_BHW, least).tolist() == expected
 
 
 def test_a_long_winding_patch_is_one() -> None:
@@ -83,17 +83,17 @@ def test_a_long_winding_patch_is_one() -> None:
     spiral[0, ::2] = True
     spiral[0, 1::4, -1] = True
     spiral[0, 3::4, 0] = True
-    assert tiny_count.count_patches(spiral, 4).tolist() == [1]
+    assert tiny_patches.count_patches(spiral, 4).tolist() == [1]
     assert slow_count(spiral[0].tolist(), 4) == 1
     cut = spiral.clone()
     cut[0, 5, -1] = False
-    assert tiny_count.count_patches(cut, 4).tolist() == [2]
+    assert tiny_patches.count_patches(cut, 4).tolist() == [2]
 
 
 def test_count_is_exact_on_clean_pictures() -> None:
     """Always for circles; in 1 % of the others corners touch (see test_world)."""
     images, prompts = clean(1500, 21)
-    exact_B = score("tiny_count", images, prompts) == 1
+    exact_B = score("tiny_patches", images, prompts) == 1
     circle_B = torch.tensor(["circle" in p for p in prompts])
     assert bool(exact_B[circle_B].all())
     assert float(exact_B.float().mean()) > 0.98
@@ -104,32 +104,69 @@ def test_count_is_exact_on_clean_pictures() -> None:
 def test_count_falls_with_the_error(shown: int, asked: int) -> None:
     picture = boxes([(2, 2), (12, 20), (24, 6)][:shown], 5, world.HUES["blue"])
     prompt = world.caption(asked, world.COLOURS.index("blue"), 1)
-    (value,) = score("tiny_count", picture, [prompt]).tolist()
+    (value,) = score("tiny_patches", picture, [prompt]).tolist()
     assert value == pytest.approx(1 / (1 + abs(shown - asked)))
 
 
 def test_count_sees_only_the_colour_that_was_asked() -> None:
     picture = boxes([(2, 2), (12, 20)], 5, world.HUES["blue"])
-    assert score("tiny_count", picture, ["two red squares"]).tolist() == [pytest.approx(1 / 3)]
-    assert score("tiny_count", picture, ["two blue squares"]).tolist() == [1]
+    assert score("tiny_patches", picture, ["two red squares"]).tolist() == [pytest.approx(1 / 3)]
+    assert score("tiny_patches", picture, ["two blue squares"]).tolist() == [1]
 
 
 def test_small_patches_do_not_count() -> None:
     specks = boxes([(4, 4), (20, 20)], 2, world.HUES["green"])
     prompt = ["two green circles"]
-    assert score("tiny_count", specks, prompt, min_pixels=4).tolist() == [1]
-    assert score("tiny_count", specks, prompt, min_pixels=5).tolist() == [pytest.approx(1 / 3)]
+    assert score("tiny_patches", specks, prompt, min_pixels=4).tolist() == [1]
+    assert score("tiny_patches", specks, prompt, min_pixels=5).tolist() == [pytest.approx(1 / 3)]
 
 
-def test_count_can_be_cheated_and_fidelity_sees_it() -> None:
-    """Specks of 2 x 2 pixels earn full marks, although they show no shape at all."""
+def test_specks_count_as_patches() -> None:
+    """The patch counter is no judge of shape either: specks of 2 x 2 pixels earn full marks."""
     cheats, prompts = [], world.prompts()
     for count, colour, _ in map(world.parse, prompts):
         hue = world.HUES[world.COLOURS[colour]]
         cheats.append(boxes([(5, 6), (22, 9), (14, 25)][:count], 2, hue))
     images = torch.cat(cheats)
-    assert score("tiny_count", images, prompts).tolist() == [1.0] * 54
+    assert score("tiny_patches", images, prompts).tolist() == [1.0] * 54
     assert float(score("tiny_fidelity", images, prompts).mean()) < 0.2
+
+
+def test_object_areas_are_those_of_the_world() -> None:
+    scene = world.sample_scenes(6000, torch.Generator().manual_seed(22))
+    hues = torch.tensor(list(world.HUES.values()))
+    area_B = tiny_count.coloured_area(world.draw(scene), hues[scene.colour_B]) / scene.count_B
+    for index, shape in enumerate(world.SHAPES):
+        mean = float(area_B[scene.shape_BK[:, 0] == index].mean())
+        assert mean == pytest.approx(tiny_count.OBJECT_AREA[shape], rel=0.03)
+
+
+def test_count_by_area_falls_with_the_error() -> None:
+    """Pure blue pixels: 53 count as one square, 106 as two, none as none."""
+    pictures = torch.zeros(3, 3, 32, 32)
+    pictures[1, 2].view(-1)[:53] = 1
+    pictures[2, 2].view(-1)[:106] = 1
+    for asked, expected in ((1, [0, 1, 0]), (2, [0, 0.5, 1]), (3, [0, 1 / 3, 2 / 3])):
+        prompt = world.caption(asked, world.COLOURS.index("blue"), 1)
+        assert score("tiny_count", pictures, [prompt] * 3).tolist() == pytest.approx(expected)
+    assert score("tiny_count", pictures[1:2], ["one red square"]).tolist() == pytest.approx([0])
+
+
+def test_count_can_be_cheated_and_others_see_it() -> None:
+    """One stripe of the right area earns full marks, shows no shape, and is one patch."""
+    cheats, prompts = [], [p for p in world.prompts() if not p.startswith("one")]
+    for count, colour, shape in map(world.parse, prompts):
+        picture = torch.zeros(3, 32, 32)
+        pixels = round(count * tiny_count.OBJECT_AREA[world.SHAPES[shape]])
+        rgb = world.hsv_to_rgb(
+            torch.tensor(list(world.HUES.values())[colour]), torch.ones(()), torch.ones(())
+        )
+        picture.flatten(1)[:, 320 : 320 + pixels] = rgb[:, None]
+        cheats.append(picture)
+    images = torch.stack(cheats)
+    assert float(score("tiny_count", images, prompts).min()) > 0.97
+    assert float(score("tiny_patches", images, prompts).max()) <= 0.5
+    assert float(score("tiny_fidelity", images, prompts).mean()) < 0.3
 
 
 # ---- colour --------------------------------------------------------------------------------------
@@ -215,7 +252,9 @@ def test_fidelity_does_not_judge_the_count() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["tiny_count", "tiny_purity", "tiny_shape", "tiny_fidelity"])
+@pytest.mark.parametrize(
+    "kind", ["tiny_count", "tiny_patches", "tiny_purity", "tiny_shape", "tiny_fidelity"]
+)
 def test_prompts_that_cannot_be_scored_are_refused(kind: str) -> None:
     plugin = plugins.resolve("gardo.rewards", kind)
     plugin.check_prompt("two red circles")

@@ -97,7 +97,7 @@ def test_pictures_show_what_was_asked(images: Tensor) -> None:
 
 def test_counting_can_be_improved(images: Tensor) -> None:
     """Some pictures have the right count and some do not: a proxy that training can raise."""
-    exact = score("tiny_count", images, PROMPTS) == 1
+    exact = score("tiny_patches", images, PROMPTS) == 1
     assert 0.4 < float(exact.float().mean()) < 0.95
 
 
