@@ -89,6 +89,7 @@ def zero_config(
             "reduce_bucket_size": 500_000_000,
             "stage3_prefetch_bucket_size": 500_000_000,
             "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,  # it replaces F.linear everywhere, and its last bits
         },
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
