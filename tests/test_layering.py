@@ -45,6 +45,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " | torch diffusers transformers rich",
     "export":        "config policies session | torch",
     "session":       "* | torch diffusers transformers",
+    "phases":        "* | torch",
     "train":         "* | torch",
     "cli":           "* | torch typer rich",
 }

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -69,6 +69,16 @@ class Session:
     def write(self, record: dict[str, Any]) -> None:
         if self.log:
             self.log.write(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.close()
+        if self.log:
+            self.log.close()
+        if exception[0] is None:  # a failed rank must not wait for the others in a collective
+            self.engine.close()
 
 
 def build_algorithm(

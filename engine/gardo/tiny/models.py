@@ -43,7 +43,11 @@ def _words() -> list[str]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte pairs whose merges spell every word of the world; other words fall to letters."""
+    """Byte-pair encoding learned from the words of the world; other words fall to letters.
+
+    Merges of one word outrank another's, so "green" and "squares" stay in pieces, and the longest
+    captions are cut at 8 tokens. CLIP gives only the pooled vector; T5 reads every word whole.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces: dict[str, int] = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     for letter in letters:

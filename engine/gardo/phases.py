@@ -1,0 +1,152 @@
+"""The phases of the training loop, one function each; gardo/train.py calls them in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.data import step_prompts
+from gardo.distributed.base import gather_record
+from gardo.export import export_run, save_final
+from gardo.report.html import write_report
+from gardo.rollout import batch_of, minibatches, sample, teach
+from gardo.session import Session
+from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
+
+
+def sampled(s: Session, step: int) -> Rollout:
+    """This rank's images of the step, drawn with the weights that the algorithm samples from."""
+    recipe, plan = s.recipe, s.algorithm.plan(step)
+    with s.engine.slots.use(plan.weights):
+        return sample(
+            s.policy,
+            step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
+            plan,
+            images_per_prompt=recipe.data.images_per_prompt,
+            first=s.geometry.first,
+            count=s.geometry.samples,
+            seed=recipe.run.seed,
+            step=step,
+            device=s.engine.device,
+            micro_batch=recipe.run.rollout_batch,
+        )
+
+
+def scored(s: Session, rollout: Rollout) -> Scores:
+    """Scores of the images of all ranks: groups and win rates span them."""
+    scores = s.panel(
+        rollout.images_B3HW, rollout.prompts, sample_B=rollout.sample_B, group_B=rollout.group_B
+    )
+    return gather_record(s.engine, scores)
+
+
+def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tensor]) -> Points:
+    """The points with the velocities that were asked for."""
+    return teach(
+        points,
+        wanted,
+        policy=s.policy,
+        conditioning=rollout.conditioning,
+        engine=s.engine,
+        use=s.engine.slots.use,
+        micro_batch=s.geometry.micro_batch,
+    )
+
+
+def held_to_contract(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Points:
+    """The points with old velocities that agree with the training numerics (gardo.contract)."""
+
+    @torch.no_grad()
+    def probe(points: Points) -> float:
+        rows = torch.arange(s.geometry.micro_batch, device=s.engine.device)
+        batch = batch_of(points, credit, rows)
+        s.ctx.rollout = rollout
+        log_ratio_R = s.algorithm.log_ratio(batch, s.ctx.velocity(batch))
+        seen = Metrics().maximum("error", log_ratio_R.expm1().abs())
+        return s.engine.reduce(seen)["error"]
+
+    def recompute(points: Points) -> Points:
+        everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
+        return taught(s, points, rollout, {"train": everywhere})
+
+    return s.algorithm.contract.hold(points, probe, recompute)
+
+
+def batches(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Iterator[Batch]:
+    """The iteration's micro-batches, update after update."""
+    s.ctx.rollout = rollout
+    return minibatches(
+        points,
+        credit,
+        sample_B=rollout.sample_B,
+        updates=s.recipe.train.updates_per_step,
+        micro_batch=s.geometry.micro_batch,
+        seed=s.recipe.run.seed,
+        step=rollout.step,
+    )
+
+
+def evaluate(s: Session, step: int) -> None:
+    """Evaluates, logs and shows the weights after `step` iterations."""
+    start = time.monotonic()
+    with s.progress.phase("evaluate"):
+        record = s.evaluator(step)
+    s.progress.take_seconds()
+    record["seconds"] = time.monotonic() - start
+    s.write(record)
+    s.progress.evaluation(record)
+
+
+def log_step(
+    s: Session,
+    step: int,
+    scores: Scores,
+    credit: Credit,
+    totals: Metrics,
+    norms: Sequence[float],
+    events: Sequence[str],
+) -> None:
+    """One line of metrics.jsonl and of the progress, after `step` finished iterations."""
+    contract = s.algorithm.contract
+    lr = s.recipe.train.optimizer.lr
+    metrics = {**totals.as_dict(), **credit.info, "grad_norm": max(norms), "lr": lr}
+    if not math.isnan(contract.error):  # the algorithm has a ratio
+        metrics["ratio_error"] = contract.error
+    record = {
+        "kind": "step",
+        "step": step,
+        "seconds": s.progress.take_seconds(),
+        "rewards": {name: _summary(s, scores, name) for name in scores.rewards},
+        "metrics": metrics,
+        "events": [*filter(None, [contract.event]), *events],
+    }
+    s.write(record)
+    s.progress.step(record)
+
+
+def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
+    valid = scores.rewards[name][scores.masks[name]]
+    return {
+        "mean": float(valid.mean()),
+        "std": float(valid.std(correction=0)),
+        "role": s.panel.rewards[name].settings.role,
+        "valid": len(valid),
+    }
+
+
+def finish(s: Session) -> None:
+    """Saves the weights, exports them for diffusers, writes the report, says where they are."""
+    weights = s.engine.gather_weights()
+    if s.engine.rank == 0:
+        folder = s.recipe.run_folder
+        save_final(folder, weights)
+        exported = export_run(folder, policy=s.policy)
+        report = write_report(folder)
+        s.progress.message(f"report  {report}")
+        s.progress.message(f"export  {exported}")
+    s.engine.barrier()
