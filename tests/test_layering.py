@@ -196,7 +196,8 @@ def test_the_reader_of_imports(
     ("row", "target", "allowed"),
     [
         ("rewards", "gardo.rewards.base", True),
-        ("rewards", "gardo.config", True),
+        ("rewards", "gardo.settings", True),
+        ("rewards", "gardo.config", False),
         ("rewards", "gardo.policies.flux", False),
         ("rewards", "json", True),
         ("rewards", "diffusers", False),

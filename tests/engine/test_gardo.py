@@ -88,7 +88,7 @@ def test_failed_scores_are_in_nobodys_population():
     result = uncertainty(whole, "batch")
     assert torch.equal(result[whole.valid_B], uncertainty(kept, "batch"))
     assert uncertainty(kept, "batch").tolist() == pytest.approx([2 / 3, 0, -2 / 3], abs=1e-6)
-    gate_B, statistic = Gate(GateSettings(fraction=1.0)).select(whole)
+    gate_B, statistic = Gate(GateSettings(fraction=1.0, limits=(0.0, 1.0))).select(whole)
     assert gate_B.tolist() == [True, True, False, True]
     assert statistic == pytest.approx(2 / 9, abs=1e-6)
 

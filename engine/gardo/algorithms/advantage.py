@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.settings import Strict
+from gardo.types import Credit, Scores
 
 Std = Literal["none", "global", "group"]
 EPS = 1e-4
@@ -50,3 +51,11 @@ def group_advantage(
         everyone = torch.zeros_like(group_B)
         advantage_B = advantage_B / (group_statistics(reward_B, valid_B, everyone)[1] + EPS)
     return (advantage_B * settings.scale).float()
+
+
+def group_credit(scores: Scores, settings: AdvantageSettings, *, gate: bool) -> Credit:
+    """Group advantages of the proxy, with the same gate for every sample."""
+    return Credit(
+        advantage_B=group_advantage(scores.proxy_B, scores.valid_B, scores.group_B, settings),
+        gate_B=torch.full_like(scores.valid_B, gate),
+    )

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -131,7 +130,3 @@ class Algorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-
-
-def uniform_gate(scores: Scores, on: bool) -> Tensor:
-    return torch.full_like(scores.valid_B, on, dtype=torch.bool)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_advantage
+from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
@@ -25,7 +25,6 @@ from gardo.algorithms.base import (
     SamplerSettings,
     SlotMoves,
     World,
-    uniform_gate,
 )
 from gardo.flow import transitions
 from gardo.rollout import FRESH, TIMES, noise_id
@@ -85,10 +84,7 @@ class DiffusionNFT(Algorithm):
         )
 
     def credit(self, scores: Scores) -> Credit:
-        advantage_B = group_advantage(
-            scores.proxy_B, scores.valid_B, scores.group_B, self.settings.advantage
-        )
-        return Credit(advantage_B=advantage_B, gate_B=uniform_gate(scores, self.has_kl))
+        return group_credit(scores, self.settings.advantage, gate=self.has_kl)
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_advantage
+from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
@@ -21,7 +21,6 @@ from gardo.algorithms.base import (
     SamplerSettings,
     SlotMoves,
     World,
-    uniform_gate,
 )
 from gardo.contract import OldVelocity, RatioContract
 from gardo.flow import transitions
@@ -76,12 +75,7 @@ class FlowGRPO(Algorithm):
         )
 
     def credit(self, scores: Scores) -> Credit:
-        return Credit(
-            advantage_B=group_advantage(
-                scores.proxy_B, scores.valid_B, scores.group_B, self.settings.advantage
-            ),
-            gate_B=uniform_gate(scores, self.has_kl),
-        )
+        return group_credit(scores, self.settings.advantage, gate=self.has_kl)
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         points = recorded_points(rollout)

@@ -19,7 +19,6 @@ from gardo.algorithms.base import (
     Context,
     SamplerSettings,
     World,
-    uniform_gate,
 )
 from gardo.flow import transitions
 from gardo.rollout import LATE, noise_id, recorded_points
@@ -63,8 +62,9 @@ class ReFL(Algorithm):
         )
 
     def credit(self, scores: Scores) -> Credit:
+        """None: the gradient comes from the reward itself."""
         return Credit(
-            advantage_B=torch.zeros_like(scores.proxy_B), gate_B=uniform_gate(scores, False)
+            advantage_B=torch.zeros_like(scores.proxy_B), gate_B=torch.zeros_like(scores.valid_B)
         )
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
