@@ -44,6 +44,8 @@ class Evaluator:
     ) -> None:
         self.policy, self.panel, self.engine = policy, panel, engine
         self.prompts, self.settings, self.seed, self.folder = list(prompts), settings, seed, folder
+        count = min(settings.shown, len(self.prompts))
+        self.shown = torch.arange(count) * len(self.prompts) // count  # spread over the prompts
         self.first: dict[str, Tensor] = {}
 
     def initial_latents(self, image_I: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class Evaluator:
     def __call__(self, step: int) -> dict[str, Any]:
         images_per_prompt, batch = self.settings.images_per_prompt, self.settings.batch
         total = len(self.prompts) * images_per_prompt
-        shown = min(self.settings.shown, len(self.prompts)) * images_per_prompt
+        shown_I = torch.isin(torch.arange(total) // images_per_prompt, self.shown)
+        slot_I = (shown_I.cumsum(0) - 1).where(shown_I, -1).to(self.engine.device)
         device, world = self.engine.device, self.engine.world
         columns: dict[str, list[Tensor]] = {"image": []}
         picture: Tensor | None = None
@@ -78,9 +81,11 @@ class Evaluator:
                 columns.setdefault(name, []).append(column)
             columns["image"].append(image_B)
             if picture is None:
-                picture = torch.zeros(shown, *images.shape[1:], dtype=torch.uint8, device=device)
-            inside = image_B < shown
-            picture[image_B[inside]] = (images[inside] * 255).round().to(torch.uint8)
+                size = (int(shown_I.sum()), *images.shape[1:])
+                picture = torch.zeros(size, dtype=torch.uint8, device=device)
+            slot_B = slot_I[image_B % total].where(image_B < total, -1)
+            inside = slot_B >= 0
+            picture[slot_B[inside]] = (images[inside] * 255).round().to(torch.uint8)
         gathered = {n: self.engine.all_gather(torch.cat(c)) for n, c in columns.items()}
         order = gathered.pop("image").argsort()[:total]
         values = {name: column[order] for name, column in gathered.items()}
@@ -129,7 +134,7 @@ class Evaluator:
             "images": picture,
             "image_count": len(next(iter(values.values()))),
             "prompt_count": len(self.prompts),
-            "prompts": self.prompts[: self.settings.shown],
+            "prompts": [self.prompts[i] for i in self.shown],
         }
 
     def _diversity(self, values: Mapping[str, Tensor]) -> dict[str, float]:
