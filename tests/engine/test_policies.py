@@ -368,7 +368,7 @@ def test_full_export_is_a_diffusers_transformer(make, family, tmp_path):
 
 @pytest.mark.parametrize("size", [[30, 32], [32, 30]])
 def test_size_must_fit_the_patches(make, family, size):
-    with pytest.raises(ValueError, match=r"model\.size.*multiple of 4 pixels"):
+    with pytest.raises(ValueError, match=r"size.*multiple of 4 pixels"):
         make(family, size=size)
 
 
