@@ -65,6 +65,8 @@ def train(
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on --gpus ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
     from gardo.config import RecipeError, load
     from gardo.planner import geometry
 
@@ -82,17 +84,10 @@ def train(
     arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
     if checked.distributed.engine == "local":
         raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
-    launch = [
-        *_launcher(),
-        "--log_level",
-        "error",
-        "--num_gpus",
-        str(gpus),
-        "--module",
-        "gardo.train",
-        *arguments,
-    ]
-    raise typer.Exit(_run(launch))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
+    launch = [*_launcher(), "--log_level", "error", "--num_gpus", str(gpus)]
+    raise typer.Exit(_run([*launch, "--module", "gardo.train", *arguments]))
 
 
 @app.command()
