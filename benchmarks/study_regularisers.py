@@ -28,10 +28,10 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from gardo.config import load
-from gardo.policies.base import model_path
 from gardo.report.metrics_log import read_metrics
 from gardo.report.pictures import save_grid
 from gardo.rollout import EVALUATION
+from gardo.settings import model_path
 from gardo.tiny import world
 from gardo_kernels import random_normal
 
@@ -81,7 +81,8 @@ def versions() -> str:
     ).stdout.strip()
     return (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
-        f"deepspeed {deepspeed.__version__}, diffusers {diffusers.__version__}, revision {revision}"
+        f"deepspeed {deepspeed.__version__}, diffusers {diffusers.__version__}, written at "
+        f"revision {revision}"
     )
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "rewards":       "types tiny | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
-    "config":        "data algorithms distributed policies rewards |",
+    "config":        "data algorithms distributed policies rewards tiny |",
     "evaluation":    "types config rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",

@@ -74,6 +74,12 @@ def train(
     try:
         checked = load(recipe, overrides)
         geometry(checked, rank=0, world=gpus, source=str(recipe))
+        here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
+        if 0 < here < gpus:
+            raise RecipeError(
+                f"--gpus {gpus}: this machine has {here}; use --gpus {here}, or set "
+                "DS_ACCELERATOR=cpu to run on the CPU"
+            )
         if checked.distributed.engine == "local" and gpus > 1:
             raise RecipeError(
                 f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, "

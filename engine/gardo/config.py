@@ -24,6 +24,7 @@ from gardo.distributed.base import OptimizerSettings
 from gardo.policies.base import PolicySettings
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
+from gardo.tiny import world
 
 
 class RecipeError(Exception):
@@ -378,6 +379,19 @@ def _prompts_fit(recipe: Recipe) -> None:
                     raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
 
 
+def _attributes_fit(recipe: Recipe) -> None:
+    if recipe.evaluate.diversity != "attributes":
+        return
+    for line, text in enumerate(recipe.evaluation_prompts(), start=1):
+        try:
+            world.parse(text)
+        except ValueError as error:
+            raise ValueError(
+                f"evaluate.diversity: attributes reads prompts of the tiny world only: prompt "
+                f"{line}: {error}; use features or none"
+            ) from None
+
+
 def _precision_fits(recipe: Recipe) -> None:
     distributed = recipe.distributed
     if distributed.engine == "local" and distributed.precision != "float32":
@@ -387,7 +401,7 @@ def _precision_fits(recipe: Recipe) -> None:
         )
 
 
-_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _precision_fits)
+_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _attributes_fit, _precision_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:

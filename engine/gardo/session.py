@@ -82,15 +82,15 @@ class Session:
 
 
 def build_algorithm(
-    settings: Any, sampler: SamplerSettings, sigmas: Tensor, seed: int, updates: int
+    settings: Any, sampler: SamplerSettings, sigmas: Tensor, seed: int
 ) -> Algorithm:
     """The algorithm of a recipe's section, the base inside its wrapper."""
-    world = World(sampler=sampler, sigmas=sigmas, seed=seed, updates=updates)
+    world = World(sampler=sampler, sigmas=sigmas, seed=seed)
     plugin = config.algorithm_plugin(settings)
     base = getattr(settings, "base", None)
     if base is None:
         return plugin(settings, world)
-    return plugin(settings, world, build_algorithm(base, sampler, sigmas, seed, updates))
+    return plugin(settings, world, build_algorithm(base, sampler, sigmas, seed))
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
@@ -149,6 +149,17 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
+def open_log(recipe: Recipe, progress: Progress) -> MetricsLog:
+    """Makes the run's folder with its resolved recipe and an empty log."""
+    folder = recipe.run_folder
+    moved = keep_old_run(folder)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    if moved:
+        progress.message(f"the earlier run of this name is now {moved}")
+    return MetricsLog(folder / "metrics.jsonl")
+
+
 def ranks() -> tuple[int, int, int]:
     """(rank, local rank, world) as the launcher says; (0, 0, 1) without one."""
     env = os.environ
@@ -157,7 +168,9 @@ def ranks() -> tuple[int, int, int]:
 
 def use_threads(recipe: Recipe, world: int) -> None:
     """CPU threads of this rank: the recipe's, or its share of the cores."""
-    torch.set_num_threads(recipe.distributed.threads or max(1, (os.cpu_count() or 1) // world))
+    torch.set_num_threads(
+        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // world)
+    )
 
 
 def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False) -> Session:
@@ -170,31 +183,25 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             "launched; use engine zero"
         )
     plan = geometry(recipe, rank=rank, world=world, source=source)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
         use_threads(recipe, world)
-    folder = recipe.run_folder
     progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet)
-    log = None
-    if rank == 0:
-        moved = keep_old_run(folder)
-        folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
-        log = MetricsLog(folder / "metrics.jsonl")
-        if moved:
-            progress.message(f"the earlier run of this name is now {moved}")
     with progress.phase("load"):
-        policy = build_policy(recipe, device)
-        panel = build_panel(recipe, device)
+        try:
+            policy = build_policy(recipe, device)
+            panel = build_panel(recipe, device)
+        except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
+            raise config.RecipeError(f"{source}: a model does not load: {error}") from error
         engine = build_engine(recipe, policy, plan, device)
     progress.take_seconds()
+    log = open_log(recipe, progress) if rank == 0 else None
     algorithm = build_algorithm(
         recipe.algorithm,
         recipe.sampler,
         policy.sigmas(recipe.sampler.steps),
         recipe.run.seed,
-        recipe.train.updates_per_step,
     )
     engine.make_slots(algorithm.slots)
     return Session(
@@ -211,7 +218,7 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             recipe.evaluation_prompts(),
             recipe.evaluate,
             seed=recipe.run.seed,
-            folder=folder,
+            folder=recipe.run_folder,
         ),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel),

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 T = TypeVar("T")
+BUILTIN = Path(__file__).parent / "tiny" / "weights"
+
+
+def model_path(path: str) -> str:
+    """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
+    if path.startswith("builtin:"):
+        return str(BUILTIN / path.removeprefix("builtin:"))
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def is_hub_id(path: str) -> bool:
+    """owner/name, unless it starts like a path or `owner` is a folder here."""
+    owner, slash, name = path.partition("/")
+    looks_local = path.startswith(("builtin:", ".", "/", "~")) or not slash or "/" in name
+    return not looks_local and not Path(owner).is_dir()
 
 
 class Strict(BaseModel):

@@ -38,7 +38,6 @@ class SamplePlan:
     record: tuple[int, ...]  # denoise steps whose state, noise and velocity are kept
     weights: str = "train"  # whose weights sample: "train" or a slot
     same_initial_noise: bool = False  # one draw for all images of a prompt
-    teachers: tuple[str, ...] = ()  # slots whose velocities are wanted before credit
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Stated(nn.Module):
 def build(plugin, settings, *, steps=5, train_steps=3, sde="flow", seed=SEED):
     sampler = SamplerSettings(steps=steps, train_steps=train_steps, sde=sde)
     plugin.check(settings, sampler)
-    return plugin(settings, World(sampler=sampler, sigmas=sd3_sigmas(steps), seed=seed, updates=1))
+    return plugin(settings, World(sampler=sampler, sigmas=sd3_sigmas(steps), seed=seed))
 
 
 def roll(policy, algorithm, *, step=STEP, first=0, count=COUNT):

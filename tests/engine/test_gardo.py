@@ -31,7 +31,7 @@ from gardo.flow import sd3_sigmas
 from gardo.types import Credit, Metrics, Points, Scores
 
 SAMPLER = SamplerSettings(steps=5, train_steps=3)
-WORLD = World(sampler=SAMPLER, sigmas=sd3_sigmas(5), seed=1, updates=2)
+WORLD = World(sampler=SAMPLER, sigmas=sd3_sigmas(5), seed=1)
 
 
 def scores_of(proxy, auxiliaries=None, *, valid=None, group=None, sample=None, features=None):
@@ -295,7 +295,13 @@ def test_a_base_without_kl_cannot_be_gated_or_reset(part):
         with pytest.raises(ValueError, match=f"algorithm.base.beta: {base.name} has no KL"):
             Gardo.check(GardoSettings(base=base, **parts), SAMPLER)
     Gardo.check(GardoSettings(base=FlowGRPOSettings(beta=0.01), **parts), SAMPLER)
-    Gardo.check(GardoSettings(base=ReFLSettings(), diversity=DiversitySettings()), SAMPLER)
+
+
+def test_diversity_needs_advantages():
+    diverse = {"diversity": DiversitySettings()}
+    with pytest.raises(ValueError, match="algorithm.diversity: refl has no advantages"):
+        Gardo.check(GardoSettings(base=ReFLSettings(), **diverse), SAMPLER)
+    Gardo.check(GardoSettings(base=DiffusionNFTSettings(), **diverse), SAMPLER)
 
 
 # ---- the reference ----------------------------------------------------------------------------

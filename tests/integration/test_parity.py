@@ -26,7 +26,12 @@ COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0"
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def launch(ranks: int, *arguments: str) -> None:

@@ -94,12 +94,12 @@ def run(case: str, out: Path) -> None:
     session = open_session(check(recipe(case, out), case), quiet=True)
     session.panel = FirstImages(session.panel.rewards)
     plan, engine = session.geometry, session.engine
-    sample_B = torch.arange(plan.first, plan.first + plan.samples)
+    sample_B = torch.arange(plan.first, plan.first + plan.samples, device=engine.device)
     noise = random_normal(7, noise_id(0, sample_B), INITIAL, session.policy.latent_shape)
     train(session)
     assert session.panel.images is not None
     images = engine.all_gather(session.panel.images)
-    evaluation, _ = session.evaluator.batch(torch.arange(4))
+    evaluation, _ = session.evaluator.batch(torch.arange(4, device=engine.device))
     noise = engine.all_gather(noise)
     if session.log:
         session.log.close()

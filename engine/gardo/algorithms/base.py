@@ -40,7 +40,6 @@ class World:
     sampler: SamplerSettings
     sigmas: Tensor  # [T + 1] float64
     seed: int
-    updates: int  # gradient steps an iteration
 
 
 class Context(Protocol):

@@ -230,6 +230,10 @@ class Gardo(Algorithm):
                 f"algorithm.base.beta: {settings.base.name} has no KL to gate or to reset; "
                 "give it a beta above 0, or leave algorithm.gate and algorithm.reference out"
             )
+        if settings.diversity and not hasattr(settings.base, "advantage"):
+            raise ValueError(
+                f"algorithm.diversity: {settings.base.name} has no advantages; leave it out"
+            )
 
     @property
     def has_kl(self) -> bool:

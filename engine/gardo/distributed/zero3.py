@@ -82,6 +82,8 @@ def zero_config(
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bfloat16"},
+        # bf16 sums of many micro-batches lose the small ones
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if precision == "bfloat16" else {}),
         "zero_optimization": {
             "stage": 3,
             "contiguous_gradients": True,

@@ -20,16 +20,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gardo.settings import Pair, Strict
-
-BUILTIN = Path(__file__).parents[1] / "tiny" / "weights"
-
-
-def model_path(path: str) -> str:
-    """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
-    if path.startswith("builtin:"):
-        return str(BUILTIN / path.removeprefix("builtin:"))
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+from gardo.settings import Pair, Strict, is_hub_id, model_path
 
 
 class PolicySettings(Strict):
@@ -49,9 +40,8 @@ class PolicySettings(Strict):
     @classmethod
     def _exists(cls, value: str) -> str:
         path = Path(model_path(value))
-        looks_local = value.startswith(("builtin:", ".", "/", "~")) or value.count("/") != 1
         if not path.is_dir():
-            if looks_local:
+            if not is_hub_id(value):
                 raise ValueError(
                     f"no such folder: {value!r}; give a diffusers folder or a hub id owner/name"
                 )
@@ -97,7 +87,9 @@ class Policy:
     def __init__(
         self, settings: PolicySettings, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        pipeline = self.pipeline_class.from_pretrained(model_path(settings.path), dtype=dtype)
+        pipeline = self.pipeline_class.from_pretrained(
+            model_path(settings.path), dtype=dtype, use_safetensors=True
+        )
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():

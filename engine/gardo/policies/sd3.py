@@ -89,7 +89,9 @@ class SD3Policy(Policy):
             torch.cat([conditioning["negative_text"], conditioning["text"]]),
             torch.cat([conditioning["negative_pooled"], conditioning["pooled"]]),
         ).chunk(2)
-        return negative + self.settings.guidance * (positive - negative)
+        guided = negative + self.settings.guidance * (positive - negative)
+        # Rollout and training must round alike: the sampler steps with what is stored.
+        return guided.to(self.dtype).float()
 
     def _velocity(self, x_RX: Tensor, sigma_R: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         """One call of the transformer, whose time is 1000 sigma, not rounded. fp32 [R, C, h, w]."""

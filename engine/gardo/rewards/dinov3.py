@@ -20,15 +20,10 @@ from torch import Tensor
 from transformers import DINOv3ViTModel
 
 from gardo.rewards.base import Reward, RewardSettings
+from gardo.settings import is_hub_id, model_path
 
-BUILTIN = Path(__file__).parents[1] / "tiny" / "weights"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-
-
-def model_path(path: str) -> str:
-    """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
-    return str(BUILTIN / path.removeprefix("builtin:")) if path.startswith("builtin:") else path
 
 
 class Dinov3Settings(RewardSettings):
@@ -40,8 +35,7 @@ class Dinov3Settings(RewardSettings):
     @field_validator("path")
     @classmethod
     def _exists(cls, value: str) -> str:
-        looks_local = value.startswith(("builtin:", ".", "/", "~")) or value.count("/") != 1
-        if looks_local and not (Path(model_path(value)) / "config.json").is_file():
+        if not is_hub_id(value) and not (Path(model_path(value)) / "config.json").is_file():
             raise ValueError(
                 f"no DINOv3 folder (with config.json): {value!r}; give one, or a hub id owner/name"
             )
@@ -65,7 +59,9 @@ class Dinov3(Reward):
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
         super().__init__(settings, device)
-        model = DINOv3ViTModel.from_pretrained(model_path(settings.path), dtype=torch.float32)
+        model = DINOv3ViTModel.from_pretrained(
+            model_path(settings.path), dtype=torch.float32, use_safetensors=True
+        )
         self.model = model.to(device).eval()
 
     @torch.no_grad()

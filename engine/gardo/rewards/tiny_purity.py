@@ -1,6 +1,6 @@
 """Palette purity, on pixels: the share of the coloured pixels that have the prompt's colour.
 
-Differentiable nowhere.
+A gate reads it; no gradient is taken.
 """
 
 from __future__ import annotations
