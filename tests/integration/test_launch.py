@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
+from safetensors.torch import load_file
 
 from gardo.report.metrics_log import read_metrics
 from tests.integration.test_parity import ROOT, environment
@@ -57,12 +59,10 @@ def bin_folder() -> str:
     return str(Path(sys.executable).parent)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one iteration of the demo's recipe on two ranks."""
-    folder = tmp_path_factory.mktemp("runs")
-    command = "deepspeed --num_gpus 2 --module gardo.train recipes/tiny_flux_gardo.yaml"
-    settings = [*SMALL, f"run.folder={folder}", "distributed.threads=1"]
+def train(ranks: int, folder: Path, *settings: str) -> Path:
+    """Types the demo's command with these settings on top; returns the run's folder."""
+    command = f"deepspeed --num_gpus {ranks} --module gardo.train recipes/tiny_flux_gardo.yaml"
+    settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
     env = environment()
     env["PATH"] = f"{bin_folder()}:{env['PATH']}"
     done = subprocess.run(
@@ -72,6 +72,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "report" in done.stdout and "export" in done.stdout
     return folder / "tiny-flux-gardo"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one iteration of the demo's recipe on two ranks."""
+    return train(2, tmp_path_factory.mktemp("runs"))
+
+
+def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
+    """Two iterations in bf16: the ratio contract holds, and small steps are not rounded away."""
+    run = train(1, tmp_path, "distributed.precision=bfloat16", "run.steps=2")
+    first, second = (r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "step")
+    assert first["metrics"]["ratio_error"] <= 1e-3 and second["metrics"]["ratio_error"] <= 1e-3
+    assert second["metrics"]["ratio"] != 1.0 and second["metrics"]["grad_norm"] > 0
+    weights = load_file(run / "final" / "trainable.safetensors")
+    masters = [w for n, w in weights.items() if "lora_B" in n]
+    assert all(w.dtype == torch.float32 for w in masters)
+    moved = torch.cat([w.flatten() for w in masters])
+    assert float(moved.abs().max()) > 0
+    assert not torch.equal(moved, moved.bfloat16().float())  # more digits than bf16 holds
 
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
