@@ -13,12 +13,14 @@ what is used.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,15 @@ def batch_index(step: int, size: int, count: int, seed: int) -> Tensor:
     )
 
 
+def publish(model: Any, folder: Path) -> None:
+    """Saves in bf16, without the path that the model was loaded from."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for path in folder.rglob("*.json"):
+        text = json.loads(path.read_text(encoding="utf-8"))
+        if text.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+
 def make_vae(steps: int = 2000) -> None:
     torch.manual_seed(1)
     vae = models.autoencoder().train()
@@ -107,7 +118,7 @@ def make_vae(steps: int = 2000) -> None:
     vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
     print(f"vae: reconstruction MSE {float(error):.5f}, latent std {float(z.std()):.3f}")
     pipeline = models.flux_pipeline(vae)
-    pipeline.to(torch.bfloat16).save_pretrained(FLUX)
+    publish(pipeline, FLUX)
 
 
 def latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -158,7 +169,7 @@ def make_flux(steps: int = 2400, batch: int = 48) -> None:
 
     fit(transformer.parameters(), loss, steps=steps, lr=2e-3, name="flux", after=follow)
     pipeline.transformer = average.eval()
-    pipeline.to(torch.bfloat16).save_pretrained(FLUX)
+    publish(pipeline, FLUX)
 
 
 def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
@@ -195,7 +206,7 @@ def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
         )
 
     fit([*model.parameters(), *heads.parameters()], loss, steps=steps, lr=2e-3, name="dinov3")
-    model.eval().to(torch.bfloat16).save_pretrained(DINOV3)
+    publish(model.eval(), DINOV3)
 
 
 def corrupted(count: int, seed: int) -> Tensor:
@@ -274,7 +285,7 @@ def make_sd3() -> None:
     """Random weights: the layout of SD3.5 for tests and recipes, not pictures."""
     torch.manual_seed(7)
     vae = FluxPipeline.from_pretrained(FLUX, torch_dtype=torch.float32).vae
-    models.sd3_pipeline(vae).to(torch.bfloat16).save_pretrained(SD3)
+    publish(models.sd3_pipeline(vae), SD3)
 
 
 def make_picture() -> None:
