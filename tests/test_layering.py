@@ -37,13 +37,14 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "rewards":       "types tiny | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
-    "config":        "data algorithms distributed policies rewards tiny |",
+    "recipe_errors": "|",
+    "config":        "recipe_errors data algorithms distributed policies rewards tiny |",
     "evaluation":    "types config rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
-    "planner":       "types config policies rewards gardo_kernels"
+    "planner":       "types config recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers rich",
-    "export":        "config policies session | torch",
+    "export":        "config recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
     "train":         "* | torch",

@@ -67,8 +67,9 @@ def train(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
-    from gardo.config import RecipeError, load
+    from gardo.config import load
     from gardo.planner import geometry
+    from gardo.recipe_errors import RecipeError
 
     overrides = set_ or []
     try:
@@ -102,8 +103,8 @@ def export(
     out: Annotated[Path | None, typer.Option(help="where to write; RUN/export if left out")] = None,
 ) -> None:
     """Write a run's trained weights for diffusers: a LoRA, or a transformer folder."""
-    from gardo.config import RecipeError
     from gardo.export import export_run
+    from gardo.recipe_errors import RecipeError
 
     try:
         print(export_run(run, out=out))

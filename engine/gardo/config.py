@@ -7,12 +7,11 @@ loads.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -22,13 +21,10 @@ from gardo.algorithms.base import AlgorithmSettings, SamplerSettings
 from gardo.data import load_prompts
 from gardo.distributed.base import OptimizerSettings
 from gardo.policies.base import PolicySettings
+from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
 from gardo.tiny import world
-
-
-class RecipeError(Exception):
-    """A recipe that cannot be used; the message is for the user."""
 
 
 class Lora(Strict):
@@ -169,7 +165,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
         )
-    origin: dict[tuple[str, ...], str] = {}
+    origin: Origin = {}
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
@@ -179,7 +175,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def check(
     raw: dict[str, Any],
     source: str,
-    origin: dict[tuple[str, ...], str] | None = None,
+    origin: Origin | None = None,
     *,
     rules: bool = True,
 ) -> Recipe:
@@ -192,19 +188,19 @@ def check(
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(schema, e, source, origin) for e in error.errors()]
+        lines = [explain(schema, e, source, origin) for e in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     except _BadName as error:
-        raise RecipeError(_placed(error, source, origin)) from None
+        raise RecipeError(placed(error, source, origin)) from None
     for rule in _RULES if rules else ():
         try:
             rule(recipe)
         except ValueError as error:
-            raise RecipeError(_placed(error, source, origin)) from None
+            raise RecipeError(placed(error, source, origin)) from None
     return recipe
 
 
-def _override(raw: dict[str, Any], override: str, origin: dict[tuple[str, ...], str]) -> None:
+def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise RecipeError(
@@ -419,68 +415,6 @@ def algorithm_plugin(settings: AlgorithmSettings) -> Any:
 
 def policy_plugin(settings: PolicySettings) -> Any:
     return plugins.resolve("gardo.policies", settings.family)
-
-
-# ---- errors --------------------------------------------------------------------------------------
-
-
-_WEIGHTS = ("lora", "full")  # the tags of train.weights, which pydantic puts into locations
-
-
-def _where(location: tuple[str, ...], source: str, origin: dict[tuple[str, ...], str]) -> str:
-    """The --set that a field came from, or the file and the field."""
-    field = ".".join(location)
-    for end in range(len(location), 0, -1):
-        if name := origin.get(location[:end]):
-            return name if end == len(location) else f"{name}: {field}"
-    return f"{source}: {field}"
-
-
-def _placed(error: Exception, source: str, origin: dict[tuple[str, ...], str]) -> str:
-    """A message that opens with its field, behind where that field came from."""
-    field, _, rest = str(error).partition(": ")
-    if not rest:
-        return f"{source}: {error}"
-    return f"{_where(tuple(field.split('.')), source, origin)}: {rest}"
-
-
-def _explain(
-    schema: type[BaseModel], error: Any, source: str, origin: dict[tuple[str, ...], str]
-) -> str:
-    """One line of a pydantic error: file (or --set), field, value, mend."""
-    location = tuple(str(part) for part in error["loc"] if part not in _WEIGHTS)
-    where = _where(location, source, origin)
-    if error["type"] == "union_tag_not_found":
-        return f"{where}: kind is missing; one of {', '.join(_WEIGHTS)}"
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(schema, error["loc"][:-1])
-        close = difflib.get_close_matches(location[-1], known, 1, 0.6)
-        mend = (
-            f"Did you mean {'.'.join((*location[:-1], close[0]))}?"
-            if close
-            else f"Known here: {', '.join(sorted(known))}."
-        )
-        return f"{where}: unknown field. {mend}"
-    if error["type"] == "missing":
-        return f"{where}: missing, and it has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    shown = "" if isinstance(value, dict) or repr(value) in message else f"{value!r}: "
-    return f"{where}: {shown}{message[0].lower()}{message[1:]}"
-
-
-def _fields_at(schema: Any, location: Sequence[str]) -> list[str]:
-    options: list[Any] = [schema]
-    for part in location:
-        if part in _WEIGHTS:
-            options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]
-            continue
-        field = options[0].model_fields.get(part)
-        annotation = field.annotation if field else None
-        options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
-        if not options:
-            return []
-    return list(options[0].model_fields)
 
 
 def dump(recipe: Recipe) -> str:

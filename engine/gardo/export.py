@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gardo.config import RecipeError, check, read_yaml
+from gardo.config import check, read_yaml
 from gardo.policies.base import Policy
+from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
 
 FINAL = Path("final") / "trainable.safetensors"

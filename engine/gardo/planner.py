@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.config import Recipe, RecipeError, algorithm_plugin
+from gardo.config import Recipe, algorithm_plugin
+from gardo.recipe_errors import RecipeError
 
 
 @dataclass(frozen=True)

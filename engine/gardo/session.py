@@ -21,6 +21,7 @@ from gardo.distributed.base import Engine
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
+from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
@@ -178,7 +179,7 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
     rank, local_rank, world = ranks()
     quiet_libraries()
     if world > 1 and recipe.distributed.engine == "local":
-        raise config.RecipeError(
+        raise RecipeError(
             f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
             "launched; use engine zero"
         )
@@ -193,7 +194,7 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             policy = build_policy(recipe, device)
             panel = build_panel(recipe, device)
         except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
-            raise config.RecipeError(f"{source}: a model does not load: {error}") from error
+            raise RecipeError(f"{source}: a model does not load: {error}") from error
         engine = build_engine(recipe, policy, plan, device)
     progress.take_seconds()
     log = open_log(recipe, progress) if rank == 0 else None

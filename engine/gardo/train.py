@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gardo.config import RecipeError, load
+from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
 from gardo.phases import (
@@ -21,6 +21,7 @@ from gardo.phases import (
     scored,
     taught,
 )
+from gardo.recipe_errors import RecipeError
 from gardo.session import Session, open_session
 from gardo.types import Metrics, select
 

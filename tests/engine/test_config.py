@@ -16,8 +16,9 @@ import yaml
 
 from gardo import cli, config
 from gardo.algorithms.flow_grpo import FlowGRPO
-from gardo.config import Recipe, RecipeError, check, dump, load, read_yaml
+from gardo.config import Recipe, check, dump, load, read_yaml
 from gardo.planner import geometry
+from gardo.recipe_errors import RecipeError
 from gardo.tiny import world
 
 ROOT = Path(__file__).parents[2]
