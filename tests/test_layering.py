@@ -33,7 +33,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "rollout":       "types flow gardo_kernels | torch",
     "tiny":          "types flow gardo_kernels rewards report"
                      " | torch diffusers transformers tokenizers",
-    "policies":      "types flow gardo_kernels tiny | torch diffusers transformers peft",
+    "policies":      "types flow gardo_kernels tiny"
+                     " | torch diffusers transformers peft accelerate",
     "rewards":       "types tiny | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
@@ -44,7 +45,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types config recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers rich",
-    "export":        "config recipe_errors policies session | torch",
+    "export":        "config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
     "train":         "* | torch",
@@ -59,7 +60,7 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
 FOR_ALL = {"plugins", "settings"}  # every part of gardo may import these
 ALONE = {"gardo_kernels", "plugins", "settings"}  # except these
 
-ONLY_IN = {"deepspeed": "gardo.distributed.zero3"}
+ONLY_IN = {"deepspeed": "gardo.distributed.zero"}
 
 
 class Import:

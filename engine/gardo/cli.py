@@ -59,6 +59,10 @@ def _run(command: list[str]) -> int:
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on from the run's newest checkpoint; without one, start"),
+    ] = False,
     gpus: Annotated[
         int, typer.Option(min=1, help="ranks: GPUs, or CPU processes where there is no GPU")
     ] = 1,
@@ -89,6 +93,7 @@ def train(
     except RecipeError as error:
         _refuse(error)
     arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
+    arguments += ["--resume"] if resume else []
     if checked.distributed.engine == "local":
         raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
     if not torch.cuda.is_available():
@@ -99,7 +104,10 @@ def train(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    step: Annotated[
+        int | None, typer.Option(help="which checkpoint; the newest if left out")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="where to write; RUN/export if left out")] = None,
 ) -> None:
     """Write a run's trained weights for diffusers: a LoRA, or a transformer folder."""
@@ -107,7 +115,7 @@ def export(
     from gardo.recipe_errors import RecipeError
 
     try:
-        print(export_run(run, out=out))
+        print(export_run(run, out=out, step=step))
     except RecipeError as error:
         _refuse(error)
 

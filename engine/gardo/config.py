@@ -19,7 +19,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from gardo import plugins
 from gardo.algorithms.base import AlgorithmSettings, SamplerSettings
 from gardo.data import load_prompts
-from gardo.distributed.base import OptimizerSettings
+from gardo.distributed.base import DistributedSettings, OptimizerSettings, RolloutSettings
+from gardo.distributed.checkpoint import CheckpointSettings
 from gardo.policies.base import PolicySettings
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
@@ -48,6 +49,10 @@ class TrainSettings(Strict):
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
     )
     max_grad_norm: float = Field(1.0, gt=0)
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what blocks run again in the backward pass: nothing, all but attention, all",
+    )
 
 
 class DataSettings(Strict):
@@ -71,23 +76,11 @@ class EvaluateSettings(Strict):
     shown: int = Field(6, ge=1, description="prompts in the sample picture")
 
 
-class DistributedSettings(Strict):
-    engine: Literal["local", "zero"] = "zero"
-    stage: Literal[3] = 3
-    precision: Literal["float32", "bfloat16"] = "float32"
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads a rank; cores / ranks if left out"
-    )
-
-
 class RunSettings(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     steps: int = Field(ge=1, description="iterations")
     seed: int = Field(42, ge=0)
     folder: str = Field("runs", description="runs are written to FOLDER/NAME")
-    rollout_batch: int | None = Field(
-        None, ge=1, description="images a sampling forward, each rank"
-    )
 
 
 class Recipe(Strict):
@@ -99,13 +92,19 @@ class Recipe(Strict):
     sampler: SamplerSettings
     algorithm: Any
     rewards: dict[str, Any]
+    rollout: RolloutSettings = RolloutSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     distributed: DistributedSettings = DistributedSettings()
     run: RunSettings
 
     @property
     def run_folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.run_folder / "checkpoints"
 
     def prompts(self) -> list[str]:
         return load_prompts(Path(self.data.prompts))
@@ -388,16 +387,12 @@ def _attributes_fit(recipe: Recipe) -> None:
             ) from None
 
 
-def _precision_fits(recipe: Recipe) -> None:
-    distributed = recipe.distributed
-    if distributed.engine == "local" and distributed.precision != "float32":
-        raise ValueError(
-            f"distributed.precision: {distributed.precision} needs fp32 masters, "
-            "which engine local has not; use engine zero"
-        )
+def _distributed_fits(recipe: Recipe) -> None:
+    settings = getattr(recipe.algorithm, "base", None) or recipe.algorithm
+    recipe.distributed.check(algorithm_plugin(settings).slots_of(settings))
 
 
-_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _attributes_fit, _precision_fits)
+_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _attributes_fit, _distributed_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:

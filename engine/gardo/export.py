@@ -1,51 +1,56 @@
-"""Trained weights out of a run, for diffusers.
-
-`final/trainable.safetensors` (fp32) in, a LoRA or a transformer folder out.
-"""
+"""Trained weights out of a run's newest checkpoint, for diffusers: a LoRA, or a transformer."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from gardo.config import check, read_yaml
+from gardo.distributed.checkpoint import Saved, Unusable, committed
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
 
-FINAL = Path("final") / "trainable.safetensors"
 
+def export_run(
+    folder: Path, *, out: Path | None = None, policy: Policy | None = None, step: int | None = None
+) -> Path:
+    """Exports a run's weights after `step` iterations (the newest checkpoint) to `out`.
 
-def save_final(folder: Path, weights: Mapping[str, Tensor]) -> Path:
-    """Writes the trainable weights (fp32, by name) of a finished run; replaced in one move."""
-    path = folder / FINAL
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({n: t.contiguous() for n, t in weights.items()}, part)
-    os.replace(part, path)
-    return path
-
-
-def export_run(folder: Path, *, out: Path | None = None, policy: Policy | None = None) -> Path:
-    """Exports a run's weights to `out` (the run's `export/`).
-
-    Builds the policy from the run's recipe unless it is given. Returns the LoRA file, or the
-    transformer folder after full fine-tuning. RecipeError where the run has no weights.
+    `out` is the run's `export/` unless given. Builds the policy from the run's recipe unless it is
+    given; no weights of the base model are read. Returns the LoRA file, or the transformer folder
+    after full fine-tuning. RecipeError where the run has no such weights.
     """
-    path = folder / FINAL
-    if not path.is_file():
-        raise RecipeError(
-            f"{folder}: no {FINAL}; name the folder of a finished run, such as runs/tiny-flux-gardo"
-        )
+    saved = _checkpoint(folder, step)
     if policy is None:
         source = folder / "recipe.yaml"
         recipe = check(
             read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=False
         )
         policy = build_policy(recipe, torch.device("cpu"))
-    return policy.export(load_file(path), out or folder / "export")
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
+    weights = {name: saved.whole("master", name, shape) for name, shape in shapes.items()}
+    return policy.export(weights, out or folder / "export")
+
+
+def _checkpoint(folder: Path, step: int | None) -> Saved:
+    """The checkpoint to export, whole and undamaged."""
+    found = committed(folder / "checkpoints")
+    if not found:
+        raise RecipeError(
+            f"{folder}: no checkpoints; name the folder of a run, such as runs/tiny-flux-gardo"
+        )
+    wanted = [p for p in found if step is None or int(p.name.partition("-")[2]) == step]
+    if not wanted:
+        have = ", ".join(p.name for p in found)
+        raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")
+    try:
+        saved = Saved(wanted[0])
+        damage = saved.damage()
+    except Unusable as error:
+        raise RecipeError(str(error)) from error
+    if damage:
+        others = "; --step N exports an older one" if len(found) > 1 else ""
+        raise RecipeError(f"{damage}{others}")
+    return saved

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gardo.data import step_prompts
 from gardo.distributed.base import gather_record
-from gardo.export import export_run, save_final
+from gardo.evaluation.evaluate import due
+from gardo.export import export_run
 from gardo.report.html import write_report
 from gardo.rollout import batch_of, minibatches, sample, teach
 from gardo.session import Session
@@ -22,7 +23,7 @@ from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
 def sampled(s: Session, step: int) -> Rollout:
     """This rank's images of the step, drawn with the weights that the algorithm samples from."""
     recipe, plan = s.recipe, s.algorithm.plan(step)
-    with s.engine.slots.use(plan.weights):
+    with s.engine.reading(plan.weights):
         return sample(
             s.policy,
             step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
@@ -33,7 +34,7 @@ def sampled(s: Session, step: int) -> Rollout:
             seed=recipe.run.seed,
             step=step,
             device=s.engine.device,
-            micro_batch=recipe.run.rollout_batch,
+            micro_batch=recipe.rollout.batch,
         )
 
 
@@ -53,7 +54,7 @@ def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tenso
         policy=s.policy,
         conditioning=rollout.conditioning,
         engine=s.engine,
-        use=s.engine.slots.use,
+        use=s.engine.reading,
         micro_batch=s.geometry.micro_batch,
     )
 
@@ -94,7 +95,7 @@ def batches(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Ite
 def evaluate(s: Session, step: int) -> None:
     """Evaluates, logs and shows the weights after `step` iterations."""
     start = time.monotonic()
-    with s.progress.phase("evaluate"):
+    with s.progress.phase("evaluate"), s.engine.reading("train"):
         record = s.evaluator(step)
     s.progress.take_seconds()
     record["seconds"] = time.monotonic() - start
@@ -139,12 +140,34 @@ def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
     }
 
 
+def checkpoint(s: Session, step: int) -> None:
+    """Saves what a resume needs after `step` iterations, where that is due or was asked for.
+
+    Asking: a file `save-now` in the run's folder.
+    """
+    asked = s.recipe.run_folder / "save-now"
+    wanted = s.engine.agree_max(int(s.engine.rank == 0 and asked.exists()))
+    if not wanted and not due(step, s.recipe.run.steps, s.recipe.checkpoint.every):
+        return
+    with s.progress.phase("save"):
+        problem = s.checkpoints.save(step, s.state())
+    if problem:
+        s.progress.message(f"checkpoint of step {step} not saved: {problem}")
+    elif wanted and s.engine.rank == 0:
+        asked.unlink(missing_ok=True)
+        s.progress.message(f"checkpoint of step {step} saved, as asked")
+
+
 def finish(s: Session) -> None:
-    """Saves the weights, exports them for diffusers, writes the report, says where they are."""
-    weights = s.engine.gather_weights()
+    """Exports the last checkpoint's weights for diffusers, writes the report, says where."""
+    last = s.recipe.run.steps
+    if s.checkpoints.last_step != last:
+        raise OSError(
+            f"the weights of step {last} could not be saved in {s.recipe.checkpoint_folder}; make "
+            "room there and run again with --resume"
+        )
     if s.engine.rank == 0:
         folder = s.recipe.run_folder
-        save_final(folder, weights)
         exported = export_run(folder, policy=s.policy)
         report = write_report(folder)
         s.progress.message(f"report  {report}")

@@ -18,11 +18,12 @@ from gardo import config
 from gardo.algorithms.base import Algorithm, SamplerSettings, World
 from gardo.config import Recipe
 from gardo.distributed.base import Engine
+from gardo.distributed.checkpoint import Checkpoints, Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
-from gardo.report.metrics_log import MetricsLog
+from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
@@ -61,6 +62,7 @@ class Session:
     algorithm: Algorithm
     engine: Engine
     evaluator: Evaluator
+    checkpoints: Checkpoints
     prompts: Sequence[str]
     ctx: LossContext
     log: MetricsLog | None
@@ -70,6 +72,38 @@ class Session:
     def write(self, record: dict[str, Any]) -> None:
         if self.log:
             self.log.write(record)
+
+    def state(self) -> dict[str, Any]:
+        """All state that is not in the engine's tensors; JSON. The rest follows from the recipe."""
+        return {
+            "base": self.policy.identity() if self.engine.rank == 0 else None,
+            "algorithm": self.algorithm.state_dict(),
+            "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
+        }
+
+    def resume(self) -> None:
+        """Goes back to the newest checkpoint of the run."""
+        saved, wrong = self.checkpoints.newest()
+        for problem in wrong:
+            self.progress.message(f"checkpoint passed over: {problem}")
+        if saved is None:
+            raise RecipeError(
+                f"{self.checkpoints.folder}: no checkpoint verifies; leave out --resume to start "
+                "anew (this run is kept, under another name)"
+            )
+        try:
+            state = self.checkpoints.restore(saved)
+        except Unusable as error:
+            raise RecipeError(str(error)) from error
+        base = self.policy.identity() if self.engine.rank == 0 else state["base"]
+        if self.engine.agree_max(int(base != state["base"])):
+            raise RecipeError(
+                f"{saved.folder}: it trained {state['base']}, model.path is {base}; use that model"
+            )
+        self.checkpoints.set_aside(saved)
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.evaluator.restore(state["first_evaluation"])
+        self.first_step = saved.step
 
     def __enter__(self) -> Self:
         return self
@@ -95,9 +129,12 @@ def build_algorithm(
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
-    """The model with what trains switched on, in the precision that the engine starts from."""
+    """The model with what trains switched on, in the precision that the engine starts from.
+
+    Its transformer has no weights yet (`Policy.load_transformer`): the engine decides where they go
+    """
     policy: Policy = config.policy_plugin(recipe.model)(
-        recipe.model, dtype=getattr(torch, recipe.distributed.precision), device=device
+        recipe.model, dtype=getattr(torch, recipe.distributed.precision), device=device, defer=True
     )
     weights = recipe.train.weights
     if weights.kind == "lora":
@@ -109,6 +146,7 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
         )
     else:
         policy.train_full()
+    policy.checkpoint_activations(recipe.train.activation_checkpointing)
     return policy
 
 
@@ -127,10 +165,19 @@ def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.d
     if recipe.distributed.engine == "local":
         from gardo.distributed.local import LocalEngine
 
-        return LocalEngine(policy.trainable(), **options)
-    from gardo.distributed.zero3 import Zero3Engine
+        policy.load_transformer()
+        host_slots = recipe.distributed.slots == "host"
+        return LocalEngine(policy.trainable(), host_slots=host_slots, **options)
+    from gardo.distributed.zero import ZeroEngine
 
-    return Zero3Engine(policy.transformer, precision=recipe.distributed.precision, **options)
+    return ZeroEngine(
+        policy.transformer,
+        load=policy.load_transformer,
+        blocks=policy.blocks(),
+        settings=recipe.distributed,
+        rollout=recipe.rollout,
+        **options,
+    )
 
 
 def keep_old_run(folder: Path) -> Path | None:
@@ -150,15 +197,49 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def open_log(recipe: Recipe, progress: Progress) -> MetricsLog:
-    """Makes the run's folder with its resolved recipe and an empty log."""
+def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
+    """The run's folder with its resolved recipe and its log, new or from `first_step` on."""
     folder = recipe.run_folder
-    moved = keep_old_run(folder)
-    folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
-    if moved:
+    if first_step:
+        progress.message(f"resumed after step {first_step}")
+    elif moved := keep_old_run(folder):
         progress.message(f"the earlier run of this name is now {moved}")
-    return MetricsLog(folder / "metrics.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.yaml", config.dump(recipe).encode())
+    return MetricsLog(folder / "metrics.jsonl", from_step=first_step + 1 if first_step else None)
+
+
+FIXED = ("model", "train.weights", "train.optimizer.name", "algorithm.name", "algorithm.base.name")
+
+
+def check_changes(recipe: Recipe, source: str) -> list[str]:
+    """How the recipe differs from the one that the run was started with, a line a field.
+
+    RecipeError where a checkpoint of it cannot be used with the change.
+    """
+    path = recipe.run_folder / "recipe.yaml"
+    if not path.is_file():
+        return []
+    old = _flat(config.read_yaml(path.read_text(encoding="utf-8"), str(path)))
+    new = _flat(recipe.model_dump(mode="json"))
+    lines = []
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            change = f"{field}: {old.get(field)} -> {new.get(field)}"
+            if any(field == f or field.startswith(f"{f}.") for f in FIXED):
+                raise RecipeError(
+                    f"{source}: {change}: the checkpoints in {recipe.run_folder} were made with "
+                    "the old value; take it back, or start another run with run.name"
+                )
+            lines.append(change)
+    return lines
+
+
+def _flat(section: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {name: section}
+    parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in section.items())
+    return {field: value for part in parts for field, value in part.items()}
 
 
 def ranks() -> tuple[int, int, int]:
@@ -174,8 +255,13 @@ def use_threads(recipe: Recipe, world: int) -> None:
     )
 
 
-def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False) -> Session:
-    """Checks the geometry, then loads the models and starts the engine."""
+def open_session(
+    recipe: Recipe, *, source: str = "recipe", quiet: bool = False, resume: bool = False
+) -> Session:
+    """Checks the geometry, then loads the models and starts the engine.
+
+    `resume` goes on from the run's newest checkpoint, if it has one.
+    """
     rank, local_rank, world = ranks()
     quiet_libraries()
     if world > 1 and recipe.distributed.engine == "local":
@@ -184,11 +270,15 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             "launched; use engine zero"
         )
     plan = geometry(recipe, rank=rank, world=world, source=source)
+    resume = resume and bool(committed(recipe.checkpoint_folder))
+    changes = check_changes(recipe, source) if resume else []
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
         use_threads(recipe, world)
-    progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet)
+    log_file = recipe.run_folder / "metrics.jsonl"
+    history = read_metrics(log_file) if resume and log_file.is_file() else []
+    progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
     with progress.phase("load"):
         try:
             policy = build_policy(recipe, device)
@@ -197,7 +287,6 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             raise RecipeError(f"{source}: a model does not load: {error}") from error
         engine = build_engine(recipe, policy, plan, device)
     progress.take_seconds()
-    log = open_log(recipe, progress) if rank == 0 else None
     algorithm = build_algorithm(
         recipe.algorithm,
         recipe.sampler,
@@ -205,7 +294,7 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
         recipe.run.seed,
     )
     engine.make_slots(algorithm.slots)
-    return Session(
+    session = Session(
         recipe=recipe,
         geometry=plan,
         policy=policy,
@@ -221,8 +310,17 @@ def open_session(recipe: Recipe, *, source: str = "recipe", quiet: bool = False)
             seed=recipe.run.seed,
             folder=recipe.run_folder,
         ),
+        checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel),
-        log=log,
+        log=None,
         progress=progress,
     )
+    if resume:
+        session.resume()
+        for change in changes:
+            progress.message(f"changed since the run started: {change}")
+    if rank == 0:
+        session.log = open_log(recipe, progress, session.first_step)
+    engine.barrier()
+    return session

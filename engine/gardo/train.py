@@ -13,6 +13,7 @@ from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
 from gardo.phases import (
     batches,
+    checkpoint,
     evaluate,
     finish,
     held_to_contract,
@@ -27,9 +28,10 @@ from gardo.types import Metrics, select
 
 
 def train(s: Session) -> None:
-    """Runs the session's remaining steps; leaves weights, export and report in its folder."""
+    """Runs the session's remaining steps; leaves checkpoints, export and report in its folder."""
     algorithm, engine, slots, phase = s.algorithm, s.engine, s.engine.slots, s.progress.phase
-    evaluate(s, s.first_step)
+    if s.first_step == 0:
+        evaluate(s, 0)
     for step in range(s.first_step, s.recipe.run.steps):
         with phase("sample"):
             rollout = sampled(s, step)
@@ -55,6 +57,7 @@ def train(s: Session) -> None:
         log_step(s, step + 1, scores, everyone, totals, norms, events)
         if due(step + 1, s.recipe.run.steps, s.recipe.evaluate.every):
             evaluate(s, step + 1)
+        checkpoint(s, step + 1)
     finish(s)
 
 
@@ -66,10 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gardo.train", description="Train a recipe.")
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
-        session = open_session(load(options.recipe, options.sets), source=options.recipe)
+        recipe = load(options.recipe, options.sets)
+        session = open_session(recipe, source=options.recipe, resume=options.resume)
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2

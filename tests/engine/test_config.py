@@ -176,7 +176,7 @@ BAD_VALUES = {
                                   "rewards.tiny_count.wieght: unknown",
                                   "Did you mean rewards.tiny_count.weight?"),
     "unknown field far from any": (("seed: 42", "colour: 42"), "run.colour: unknown field",
-                                   "Known here: folder, name, rollout_batch, seed, steps."),
+                                   "Known here: folder, name, seed, steps."),
     "rank of a full fine-tuning": (("kind: lora, rank: 16, alpha: 32", "kind: full, rank: 16"),
                                    "train.weights.rank: unknown field", "Known here: kind."),
     # types and ranges
@@ -247,6 +247,18 @@ BAD_VALUES = {
                           "a beta above 0"),
     "group of one": (("images_per_prompt: 12", "images_per_prompt: 1"), "data.images_per_prompt: 1",
                      "at least 2"),
+    "bfloat16 at stage 0": (("stage: 3", "stage: 0, precision: bfloat16"),
+                            "distributed.precision: bfloat16 at stage 0", "use stage 1, 2 or 3"),
+    "bfloat16 masters in fp32": (("stage: 3", "stage: 3, masters: bfloat16"),
+                                 "distributed.masters: bfloat16", "needs precision: bfloat16"),
+    "offload of nothing": (("stage: 3", "stage: 0, offload: optimizer"),
+                           "distributed.offload: stage 0", "use stage 1, 2 or 3"),
+    "offload of whole weights": (("stage: 3", "stage: 2, offload: parameters"),
+                                 "distributed.offload: parameters", "use stage: 3"),
+    "persistence with slots": (("stage: 3", "stage: 3, persistence_threshold: 1000"),
+                               "distributed.persistence_threshold: 1000", "use 0"),
+    "hpZ with slots": (("stage: 3", "stage: 3, hpz: 2"), "distributed.hpz: 2", "use 1"),
+    "no such stage": (("stage: 3", "stage: 4"), "distributed.stage: 4", "0, 1, 2 or 3"),
     "bfloat16 in one process": (("engine: zero, stage: 3", "engine: local, precision: bfloat16"),
                                 "distributed.precision: bfloat16", "use engine zero"),
 }  # fmt: skip
@@ -652,7 +664,7 @@ def test_folders_without_a_run_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(capsys, "export", str(tmp_path))
-    assert message.startswith(f"{tmp_path}: no final/trainable.safetensors; name the folder")
+    assert message.startswith(f"{tmp_path}: no checkpoints; name the folder")
     message = refused(capsys, "report", str(tmp_path))
     assert message.startswith(f"{tmp_path}: no metrics.jsonl; name the folder")
     assert list(tmp_path.iterdir()) == []
@@ -677,7 +689,7 @@ def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_schema_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(SECTIONS) == set(schema["required"])
-    assert set(yaml.safe_load(GOOD)) == set(schema["properties"])
+    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {"checkpoint", "rollout"}
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
     sampler = schema["$defs"]["SamplerSettings"]["properties"]

@@ -348,7 +348,7 @@ class Trainer:
         return self.algorithm.after_step(self.engine.slots, metrics)
 
     def reference_is_live(self):
-        return torch.equal(self.engine.slots.pieces("reference")[0], self.model.weight)
+        return torch.equal(self.engine.slots.pieces("reference")[0], self.model.weight.flatten())
 
 
 def wanted(algorithm):
@@ -414,7 +414,7 @@ def test_nft_samples_from_old_so_it_always_asks():
         assert run.iteration() == ["reference reset (2 updates)"]
         assert run.reference_is_live()
     assert wanted(algorithm) == {"old": [True] * 6, "reference": GATED}
-    assert not torch.equal(run.engine.slots.pieces("old")[0], run.model.weight)
+    assert not torch.equal(run.engine.slots.pieces("old")[0], run.model.weight.flatten())
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])

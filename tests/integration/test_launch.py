@@ -86,7 +86,7 @@ def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
     first, second = (r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "step")
     assert first["metrics"]["ratio_error"] <= 1e-3 and second["metrics"]["ratio_error"] <= 1e-3
     assert second["metrics"]["ratio"] != 1.0 and second["metrics"]["grad_norm"] > 0
-    weights = load_file(run / "final" / "trainable.safetensors")
+    weights = load_file(run / "checkpoints/step-000002/master-00000-of-00001.safetensors")
     masters = [w for n, w in weights.items() if "lora_B" in n]
     assert all(w.dtype == torch.float32 for w in masters)
     moved = torch.cat([w.flatten() for w in masters])
@@ -95,8 +95,9 @@ def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
-    for name in ("recipe.yaml", "metrics.jsonl", "report.html", "final/trainable.safetensors"):
+    for name in ("recipe.yaml", "metrics.jsonl", "report.html"):
         assert (finished / name).is_file(), name
+    assert (finished / "checkpoints/step-000001/manifest.json").is_file()
     assert (finished / "export" / "pytorch_lora_weights.safetensors").is_file()
     records = read_metrics(finished / "metrics.jsonl")
     assert [r["kind"] for r in records] == ["evaluation", "step", "evaluation"]

@@ -75,7 +75,8 @@ def recipe(case: str, folder: Path, steps: int = 5) -> dict:
             "every": 100, "prompt_count": 4, "images_per_prompt": 1, "steps": 2, "batch": 2,
         },
         "distributed": {"engine": engine, "threads": 1},
-        "run": {"name": case, "steps": steps, "seed": 7, "folder": str(folder), "rollout_batch": 4},
+        "run": {"name": case, "steps": steps, "seed": 7, "folder": str(folder)},
+        "rollout": {"batch": 4},
     }  # fmt: skip
 
 

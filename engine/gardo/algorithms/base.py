@@ -67,17 +67,22 @@ class Algorithm:
 
     Settings: ClassVar[type[AlgorithmSettings]]
     differentiable: bool = False  # needs gradients of the reward
-    slots: tuple[str, ...] = ()
 
     def __init__(self, settings: Any, world: World) -> None:
         self.settings = settings
         self.world = world
+        self.slots = self.slots_of(settings)
         self.contract: RatioContract | NoRatio = NoRatio()
 
     @classmethod
     def rows_per_sample(cls, settings: Any, sampler: SamplerSettings) -> int:
         """Training rows that each sample becomes."""
         return sampler.train_steps
+
+    @classmethod
+    def slots_of(cls, settings: Any) -> tuple[str, ...]:
+        """Copies of the trained weights that it needs: "reference", "old"."""
+        return ()
 
     @classmethod
     def check(cls, settings: Any, sampler: SamplerSettings) -> None:

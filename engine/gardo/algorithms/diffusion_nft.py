@@ -60,8 +60,11 @@ class DiffusionNFT(Algorithm):
     def __init__(self, settings: DiffusionNFTSettings, world: World) -> None:
         super().__init__(settings, world)
         self.table = transitions(world.sigmas, settings.solver)
-        self.slots = ("old", "reference") if settings.beta else ("old",)
         self.updates = 0
+
+    @classmethod
+    def slots_of(cls, settings: DiffusionNFTSettings) -> tuple[str, ...]:
+        return ("old", "reference") if settings.beta else ("old",)
 
     @classmethod
     def check(cls, settings: DiffusionNFTSettings, sampler: SamplerSettings) -> None:

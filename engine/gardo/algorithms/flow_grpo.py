@@ -47,9 +47,12 @@ class FlowGRPO(Algorithm):
         super().__init__(settings, world)
         sampler = world.sampler
         self.table = transitions(world.sigmas, sampler.sde, sampler.noise_level)
-        self.slots = ("reference",) if settings.beta else ()
         self.contract = RatioContract(settings.old_velocity, settings.clip_range)
         self._reference_is_sampler = True
+
+    @classmethod
+    def slots_of(cls, settings: FlowGRPOSettings) -> tuple[str, ...]:
+        return ("reference",) if settings.beta else ()
 
     @classmethod
     def check(cls, settings: FlowGRPOSettings, sampler: SamplerSettings) -> None:

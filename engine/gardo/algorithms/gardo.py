@@ -218,7 +218,7 @@ class Gardo(Algorithm):
         super().__init__(settings, world)
         self.base = base
         self.contract = base.contract
-        self.slots = base.slots
+        self.slots = base.slots  # the base's plug-in, not this one's, knows them
         self.differentiable = base.differentiable
         self.gate = Gate(settings.gate) if settings.gate else None
         self.reference = Reference(settings.reference) if settings.reference else None

@@ -1,1 +1,1 @@
-"""Where the loop runs: local.py (one process) and zero3.py (DeepSpeed, imported only there)."""
+"""Where the loop runs: local.py (one process) and zero.py (DeepSpeed, imported only there)."""

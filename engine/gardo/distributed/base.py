@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,23 +19,111 @@ Record = TypeVar("Record")
 
 
 class OptimizerSettings(Strict):
-    """AdamW as Flow-GRPO and GARDO use it."""
+    """AdamW as Flow-GRPO and GARDO use it; adamw_8bit keeps its moments in 8 bits (bitsandbytes)"""
 
-    name: str = Field("adamw", pattern="^adamw$")
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(3e-4, gt=0)
     betas: Pair[float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
 
 
-def adamw(parameters: Sequence[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+class DistributedSettings(Strict):
+    """How a run spreads over ranks. Sizes left out are chosen from the model's blocks."""
+
+    engine: Literal["local", "zero"] = Field(
+        "zero", description="local: one process, fp32, no DeepSpeed"
     )
+    stage: Literal[0, 1, 2, 3] = Field(
+        3,
+        description="what ZeRO partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also "
+        "weights",
+    )
+    precision: Literal["float32", "bfloat16"] = "float32"
+    masters: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the optimizer's weights; bfloat16 (moments too) saves 10 bytes "
+        "a trained weight and loses small steps"
+    )  # fmt: skip
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="to host memory: the optimizer state, or that and the weights (stage 3)"
+    )
+    slots: Literal["device", "host"] = Field(
+        "device", description="where copies of the trained weights wait (reference, old)"
+    )
+    prefetch_bucket: int | None = Field(None, ge=0, description="elements gathered ahead")
+    live_parameters: int | None = Field(None, ge=1, description="elements gathered at a time")
+    reuse_distance: int | None = Field(
+        None, ge=0, description="elements; what is used again sooner stays gathered"
+    )
+    reduce_bucket: int | None = Field(None, ge=1, description="gradient elements reduced at a time")
+    persistence_threshold: int = Field(
+        0, ge=0, description="smaller parameters stay gathered; 0 where slots are exchanged"
+    )
+    hpz: int = Field(
+        1, ge=1, description="ranks of a node that keep a second copy (ZeRO++ hpZ); 1 with slots"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads a rank; cores / ranks if left out"
+    )
+
+    def check(self, slots: Sequence[str]) -> None:
+        """ValueError where two settings, or one and the algorithm's slots, do not go together."""
+        if self.engine == "local" and self.precision != "float32":
+            raise ValueError(
+                f"distributed.precision: {self.precision} needs fp32 masters, which engine local "
+                "has not; use engine zero"
+            )
+        if self.stage == 0 and self.precision != "float32":
+            raise ValueError(
+                f"distributed.precision: {self.precision} at stage 0 would sum gradients in "
+                f"{self.precision}; use stage 1, 2 or 3"
+            )
+        if self.masters != "float32" and self.precision != "bfloat16":
+            raise ValueError("distributed.masters: bfloat16 needs precision: bfloat16")
+        if self.stage == 0 and self.offload != "none":
+            raise ValueError("distributed.offload: stage 0 partitions nothing; use stage 1, 2 or 3")
+        copies = {"persistence_threshold": self.persistence_threshold, "hpz": self.hpz - 1}
+        only_3 = {**copies, "offload": self.offload == "parameters"}
+        for field, used in only_3.items():
+            if used and self.stage < 3:
+                raise ValueError(
+                    f"distributed.{field}: {getattr(self, field)}: only stage 3 partitions the "
+                    "weights; use stage: 3"
+                )
+        for field, used in copies.items():
+            if used and slots:
+                raise ValueError(
+                    f"distributed.{field}: {getattr(self, field)} keeps copies of weights that do "
+                    f"not see the exchange with slot {slots[0]!r}; use {int(field == 'hpz')}"
+                )
+
+
+class RolloutSettings(Strict):
+    """How forward-only phases run: sampling, teachers, evaluation."""
+
+    gather: Literal["auto", "iteration", "step"] = Field(
+        "auto",
+        description="stage 3: gather the weights once a phase (iteration), or at every forward "
+        "(step); auto: once if they fit in half of the free memory",
+    )
+    batch: int | None = Field(None, ge=1, description="images a sampling forward, each rank")
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """`fused`: torch's one-pass kernel, for moments in host memory."""
+    shared: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, fused=fused or None, **shared)
 
 
 class Engine(Protocol):
@@ -46,7 +135,13 @@ class Engine(Protocol):
     slots: Slots
     grad_norm: float
 
+    optimizer: torch.optim.Optimizer
+
     def make_slots(self, names: Sequence[str]) -> Slots: ...
+    def reading(self, weights: str) -> AbstractContextManager[None]:
+        """Forward passes inside read these weights ("train" or a slot), gathered once where the
+        recipe and the memory allow it. No backward pass and no step may happen there."""
+
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of `loss`, the mean over this micro-batch."""
 
@@ -62,11 +157,17 @@ class Engine(Protocol):
     def reduce(self, metrics: Metrics) -> Metrics:
         """Sums, counts and maxima over all ranks; every rank must have the same names."""
 
-    def gather_weights(self) -> dict[str, Tensor]:
-        """The trainable weights in fp32 on the CPU by parameter name; empty except on rank 0."""
-
     def barrier(self) -> None: ...
     def close(self) -> None: ...
+
+
+def gather_text(engine: Engine, text: str) -> list[str]:
+    """What every rank says, in rank order; as bytes in a tensor, never pickled."""
+    data = text.encode()
+    size = engine.agree_max(len(data))
+    padded = torch.frombuffer(bytearray(data.ljust(size, b" ") or b" "), dtype=torch.uint8)
+    rows = engine.all_gather(padded.to(engine.device)[None]).cpu()
+    return [bytes(row.tolist()).decode().rstrip(" ") for row in rows]
 
 
 def gather_record(engine: Engine, record: Record) -> Record:

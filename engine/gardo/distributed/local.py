@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from gardo.distributed.base import OptimizerSettings, adamw, check_step
+from gardo.distributed.base import OptimizerSettings, build_optimizer, check_step
+from gardo.distributed.shards import WholeShards
 from gardo.distributed.slots import Slots
 from gardo.types import Metrics
-
-
-class _WholeParameters:
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._data = [p.data for p in parameters]
-
-    def live(self) -> Sequence[Tensor]:
-        return self._data
-
-    def masters(self) -> Sequence[Tensor]:
-        return self._data
-
-    def settle(self) -> None:
-        pass
 
 
 class LocalEngine:
@@ -40,10 +28,12 @@ class LocalEngine:
         accumulation: int,
         max_grad_norm: float,
         device: torch.device,
+        host_slots: bool = False,
     ) -> None:
-        self._trainable = trainable
         self._parameters = list(trainable.values())
-        self._optimizer = adamw(self._parameters, optimizer)
+        self._shards = WholeShards(trainable)
+        self._host_slots = host_slots
+        self.optimizer = build_optimizer(self._parameters, optimizer)
         self._accumulation = accumulation
         self._max_grad_norm = max_grad_norm
         self._micro_steps = 0
@@ -52,8 +42,13 @@ class LocalEngine:
         self.slots = self.make_slots(())
 
     def make_slots(self, names: Sequence[str]) -> Slots:
-        self.slots = Slots(_WholeParameters(self._parameters), names)
+        self.slots = Slots(self._shards, names, host=self._host_slots)
         return self.slots
+
+    @contextmanager
+    def reading(self, weights: str) -> Iterator[None]:
+        with self.slots.use(weights):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._accumulation).backward()
@@ -65,8 +60,8 @@ class LocalEngine:
             return False
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self.grad_norm = float(norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return True
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -77,9 +72,6 @@ class LocalEngine:
 
     def reduce(self, metrics: Metrics) -> Metrics:
         return metrics
-
-    def gather_weights(self) -> dict[str, Tensor]:
-        return {n: p.detach().float().cpu().clone() for n, p in self._trainable.items()}
 
     def barrier(self) -> None:
         pass

@@ -48,6 +48,13 @@ class Evaluator:
         self.shown = torch.arange(count) * len(self.prompts) // count  # spread over the prompts
         self.first: dict[str, Tensor] = {}
 
+    def restore(self, first: Mapping[str, Sequence[float]]) -> None:
+        """The per-prompt means of the first evaluation of this run, from before a resume."""
+        device = self.engine.device
+        self.first = {
+            n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in first.items()
+        }
+
     def initial_latents(self, image_I: Tensor) -> Tensor:
         return random_normal(self.seed, image_I, EVALUATION, self.policy.latent_shape)
 

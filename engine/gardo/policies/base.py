@@ -7,19 +7,27 @@ Shapes: B images, P prompts, R rows, X one latent (`latent_shape`), H x W pixels
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
 from gardo.settings import Pair, Strict, is_hub_id, model_path
 
 
@@ -82,19 +90,36 @@ class Policy:
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    transformer_class: ClassVar[type[Any]]
     lora_targets: ClassVar[tuple[str, ...]]
+    block_lists: ClassVar[tuple[str, ...]]  # the transformer's lists of alike blocks
 
     def __init__(
-        self, settings: PolicySettings, *, dtype: torch.dtype, device: torch.device
+        self,
+        settings: PolicySettings,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        defer: bool = False,
     ) -> None:
+        """`defer` leaves the transformer without weights until `load_transformer`."""
+        folder = Path(model_path(settings.path))
+        if not folder.is_dir():
+            folder = Path(self.pipeline_class.download(settings.path, use_safetensors=True))
+        self.folder = folder
+        self.weight_files = WeightFiles(folder / "transformer")
         pipeline = self.pipeline_class.from_pretrained(
-            model_path(settings.path), dtype=dtype, use_safetensors=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
         )
-        pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+                if part is not pipeline.transformer:
+                    part.to(device)
         self.pipeline = pipeline
         self.settings = settings
         self.dtype = dtype
@@ -102,6 +127,32 @@ class Policy:
         self.height, self.width = settings.size
         check_size(settings.size, 2 * pipeline.vae_scale_factor)
         self.lora: LoraConfig | None = None
+        if not defer:
+            self.load_transformer()
+
+    def identity(self) -> dict[str, str]:
+        """Which base model this is: its id, and its revision or its transformer's digest."""
+        path = self.settings.path
+        if is_hub_id(path) and not Path(model_path(path)).is_dir():
+            return {"id": path, "revision": self.folder.name}
+        digest = hashlib.sha256()
+        for file in self.weight_files.paths:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return {"id": path, "sha256": digest.hexdigest()}
+
+    def load_transformer(self, place: Place = set_parameter, *, reads: bool = True) -> None:
+        """Reads the transformer's weights, one at a time; `place` says what becomes of each."""
+        for buffer in self.transformer.buffers():
+            buffer.data = buffer.data.to(self.device)
+        fill(
+            self.transformer,
+            self.weight_files.read,
+            device=self.device,
+            dtype=self.dtype,
+            place=place,
+            reads=reads,
+        )
 
     # What a family defines ------------------------------------------------------------------------
 
@@ -172,14 +223,51 @@ class Policy:
             target_modules=sorted(targets or self.lora_targets),
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             self.transformer.add_adapter(self.lora)
+            torch.manual_seed(seed)
+            for layer in self.transformer.modules():
+                if isinstance(layer, LoraLayer):
+                    self._initialise(layer)
+
+    def _initialise(self, layer: Any) -> None:
+        """PEFT's own initial values in fp32, wherever the wrapped layer's weights are or are not"""
+        halves = [layer.lora_A["default"], layer.lora_B["default"]]
+        for half in halves:
+            half.float().to_empty(device="cpu").reset_parameters()
+        layer.reset_lora_parameters("default", "gaussian")
+        for half in halves:
+            half.to(self.device, self.dtype)
 
     def train_full(self) -> None:
         self.transformer.requires_grad_(True)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks in the order they run."""
+        return [block for name in self.block_lists for block in getattr(self.transformer, name)]
+
+    def checkpoint_activations(self, mode: Literal["none", "selective", "full"]) -> None:
+        """What the forward pass of a block keeps for its backward pass.
+
+        full keeps the block's input and runs the block again; selective also keeps the outputs of
+        attention, and runs the rest again.
+        """
+        if mode == "none":
+            return
+        more: dict[str, Any] = {}
+        if mode == "selective":
+            more["context_fn"] = functools.partial(
+                create_selective_checkpoint_contexts, _attention_ops()
+            )
+
+        def run(block: Any, *args: Any) -> Any:
+            return checkpoint(
+                block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **more
+            )
+
+        self.transformer.enable_gradient_checkpointing(run)
 
     def _lora_metadata(self) -> dict[str, Any]:
         """What diffusers stores beside the weights; sets sorted, so that a file is reproducible."""
@@ -209,3 +297,16 @@ class Policy:
             transformer_lora_adapter_metadata=self._lora_metadata(),
         )
         return folder / "pytorch_lora_weights.safetensors"
+
+
+def _attention_ops() -> list[Any]:
+    """What scaled_dot_product_attention runs on CPUs and GPUs, in the releases that have them."""
+    names = (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{n}", None) for n in names)
+    return [packet.default for packet in packets if packet is not None]

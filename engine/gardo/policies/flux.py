@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from gardo.flow import flux_sigmas
@@ -21,6 +21,8 @@ class FluxSettings(PolicySettings):
 class FluxPolicy(Policy):
     Settings = FluxSettings
     pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (  # Flow-GRPO's list
         "attn.to_q",
         "attn.to_k",
@@ -36,8 +38,15 @@ class FluxPolicy(Policy):
         "ff_context.net.2",
     )
 
-    def __init__(self, settings: FluxSettings, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(settings, dtype=dtype, device=device)
+    def __init__(
+        self,
+        settings: FluxSettings,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        defer: bool = False,
+    ) -> None:
+        super().__init__(settings, dtype=dtype, device=device, defer=defer)
         rows, columns = self._packed_size
         self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class SD3Settings(PolicySettings):
 class SD3Policy(Policy):
     Settings = SD3Settings
     pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
+    block_lists = ("transformer_blocks",)
     lora_targets = (
         "attn.add_k_proj",
         "attn.add_q_proj",

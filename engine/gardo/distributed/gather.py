@@ -1,0 +1,96 @@
+"""Gather once: ZeRO-3's weights whole for as long as many forward passes run.
+
+Inside, every parameter is gathered and DeepSpeed's module hooks are off; otherwise each module
+would release what it used, and gather it again for the next forward pass. Afterwards the very same
+hooks are back in the very same order, so that training goes on bit for bit, with its trace of what
+to prefetch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class GatherOnce:
+    """Gathers the weights of `module`, block by block, one collective each.
+
+    `offload` is DeepSpeed's DeepSpeedZeRoOffload, which owns the hooks.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], offload: Any) -> None:
+        self._module, self._offload = module, offload
+        groups: list[list[Any]] = [list(block.parameters()) for block in blocks]
+        inside = {id(p) for group in groups for p in group}
+        groups.append([p for p in module.parameters() if id(p) not in inside])
+        self._groups = [group for group in groups if group]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """No backward pass may run inside."""
+        self._offload.partition_all_parameters()
+        kept = self._take_hooks_off()
+        try:
+            for group in self._groups:
+                group[0].all_gather_coalesced(group).wait()
+            yield
+        finally:
+            for group in self._groups:
+                group[0].partition(group)
+            self._put_hooks_back(kept)
+
+    def _take_hooks_off(self) -> list[tuple[Any, Any]]:
+        offload = self._offload
+        handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+        ids = {handle.id for handle in handles}
+        kept = []
+        for module in self._module.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                if ids & hooks.keys():
+                    kept.append((hooks, dict(hooks)))
+                    for number in ids & hooks.keys():
+                        del hooks[number]
+        return kept
+
+    def _put_hooks_back(self, kept: list[tuple[Any, Any]]) -> None:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+
+    def probe(self) -> str | None:
+        """Tries it once; what does not work with this DeepSpeed, or None. A collective."""
+        try:
+            hooks = self._hooks()
+            with self():
+                whole = all(tuple(p.shape) == tuple(p.ds_shape) for p in self._all())
+                bare = not any(self._hooks())
+            parted = all(p.numel() == 0 or p.numel() < p.ds_numel for p in self._all())
+        except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        if not (whole and bare and (parted or _alone()) and self._hooks() == hooks):
+            return "weights or hooks are not as they were"
+        return None
+
+    def _all(self) -> list[Any]:
+        return list(self._module.parameters())
+
+    def _hooks(self) -> list[list[int]]:
+        modules = self._module.modules()
+        found = [
+            [n for n in (*m._forward_pre_hooks, *m._forward_hooks) if n in self._own_ids()]
+            for m in modules
+        ]
+        return [numbers for numbers in found if numbers]
+
+    def _own_ids(self) -> set[int]:
+        offload = self._offload
+        handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+        return {handle.id for handle in handles}
+
+
+def _alone() -> bool:
+    return torch.distributed.get_world_size() == 1

@@ -1,0 +1,169 @@
+"""Where this rank's pieces of the trainable weights live, whatever partitions them.
+
+A piece is a run of elements of one flattened parameter. Slots and checkpoints speak of pieces only,
+so they are the same for one process and for every ZeRO stage. `home` is the tensor that the
+optimizer updates (a whole parameter, or the flat fp32 tensor in which DeepSpeed packs many), and
+the key of its moments.
+
+    stage   the optimizer updates                what forward passes read
+    -, 0    the parameter itself                 the same
+    1, 2    this rank's part of a flat tensor    whole parameters, gathered after every step
+    3       this rank's part of a flat tensor    parts, gathered when a module runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start ... start + length of the flattened parameter `name` of `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    home: Tensor
+    offset: int  # of the piece in the flattened home
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece in a tensor laid out like its home, such as a moment: [length]."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+
+class Shards(Protocol):
+    """This rank's pieces, in an order that is the same in every call."""
+
+    pieces: list[Piece]
+    replicated: bool  # every rank holds everything
+
+    def exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Lets forward passes on every rank read `values` (one a piece) and returns what they read
+        before, which exchanged back restores it bit for bit. A collective."""
+
+    def refresh(self) -> None:
+        """Lets forward passes read the masters, after those were written. A collective."""
+
+
+def masters(shards: Shards) -> list[Tensor]:
+    """The pieces as the optimizer updates them, fp32 unless the masters are bf16."""
+    return [piece.of(piece.home) for piece in shards.pieces]
+
+
+def homes(shards: Shards) -> list[Tensor]:
+    """Every home once, in the order of the pieces."""
+    return list({id(piece.home): piece.home for piece in shards.pieces}.values())
+
+
+def _overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    kept = [t.clone() for t in tensors]
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+    return kept
+
+
+class WholeShards:
+    """One process, or stage 0: the parameters are their own masters."""
+
+    replicated = True
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter]) -> None:
+        self.pieces = [Piece(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in trainable.items()]
+
+    def exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return _overwrite(masters(self), values)
+
+    def refresh(self) -> None:
+        pass
+
+
+class FlatShards:
+    """Stages 1 and 2: fragments of flat fp32 tensors, whole low-precision parameters."""
+
+    replicated = False
+
+    def __init__(self, optimizer: Any, trainable: Mapping[str, Any]) -> None:
+        self._optimizer = optimizer
+        flats = _flat_masters(optimizer)
+        self.pieces = []
+        for name, p in trainable.items():
+            mapping = p._hp_mapping  # None where this rank has no part of the parameter
+            if mapping is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                home = flats[mapping.param_group_index]
+                self.pieces.append(
+                    Piece(name, tuple(p.shape), here.start, here.numel, home, there.start)
+                )
+
+    def exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        kept = _overwrite(masters(self), values)
+        self.refresh()
+        return kept
+
+    def refresh(self) -> None:
+        self._optimizer.update_lp_params()  # casts the masters and gathers, as after a step
+
+
+class PartitionShards:
+    """Stage 3: each parameter in equal parts over the ranks, the last one padded."""
+
+    replicated = False
+
+    def __init__(self, optimizer: Any, trainable: Mapping[str, Any], *, rank: int) -> None:
+        self._offload = optimizer.parameter_offload
+        self._parameters = list(trainable.values())
+        flats = _flat_masters(optimizer)
+        self.pieces = []
+        for name, p in trainable.items():
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = min(rank * padded, p.ds_numel)
+            length = min(padded, p.ds_numel - start)
+            self.pieces.append(Piece(name, tuple(p.ds_shape), start, length, flats[group], offset))
+
+    def _live(self) -> list[Tensor]:
+        self._offload.partition_all_parameters()  # nothing gathered from what is written now
+        return [
+            p.ds_tensor.detach().narrow(0, 0, piece.length)
+            for p, piece in zip(self._parameters, self.pieces, strict=True)
+        ]
+
+    def exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return _overwrite(self._live(), values)
+
+    def refresh(self) -> None:
+        _overwrite(self._live(), masters(self))
+
+
+def _flat_masters(optimizer: Any) -> Sequence[Tensor]:
+    """The flat fp32 tensors that a ZeRO optimizer updates on this rank, one a group."""
+    for name in (
+        "fp32_partitioned_groups_flat",  # stage 3
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 in bf16
+    ):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    raise RuntimeError(
+        f"{type(optimizer).__name__} keeps its masters where this release of gardo does not look; "
+        "use the deepspeed of constraints.txt"
+    )
+
+
+# ---- the optimizer's moments ---------------------------------------------------------------------
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def prepare_moments(optimizer: torch.optim.Optimizer, shards: Shards) -> None:
+    """Makes AdamW's state where no step has made it yet: zeros, and a step count of 0."""
+    for home in homes(shards):
+        state = optimizer.state[home]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state.update({kind: torch.zeros_like(home) for kind in MOMENTS})

@@ -1,0 +1,238 @@
+"""DeepSpeed ZeRO, stages 0 to 3: the only file that imports deepspeed.
+
+What is partitioned over the ranks grows with the stage: optimizer state, gradients, weights. The
+loop and the pipelines call the module itself, never the DeepSpeed engine's forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import deepspeed
+import deepspeed.ops
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from gardo.distributed.base import (
+    DistributedSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    build_optimizer,
+    check_step,
+)
+from gardo.distributed.blocks import make_leaves
+from gardo.distributed.gather import GatherOnce
+from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
+from gardo.distributed.slots import Slots
+from gardo.distributed.zero_config import numel, zero_config
+from gardo.types import Metrics
+
+Load = Callable[..., None]  # load(place=..., reads=...)
+
+
+def start_process_group(device: torch.device) -> None:
+    """Joins the launcher's process group, or makes one of a single rank."""
+    # The shared-memory op is compiled with g++ at start; gloo does without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+
+
+class ZeroEngine:
+    """Trains the parameters of `module` that require gradients.
+
+    `load` gives the module its weights one at a time (`load(place=..., reads=...)`): at stage 3
+    only rank 0 reads them, and each is partitioned before the next is read. `blocks` are the units
+    in which stage 3 gathers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        load: Load,
+        blocks: Sequence[nn.Module],
+        optimizer: OptimizerSettings,
+        settings: DistributedSettings,
+        rollout: RolloutSettings,
+        accumulation: int,
+        max_grad_norm: float,
+        device: torch.device,
+    ) -> None:
+        start_process_group(device)
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._stage, self._settings = settings.stage, settings
+        self._max_grad_norm = max_grad_norm
+        config = zero_config(
+            settings,
+            blocks=blocks,
+            module=module,
+            accumulation=accumulation,
+            max_grad_norm=max_grad_norm,
+        )
+        if self._stage == 3:
+            make_leaves(blocks)
+            load(place=_Partitioner(config), reads=self.rank == 0)
+        else:
+            load()
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._parameters: list[nn.Parameter] = list(trainable.values())
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(
+                self._parameters, optimizer, fused=settings.offload != "none"
+            ),
+            config=config,
+            dist_init_required=False,
+        )
+        self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._shards = self._make_shards(trainable)
+        self._gather, self.gather_note = self._choose_gather(module, blocks, rollout)
+        self.grad_norm = float("nan")
+        self.slots = self.make_slots(())
+
+    def _make_shards(self, trainable: dict[str, Any]) -> Shards:
+        if self._stage == 0:
+            return WholeShards(trainable)
+        if self._stage == 3:
+            return PartitionShards(self._engine.optimizer, trainable, rank=self.rank)
+        return FlatShards(self._engine.optimizer, trainable)
+
+    def _choose_gather(
+        self, module: nn.Module, blocks: Sequence[nn.Module], rollout: RolloutSettings
+    ) -> tuple[GatherOnce | None, str]:
+        """Gather-once where stage 3 asks for it and can have it, and a line that says why."""
+        if self._stage != 3:
+            return None, f"stage {self._stage}: weights are whole, nothing to gather"
+        if rollout.gather == "step":
+            return None, "weights gathered at every forward (rollout.gather: step)"
+        if self._settings.hpz > 1:
+            return None, "weights gathered at every forward (distributed.hpz has its own copies)"
+        parameters = list(module.parameters())
+        needed = numel(parameters) * parameters[0].element_size()
+        free = _free_memory(self.device, self.world)
+        sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
+        if rollout.gather == "auto" and self.agree_max(int(needed > free / 2)):
+            return None, f"weights gathered at every forward: {sizes} on the fullest rank"
+        once = GatherOnce(module, blocks, self._engine.optimizer.parameter_offload)
+        problem = once.probe()
+        if self.agree_max(int(problem is not None)):
+            return None, (
+                "weights gathered at every forward: gathering once does not work with deepspeed "
+                f"{deepspeed.__version__} ({problem or 'on another rank'})"
+            )
+        return once, f"weights gathered once a phase: {sizes}"
+
+    def make_slots(self, names: Sequence[str]) -> Slots:
+        self.slots = Slots(self._shards, names, host=self._settings.slots == "host")
+        return self.slots
+
+    @contextmanager
+    def reading(self, weights: str) -> Iterator[None]:
+        with self.slots.use(weights), self._gather() if self._gather else nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed counts micro-steps in its engine's forward, which we do not call; without the
+        # count each micro-batch overwrites the gradient of the one before it.
+        if self._stage:
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        check_step(self.slots)
+        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        if boundary and self._stage == 0:
+            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            self.grad_norm = float(norm)
+        self._engine.step()
+        if boundary and self._stage:
+            self.grad_norm = float(self._engine.get_global_grad_norm())
+        return boundary
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        if self.world == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        boolean = tensor.dtype == torch.bool
+        sent = tensor.to(torch.uint8) if boolean else tensor
+        parts = [torch.empty_like(sent) for _ in range(self.world)]
+        dist.all_gather(parts, sent)
+        gathered = torch.cat(parts)
+        return gathered.bool() if boolean else gathered
+
+    def agree_max(self, value: int) -> int:
+        return int(self._all_reduce([float(value)], dist.ReduceOp.MAX)[0])
+
+    def reduce(self, metrics: Metrics) -> Metrics:
+        names, maxima = sorted(metrics.sums), sorted(metrics.maxima)
+        flat = [x for n in names for x in metrics.sums[n]]
+        total = iter(self._all_reduce(flat, dist.ReduceOp.SUM)) if flat else iter(())
+        reduced = Metrics()
+        reduced.sums = {n: (next(total), next(total)) for n in names}
+        if maxima:
+            highest = self._all_reduce([metrics.maxima[n] for n in maxima], dist.ReduceOp.MAX)
+            reduced.maxima = dict(zip(maxima, highest, strict=True))
+        return reduced
+
+    def _all_reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+class _Partitioner:
+    """Takes each parameter apart as soon as it is there; rank 0's values count."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+
+    def __call__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        module.register_parameter(name, parameter)
+        holder = nn.Module()
+        holder.register_parameter(name, parameter)
+        deepspeed.zero.Init(
+            module=holder,
+            config_dict_or_path=self._config,
+            dtype=parameter.dtype,
+            mem_efficient_linear=False,
+        )
+
+
+def _free_memory(device: torch.device, ranks: int) -> int:
+    """Bytes that this rank may still use: of its GPU, or its share of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

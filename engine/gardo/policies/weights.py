@@ -1,0 +1,89 @@
+"""A model's weights, read tensor by tensor: no rank ever holds a second copy of a model.
+
+The module is built without weights (on torch's meta device); then each parameter is read from the
+safetensors files and handed to whoever owns parameters: one process, or ZeRO-3, which keeps a part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+
+Place = Callable[[nn.Module, str, nn.Parameter], None]  # sets a parameter of a module, and keeps it
+
+
+class WeightFiles:
+    """The safetensors files of one diffusers model folder, one or many with an index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        if index.is_file():
+            self._file = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            single = "diffusion_pytorch_model.safetensors"
+            with safe_open(folder / single, "pt") as file:
+                self._file = dict.fromkeys(file.keys(), single)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / name for name in sorted(set(self._file.values()))]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a parameter; the adapter's wrapping of a layer is not in its name."""
+        stored = name.replace(".base_layer.", ".")
+        if stored not in self._file:
+            raise ValueError(f"{self.folder} has no weights for {stored!r}")
+        with safe_open(self.folder / self._file[stored], "pt") as file:
+            return file.get_tensor(stored)
+
+
+def build_empty(transformer_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer of a diffusers folder: parameters on the meta device, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        module = transformer_class.from_config(transformer_class.load_config(folder))
+    files = WeightFiles(folder)
+    for name, buffer in module.named_buffers():
+        if name in module.state_dict():
+            buffer.copy_(files.read(name))
+    return module.to(dtype).eval()
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """The plain way to own a parameter: whole, on its device."""
+    module.register_parameter(name, parameter)
+
+
+def fill(
+    module: nn.Module,
+    read: Callable[[str], Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Place = set_parameter,
+    reads: bool = True,
+) -> None:
+    """Gives every parameter its values, one at a time, in the module's order.
+
+    What is on the meta device is read, the rest (an adapter) moves. A rank that does not read
+    (`reads`) hands over uninitialised memory: its owner gets the values from another rank.
+    """
+    for prefix, part in module.named_modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                value = parameter.detach().to(device, dtype)
+            elif reads:
+                value = read(f"{prefix}.{name}" if prefix else name).to(device, dtype)
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{prefix}.{name}: the file has {tuple(value.shape)}, the "
+                                     f"model {tuple(parameter.shape)}")  # fmt: skip
+            else:
+                value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            place(part, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
