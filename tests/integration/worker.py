@@ -1,30 +1,43 @@
 """Trains many small cases in one process group and writes what was seen: worker.py OUT CASE ...
 
-Launched by the tests, alone or through the deepspeed launcher. A case is ALGORITHM-WEIGHTS-ENGINE,
-such as gardo-lora-zero. For each, rank 0 writes OUT/CASE.safetensors (noise and images of the first
-rollout, as all ranks drew them; evaluation images of the trained weights) and leaves
-OUT/CASE/metrics.jsonl.
+Launched by the tests, alone or through the deepspeed launcher. A case is
+ALGORITHM-WEIGHTS-ENGINE[+OPTION ...], such as gardo-lora-zero+tight+cut3: engine local, zero (ZeRO
+stage 3) or stage0 to stage2, options as in OPTIONS, and
+
+    cutN      stops dead after N gradient steps, as a killed run would
+    resume    goes on where the run OUT/RUN of the same case without cutN and resume stopped
+    reshard   loads that run's newest checkpoint and saves it again, from these ranks
+
+Rank 0 writes OUT/CASE.safetensors (noise and images of the first rollout, evaluation images of the
+trained weights, what slots do to the model's output), OUT/CASE.json (all-gathers by phase) and
+leaves the run in OUT/RUN.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from gardo.config import check
 from gardo.distributed.base import leave_process_group
+from gardo.distributed.checkpoint import CheckpointSettings, Checkpoints
+from gardo.phases import sampled, scored, taught
 from gardo.rewards.base import Panel
 from gardo.rollout import INITIAL, noise_id
-from gardo.session import open_session
+from gardo.session import Session, open_session
 from gardo.train import train
 from gardo_kernels import random_normal
 
 ROOT = Path(__file__).parents[2]
 
-BASES = {
+BASES: dict[str, dict[str, Any]] = {
     "flow_grpo": {"name": "flow_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian"},
     "diffusion_nft": {"name": "diffusion_nft", "beta": 0.04, "decay": {"slope": 0.1}},
     "refl": {"name": "refl", "weight": 1.0, "margin": 0.0, "late": 0.5},
@@ -43,13 +56,60 @@ WEIGHTS = {
     "lora": ({"kind": "lora", "rank": 4, "alpha": 8}, 2e-3),
     "full": ({"kind": "full"}, 3e-4),
 }
+ENGINES: dict[str, dict[str, Any]] = {
+    "local": {"engine": "local"},
+    "zero": {"engine": "zero", "stage": 3},
+    **{f"stage{n}": {"engine": "zero", "stage": n} for n in range(3)},
+}
+# Tiny models fit under DeepSpeed's limits, and then nothing is ever released: `tight` releases all.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "tight": {
+        "distributed": {"live_parameters": 1000, "reuse_distance": 0, "prefetch_bucket": 0}
+    },
+    "once": {"rollout": {"gather": "iteration"}},
+    "each": {"rollout": {"gather": "step"}},
+    "full": {"train": {"activation_checkpointing": "full"}},
+    "selective": {"train": {"activation_checkpointing": "selective"}},
+    "buckets": {"distributed": {"reduce_bucket": 30_000}},
+    "clip": {"train": {"max_grad_norm": 0.01}},
+    "host": {"distributed": {"slots": "host"}},
+    "offload": {"distributed": {"offload": "optimizer"}},
+    "offload_all": {"distributed": {"offload": "parameters"}},
+    "bf16": {"distributed": {"precision": "bfloat16"}},
+    "bf16_masters": {"distributed": {"precision": "bfloat16", "masters": "bfloat16"}},
+    "eight_bit": {"train": {"optimizer": {"name": "adamw_8bit", "lr": 2e-3}}},
+    "persistent": {"distributed": {"persistence_threshold": 1000}},
+    "hpz": {"distributed": {"hpz": 2}},
+    "saving": {"checkpoint": {"every": 1, "keep": 2}},
+}
 
 
-def recipe(case: str, folder: Path, steps: int = 5) -> dict:
+class Case:
+    """A case's name taken apart."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        base, *options = name.split("+")
+        self.algorithm, self.weights, self.engine = base.split("-")
+        cuts = [o for o in options if o.startswith("cut")]
+        self.cut = int(cuts[0][3:]) if cuts else None
+        self.resume, self.reshard = "resume" in options, "reshard" in options
+        self.options = [o for o in options if o in OPTIONS]
+        unknown = [o for o in options if o not in (*OPTIONS, *cuts, "resume", "reshard")]
+        assert not unknown, unknown
+
+    @property
+    def run(self) -> str:
+        """The name of the run: a cut run and its resumption share it."""
+        mark = "-cut" if self.cut is not None or self.resume else ""
+        base = "+".join([f"{self.algorithm}-{self.weights}-{self.engine}", *self.options])
+        return base.replace("+", ".") + mark
+
+
+def recipe(case: Case, folder: Path, steps: int = 5) -> dict[str, Any]:
     """A small recipe with a continuous proxy: a counted one could flip on a pixel's last bit."""
-    algorithm, weights, engine = case.split("-")
-    kind, lr = WEIGHTS[weights]
-    return {
+    kind, lr = WEIGHTS[case.weights]
+    sections: dict[str, Any] = {
         "model": {
             "family": "flux", "path": "builtin:flux", "size": [32, 32], "text_tokens": 8,
         },
@@ -57,7 +117,7 @@ def recipe(case: str, folder: Path, steps: int = 5) -> dict:
             "weights": kind,
             "optimizer": {"lr": lr},
             "updates_per_step": 2,
-            "micro_batch": 2 if algorithm == "refl" else 4,
+            "micro_batch": 2 if case.algorithm == "refl" else 4,
         },
         "data": {
             "prompts": str(ROOT / "recipes/tiny_prompts.txt"),
@@ -65,19 +125,24 @@ def recipe(case: str, folder: Path, steps: int = 5) -> dict:
             "images_per_prompt": 4,
         },
         "sampler": {"steps": 4, "train_steps": 2, "noise_level": 0.7},
-        "algorithm": ALGORITHMS[algorithm],
+        "algorithm": ALGORITHMS[case.algorithm],
         "rewards": {
             "tiny_shape": {"role": "proxy"},
             "tiny_purity": {"role": "auxiliary"},
             "dinov3": {"role": "features", "path": "builtin:dinov3", "size": 32},
         },
+        "rollout": {"batch": 4},
         "evaluate": {
             "every": 100, "prompt_count": 4, "images_per_prompt": 1, "steps": 2, "batch": 2,
         },
-        "distributed": {"engine": engine, "threads": 1},
-        "run": {"name": case, "steps": steps, "seed": 7, "folder": str(folder)},
-        "rollout": {"batch": 4},
+        "checkpoint": {"every": 100},
+        "distributed": {"threads": 1, **ENGINES[case.engine]},
+        "run": {"name": case.run, "steps": steps, "seed": 7, "folder": str(folder)},
     }  # fmt: skip
+    for option in case.options:
+        for section, values in OPTIONS[option].items():
+            sections[section] = {**sections[section], **values}
+    return sections
 
 
 class FirstImages(Panel):
@@ -91,26 +156,165 @@ class FirstImages(Panel):
         return super().__call__(images_B3HW, prompts, **more)
 
 
-def run(case: str, out: Path) -> None:
-    session = open_session(check(recipe(case, out), case), quiet=True)
+class Gathers:
+    """Counts ZeRO-3's all-gathers of weights."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def watch(self) -> None:
+        from deepspeed.runtime.zero import partition_parameters as zero
+
+        gather = zero._dist_allgather_fn
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return gather(*args, **kwargs)
+
+        zero._dist_allgather_fn = counted
+
+    def by_phase(self, session: Session) -> list[tuple[str, int]]:
+        """The list that every phase of the session from now on is added to."""
+        seen: list[tuple[str, int]] = []
+        phase = session.progress.phase
+
+        @contextmanager
+        def counting(name: str) -> Iterator[None]:
+            before = self.count
+            with phase(name):
+                yield
+            seen.append((name, self.count - before))
+
+        session.progress.phase = counting  # type: ignore[method-assign]
+        return seen
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(session: Session, updates: int) -> None:
+    """Lets the run die after so many gradient steps."""
+    step, done = session.engine.step, 0
+
+    def stepping() -> bool:
+        nonlocal done
+        boundary = step()
+        done += boundary
+        if boundary and done == updates:
+            raise Cut
+        return boundary
+
+    session.engine.step = stepping  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def velocity(session: Session) -> torch.Tensor:
+    """The model's output on fixed inputs, with whatever weights are in place."""
+    policy, engine = session.policy, session.engine
+    row_R = torch.arange(2, device=engine.device)
+    x_RX = random_normal(11, row_R, 0, policy.latent_shape)
+    conditioning = policy.encode(session.prompts[:2])  # type: ignore[arg-type]
+    return policy.velocity(x_RX, torch.tensor([0.9, 0.3], device=engine.device), conditioning)
+
+
+def try_slots(session: Session) -> dict[str, torch.Tensor]:
+    """What the model says with its own weights, with a slot's, and with its own again."""
+    slots = session.engine.slots
+    seen = {"live": velocity(session)}
+    for name in slots.names:
+        with session.engine.reading(name):
+            seen[f"slot.{name}"] = velocity(session)
+        seen[f"after.{name}"] = velocity(session)
+    for name in slots.names:
+        slots.copy("train", to=name)
+        with session.engine.reading(name):
+            seen[f"copied.{name}"] = velocity(session)
+    return seen
+
+
+def try_teachers(session: Session) -> dict[str, torch.Tensor]:
+    """The reference's velocities where it is wanted: on one rank only, nowhere, everywhere.
+
+    Every rank must make equally many calls, or this hangs. Kept: the largest difference to asking
+    everywhere, and what is said where it was not asked.
+    """
+    engine = session.engine
+    rollout = sampled(session, step=1000)
+    credit = session.algorithm.credit(scored(session, rollout))
+    points = session.algorithm.points(rollout, credit)
+    everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
+    said = {
+        "all": everywhere,
+        "none": ~everywhere,
+        "one_rank": everywhere if engine.rank == 0 else ~everywhere,
+        "one_row": everywhere & (torch.arange(len(everywhere)) == 0) & (engine.rank == 0),
+    }
+    told = {n: taught(session, points, rollout, {"reference": m}) for n, m in said.items()}
+    whole = told["all"].velocities["reference"]
+    errors = {}
+    for name, mask_R in said.items():
+        there = told[name].velocities["reference"]
+        wanted = torch.where(mask_R.view(-1, *[1] * (whole.dim() - 1)), whole, 0)
+        errors[f"teacher.{name}"] = (there - wanted).abs().max()[None]
+    return errors
+
+
+def run(name: str, out: Path, gathers: Gathers) -> None:
+    case = Case(name)
+    steps = 4 if case.cut is not None or case.resume or "saving" in case.options else 5
+    settings = check(recipe(case, out, steps), name)
+    session = open_session(settings, quiet=True, resume=case.resume or case.reshard)
+    if case.reshard:
+        again = Checkpoints(
+            out / f"{case.run}-reshard" / "checkpoints", session.engine, CheckpointSettings()
+        )
+        assert again.save(session.first_step, session.state()) is None
+        session.engine.close()
+        return
+    phases = gathers.by_phase(session)
     session.panel = FirstImages(session.panel.rewards)
     plan, engine = session.geometry, session.engine
     sample_B = torch.arange(plan.first, plan.first + plan.samples, device=engine.device)
     noise = random_normal(7, noise_id(0, sample_B), INITIAL, session.policy.latent_shape)
-    train(session)
-    assert session.panel.images is not None
-    images = engine.all_gather(session.panel.images)
+    seen = {"start": velocity(session)}
+    if case.cut is not None:
+        cut_after(session, case.cut)
+    try:
+        train(session)
+    except Cut:
+        if session.log:
+            session.log.close()
+        engine.close()
+        return
+    if session.panel.images is not None:
+        seen["images"] = engine.all_gather(session.panel.images)
     evaluation, _ = session.evaluator.batch(torch.arange(4, device=engine.device))
-    noise = engine.all_gather(noise)
+    seen |= {"noise": engine.all_gather(noise), "evaluation": evaluation}
+    if "reference" in engine.slots.names and not case.resume:
+        seen |= {n: engine.all_gather(e).max()[None] for n, e in try_teachers(session).items()}
+    seen |= try_slots(session)
     if session.log:
         session.log.close()
-        seen = {"noise": noise, "images": images, "evaluation": evaluation}
-        save_file(seen, out / f"{case}.safetensors")
+        save_file(seen, out / f"{name}.safetensors")
+        blocks = session.policy.blocks()
+        inside = {id(m) for block in blocks for m in block.modules()}
+        outside = [m for m in session.policy.transformer.modules() if id(m) not in inside]
+        counted = {
+            "phases": phases,
+            "blocks": len(blocks),
+            "outside": sum(1 for m in outside if list(m.parameters(recurse=False))),
+            "gather_note": getattr(engine, "gather_note", ""),
+        }
+        (out / f"{name}.json").write_text(json.dumps(counted))
     engine.close()
 
 
 if __name__ == "__main__":
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    for name in arguments[1:]:
-        run(name, Path(arguments[0]))
+    gathers = Gathers()
+    if any("-local" not in case for case in arguments[1:]):
+        gathers.watch()
+    for case_name in arguments[1:]:
+        run(case_name, Path(arguments[0]), gathers)
     leave_process_group()

@@ -159,10 +159,13 @@ class ZeroEngine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed counts micro-steps in its engine's forward, which we do not call; without the
-        # count each micro-batch overwrites the gradient of the one before it.
+        # DeepSpeed does both of this in its engine's forward, which we do not call. Without the
+        # first each micro-batch overwrites the gradient of the one before it; without the second
+        # offloaded gradients are those of the wrong micro-batches.
         if self._stage:
+            last = self._engine.is_gradient_accumulation_boundary()
             self._engine.optimizer.clear_backward_seen_flag()
+            self._engine.optimizer.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
     def step(self) -> bool:
