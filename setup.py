@@ -12,6 +12,7 @@ EXTRAS = {
     "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "fastapi", "uvicorn", "httpx", "scipy"],
     "track": ["tensorboard", "wandb"],
     "dev": [
+        "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
         "hypothesis",
         "ruff",
@@ -52,6 +53,8 @@ setup(
         "diffusers>=0.42",
         "transformers>=5.17,<6",
         "peft>=0.18",
+        "accelerate>=1",  # to build a model without its weights
+        "psutil",
         "safetensors>=0.5",
         "pydantic>=2.10,<3",
         "PyYAML>=6",

@@ -5,8 +5,9 @@ ALGORITHM-WEIGHTS-ENGINE[+OPTION ...], such as gardo-lora-zero+tight+cut3: engin
 stage 3) or stage0 to stage2, options as in OPTIONS, and
 
     cutN      stops dead after N gradient steps, as a killed run would
-    resume    goes on where the run OUT/RUN of the same case without cutN and resume stopped
-    reshard   loads that run's newest checkpoint and saves it again, from these ranks
+    resumeN   goes on with the run that cutN left behind
+    reshard   loads the newest checkpoint of the run and saves it again, from these ranks
+    broken    what gathering once needs of DeepSpeed is not there
 
 Rank 0 writes OUT/CASE.safetensors (noise and images of the first rollout, evaluation images of the
 trained weights, what slots do to the model's output), OUT/CASE.json (all-gathers by phase) and
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 
 from gardo.config import check
 from gardo.distributed.base import leave_process_group
-from gardo.distributed.checkpoint import CheckpointSettings, Checkpoints
+from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.phases import sampled, scored, taught
 from gardo.rewards.base import Panel
 from gardo.rollout import INITIAL, noise_id
@@ -54,7 +55,7 @@ ALGORITHMS = {
 }
 WEIGHTS = {
     "lora": ({"kind": "lora", "rank": 4, "alpha": 8}, 2e-3),
-    "full": ({"kind": "full"}, 3e-4),
+    "full": ({"kind": "full"}, 1e-4),
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "local": {"engine": "local"},
@@ -63,9 +64,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 # Tiny models fit under DeepSpeed's limits, and then nothing is ever released: `tight` releases all.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "tight": {
-        "distributed": {"live_parameters": 1000, "reuse_distance": 0, "prefetch_bucket": 0}
-    },
+    "tight": {"distributed": {"live_parameters": 1000, "reuse_distance": 0, "prefetch_bucket": 0}},
     "once": {"rollout": {"gather": "iteration"}},
     "each": {"rollout": {"gather": "step"}},
     "full": {"train": {"activation_checkpointing": "full"}},
@@ -91,19 +90,18 @@ class Case:
         self.name = name
         base, *options = name.split("+")
         self.algorithm, self.weights, self.engine = base.split("-")
-        cuts = [o for o in options if o.startswith("cut")]
-        self.cut = int(cuts[0][3:]) if cuts else None
-        self.resume, self.reshard = "resume" in options, "reshard" in options
+        self.cut = next((int(o[3:]) for o in options if o.startswith("cut")), None)
+        self.resume = next((int(o[6:]) for o in options if o.startswith("resume")), None)
+        self.reshard, self.broken = "reshard" in options, "broken" in options
         self.options = [o for o in options if o in OPTIONS]
-        unknown = [o for o in options if o not in (*OPTIONS, *cuts, "resume", "reshard")]
-        assert not unknown, unknown
 
     @property
     def run(self) -> str:
         """The name of the run: a cut run and its resumption share it."""
-        mark = "-cut" if self.cut is not None or self.resume else ""
-        base = "+".join([f"{self.algorithm}-{self.weights}-{self.engine}", *self.options])
-        return base.replace("+", ".") + mark
+        marks = [f"cut{n}" for n in (self.cut, self.resume) if n is not None]
+        marks += ["broken"] if self.broken else []
+        base = f"{self.algorithm}-{self.weights}-{self.engine}"
+        return ".".join([base, *self.options, *marks])
 
 
 def recipe(case: Case, folder: Path, steps: int = 5) -> dict[str, Any]:
@@ -208,6 +206,20 @@ def cut_after(session: Session, updates: int) -> None:
     session.engine.step = stepping  # type: ignore[method-assign]
 
 
+@contextmanager
+def broken_gather() -> Iterator[None]:
+    from gardo.distributed.gather import GatherOnce
+
+    working = GatherOnce._own_ids
+
+    def missing(self: Any) -> Any:
+        return self._offload.no_such_hooks
+
+    GatherOnce._own_ids = missing  # type: ignore[method-assign]
+    yield
+    GatherOnce._own_ids = working  # type: ignore[method-assign]
+
+
 @torch.no_grad()
 def velocity(session: Session) -> torch.Tensor:
     """The model's output on fixed inputs, with whatever weights are in place."""
@@ -262,9 +274,10 @@ def try_teachers(session: Session) -> dict[str, torch.Tensor]:
 
 def run(name: str, out: Path, gathers: Gathers) -> None:
     case = Case(name)
-    steps = 4 if case.cut is not None or case.resume or "saving" in case.options else 5
-    settings = check(recipe(case, out, steps), name)
-    session = open_session(settings, quiet=True, resume=case.resume or case.reshard)
+    settings = check(recipe(case, out, steps=4 if "saving" in case.options else 5), name)
+    resume = case.resume is not None or case.reshard
+    with broken_gather() if case.broken else nullcontext():
+        session = open_session(settings, quiet=True, resume=resume)
     if case.reshard:
         again = Checkpoints(
             out / f"{case.run}-reshard" / "checkpoints", session.engine, CheckpointSettings()
@@ -291,7 +304,7 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
         seen["images"] = engine.all_gather(session.panel.images)
     evaluation, _ = session.evaluator.batch(torch.arange(4, device=engine.device))
     seen |= {"noise": engine.all_gather(noise), "evaluation": evaluation}
-    if "reference" in engine.slots.names and not case.resume:
+    if "reference" in engine.slots.names and not resume:
         seen |= {n: engine.all_gather(e).max()[None] for n, e in try_teachers(session).items()}
     seen |= try_slots(session)
     if session.log:

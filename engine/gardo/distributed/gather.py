@@ -44,10 +44,7 @@ class GatherOnce:
             self._put_hooks_back(kept)
 
     def _take_hooks_off(self) -> list[tuple[Any, Any]]:
-        offload = self._offload
-        handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
-        ids = {handle.id for handle in handles}
-        kept = []
+        ids, kept = self._own_ids(), []
         for module in self._module.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 if ids & hooks.keys():

@@ -116,7 +116,7 @@ class PartitionShards:
     replicated = False
 
     def __init__(self, optimizer: Any, trainable: Mapping[str, Any], *, rank: int) -> None:
-        self._offload = optimizer.parameter_offload
+        self._optimizer = optimizer
         self._parameters = list(trainable.values())
         flats = _flat_masters(optimizer)
         self.pieces = []
@@ -127,7 +127,8 @@ class PartitionShards:
             self.pieces.append(Piece(name, tuple(p.ds_shape), start, length, flats[group], offset))
 
     def _live(self) -> list[Tensor]:
-        self._offload.partition_all_parameters()  # nothing gathered from what is written now
+        # nothing gathered from what is written now
+        self._optimizer.parameter_offload.partition_all_parameters()
         return [
             p.ds_tensor.detach().narrow(0, 0, piece.length)
             for p, piece in zip(self._parameters, self.pieces, strict=True)
@@ -138,6 +139,7 @@ class PartitionShards:
 
     def refresh(self) -> None:
         _overwrite(self._live(), masters(self))
+        self._optimizer.invalidate_secondary_tensor()  # hpZ's copies
 
 
 def _flat_masters(optimizer: Any) -> Sequence[Tensor]:

@@ -221,9 +221,14 @@ class _Partitioner:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
+        self._first: Any = None  # a parameter that knows how to convert others
 
     def __call__(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         module.register_parameter(name, parameter)
+        if self._first is not None:
+            self._first.convert_to_zero_parameters([parameter])
+            return
+        self._first = parameter
         holder = nn.Module()
         holder.register_parameter(name, parameter)
         deepspeed.zero.Init(
