@@ -5,6 +5,7 @@ Then the exported LoRA.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from gardo.distributed.checkpoint import committed
 from gardo.report.metrics_log import read_metrics
+from gardo.train import main
 from tests.integration.test_parity import ROOT, environment
 
 SMALL = [
@@ -59,16 +62,24 @@ def bin_folder() -> str:
     return str(Path(sys.executable).parent)
 
 
-def train(ranks: int, folder: Path, *settings: str) -> Path:
-    """Types the demo's command with these settings on top; returns the run's folder."""
+def type_command(
+    ranks: int, folder: Path, *settings: str, resume: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Types the demo's command with these settings on top."""
     command = f"deepspeed --num_gpus {ranks} --module gardo.train recipes/tiny_flux_gardo.yaml"
+    command += " --resume" if resume else ""
     settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
     env = environment()
     env["PATH"] = f"{bin_folder()}:{env['PATH']}"
-    done = subprocess.run(
+    return subprocess.run(
         [*command.split(), *(p for s in settings for p in ("--set", s))],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
+
+
+def train(ranks: int, folder: Path, *settings: str) -> Path:
+    """The same, to the end; returns the run's folder."""
+    done = type_command(ranks, folder, *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "report" in done.stdout and "export" in done.stdout
     return folder / "tiny-flux-gardo"
@@ -102,6 +113,41 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     records = read_metrics(finished / "metrics.jsonl")
     assert [r["kind"] for r in records] == ["evaluation", "step", "evaluation"]
     assert (finished / "samples" / "step-00000.png").is_file()
+
+
+def test_a_run_is_resumed_and_saves_when_asked(finished: Path, tmp_path: Path) -> None:
+    """On another number of ranks, with more steps, and a checkpoint that was not due."""
+    run = shutil.copytree(finished, tmp_path / finished.name)
+    (run / "save-now").touch()
+    before = read_metrics(run / "metrics.jsonl")
+    settings = ("run.steps=3", "checkpoint.every=100")
+    done = type_command(1, tmp_path, *settings, resume=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in ("resumed after step 1", "changed since the run started: run.steps: 1 -> 3",
+                 "checkpoint of step 2 saved, as asked"):  # fmt: skip
+        assert line in done.stdout
+    assert not (run / "save-now").exists()
+    saved = [p.name for p in committed(run / "checkpoints")]
+    assert saved == ["step-000003", "step-000002", "step-000001"]
+    after = read_metrics(run / "metrics.jsonl")
+    assert after[: len(before)] == before
+    assert [r["step"] for r in after[len(before) :]] == [2, 3, 3]
+    assert not (tmp_path / f"{run.name}.1").exists()  # the run went on in its own folder
+
+
+def test_a_resume_that_cannot_fit_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything loads, and with nothing lost."""
+    run = shutil.copytree(finished, tmp_path / finished.name)
+    files = sorted(run.rglob("*"))
+    settings = [*SMALL, f"run.folder={tmp_path}", "train.weights.rank=8", "distributed.stage=2"]
+    sets = [part for s in settings for part in ("--set", s)]
+    recipe = str(ROOT / "recipes/tiny_flux_gardo.yaml")
+    assert main([recipe, "--resume", *sets]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{recipe}: train.weights.rank: 16 -> 8: the checkpoints in {run}")
+    assert sorted(run.rglob("*")) == files
 
 
 def test_exported_lora_gives_the_evaluation_images_bit_for_bit(
