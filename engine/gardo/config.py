@@ -81,6 +81,11 @@ class RunSettings(Strict):
     steps: int = Field(ge=1, description="iterations")
     seed: int = Field(42, ge=0)
     folder: str = Field("runs", description="runs are written to FOLDER/NAME")
+    deterministic: bool = Field(
+        False,
+        description="only kernels that give the same bits every time, on a GPU slower; a CPU has "
+        "no others",
+    )
 
 
 class Recipe(Strict):

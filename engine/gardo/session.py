@@ -276,6 +276,9 @@ def open_session(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda:
         use_threads(recipe, world)
+    if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)

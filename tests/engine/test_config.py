@@ -176,7 +176,7 @@ BAD_VALUES = {
                                   "rewards.tiny_count.wieght: unknown",
                                   "Did you mean rewards.tiny_count.weight?"),
     "unknown field far from any": (("seed: 42", "colour: 42"), "run.colour: unknown field",
-                                   "Known here: folder, name, seed, steps."),
+                                   "Known here: deterministic, folder, name, seed, steps."),
     "rank of a full fine-tuning": (("kind: lora, rank: 16, alpha: 32", "kind: full, rank: 16"),
                                    "train.weights.rank: unknown field", "Known here: kind."),
     # types and ranges

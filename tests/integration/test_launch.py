@@ -63,13 +63,13 @@ def bin_folder() -> str:
 
 
 def type_command(
-    ranks: int, folder: Path, *settings: str, resume: bool = False
+    ranks: int, folder: Path, *settings: str, resume: bool = False, accelerator: str = "cpu"
 ) -> subprocess.CompletedProcess[str]:
     """Types the demo's command with these settings on top."""
     command = f"deepspeed --num_gpus {ranks} --module gardo.train recipes/tiny_flux_gardo.yaml"
     command += " --resume" if resume else ""
     settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
-    env = environment()
+    env = environment(accelerator)
     env["PATH"] = f"{bin_folder()}:{env['PATH']}"
     return subprocess.run(
         [*command.split(), *(p for s in settings for p in ("--set", s))],

@@ -56,17 +56,17 @@ WHOLE = {"one_rank": (1, ALGORITHMS), "two_ranks": (2, MATRIX)}
 COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0", "clip_fraction")
 
 
-def environment() -> dict[str, str]:
+def environment(accelerator: str = "cpu") -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
     return {
         **os.environ,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": accelerator,
     }
 
 
-def launch(ranks: int, *arguments: str) -> None:
+def launch(ranks: int, *arguments: str, accelerator: str = "cpu") -> None:
     """Runs the worker, through the deepspeed launcher unless `ranks` is 0."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     port = 29600 + os.getpid() % 300
@@ -75,7 +75,11 @@ def launch(ranks: int, *arguments: str) -> None:
         command = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", str(port),
                    str(WORKER)]  # fmt: skip
     done = subprocess.run(
-        [*command, *arguments], env=environment(), capture_output=True, text=True, timeout=1500
+        [*command, *arguments],
+        env=environment(accelerator),
+        capture_output=True,
+        text=True,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 

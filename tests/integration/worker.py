@@ -77,6 +77,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "bf16": {"distributed": {"precision": "bfloat16"}},
     "bf16_masters": {"distributed": {"precision": "bfloat16", "masters": "bfloat16"}},
     "eight_bit": {"train": {"optimizer": {"name": "adamw_8bit", "lr": 2e-3}}},
+    "deterministic": {"run": {"deterministic": True}},
     "persistent": {"distributed": {"persistence_threshold": 1000}},
     "hpz": {"distributed": {"hpz": 2}},
     "saving": {"checkpoint": {"every": 1, "keep": 2}},
@@ -256,11 +257,12 @@ def try_teachers(session: Session) -> dict[str, torch.Tensor]:
     credit = session.algorithm.credit(scored(session, rollout))
     points = session.algorithm.points(rollout, credit)
     everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
+    first = torch.arange(len(everywhere), device=engine.device) == 0
     said = {
         "all": everywhere,
         "none": ~everywhere,
         "one_rank": everywhere if engine.rank == 0 else ~everywhere,
-        "one_row": everywhere & (torch.arange(len(everywhere)) == 0) & (engine.rank == 0),
+        "one_row": everywhere & first & (engine.rank == 0),
     }
     told = {n: taught(session, points, rollout, {"reference": m}) for n, m in said.items()}
     whole = told["all"].velocities["reference"]
