@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gardo.config import check, read_yaml
-from gardo.distributed.checkpoint import Saved, Unusable, committed
+from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
@@ -41,7 +41,7 @@ def _checkpoint(folder: Path, step: int | None) -> Saved:
         raise RecipeError(
             f"{folder}: no checkpoints; name the folder of a run, such as runs/tiny-flux-gardo"
         )
-    wanted = [p for p in found if step is None or int(p.name.partition("-")[2]) == step]
+    wanted = [p for p in found if step is None or step_of(p) == step]
     if not wanted:
         have = ", ".join(p.name for p in found)
         raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")

@@ -24,7 +24,7 @@ def sampled(s: Session, step: int) -> Rollout:
     """This rank's images of the step, drawn with the weights that the algorithm samples from."""
     recipe, plan = s.recipe, s.algorithm.plan(step)
     with s.engine.reading(plan.weights):
-        return sample(
+        rollout = sample(
             s.policy,
             step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
             plan,
@@ -36,6 +36,8 @@ def sampled(s: Session, step: int) -> Rollout:
             device=s.engine.device,
             micro_batch=recipe.rollout.batch,
         )
+    _commit_checkpoint(s)  # sampling takes longer than a disk
+    return rollout
 
 
 def scored(s: Session, rollout: Rollout) -> Scores:
@@ -140,19 +142,27 @@ def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
     }
 
 
+def _commit_checkpoint(s: Session) -> None:
+    """Commits a checkpoint that was being written, if it is written by now."""
+    if problem := s.checkpoints.settle(wait=False):
+        s.progress.message(f"checkpoint not saved: {problem}")
+
+
 def checkpoint(s: Session, step: int) -> None:
     """Saves what a resume needs after `step` iterations, where that is due or was asked for.
 
     Asking: a file `save-now` in the run's folder.
     """
+    last = s.recipe.run.steps
     asked = s.recipe.run_folder / "save-now"
     wanted = s.engine.agree_max(int(s.engine.rank == 0 and asked.exists()))
-    if not wanted and not due(step, s.recipe.run.steps, s.recipe.checkpoint.every):
+    if not wanted and not due(step, last, s.recipe.checkpoint.every):
+        _commit_checkpoint(s)
         return
     with s.progress.phase("save"):
-        problem = s.checkpoints.save(step, s.state())
+        problem = s.checkpoints.save(step, s.state(), wait=bool(wanted) or step == last)
     if problem:
-        s.progress.message(f"checkpoint of step {step} not saved: {problem}")
+        s.progress.message(f"checkpoint not saved: {problem}")
     elif wanted and s.engine.rank == 0:
         asked.unlink(missing_ok=True)
         s.progress.message(f"checkpoint of step {step} saved, as asked")

@@ -18,7 +18,8 @@ from gardo import config
 from gardo.algorithms.base import Algorithm, SamplerSettings, World
 from gardo.config import Recipe
 from gardo.distributed.base import Engine
-from gardo.distributed.checkpoint import Checkpoints, Unusable, committed
+from gardo.distributed.checkpoint import Checkpoints
+from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
@@ -110,6 +111,7 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.close()
+        self.checkpoints.close()
         if self.log:
             self.log.close()
         if exception[0] is None:  # a failed rank must not wait for the others in a collective

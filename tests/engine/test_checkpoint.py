@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,9 @@ from torch import nn
 
 from gardo.distributed import checkpoint
 from gardo.distributed.base import OptimizerSettings
-from gardo.distributed.checkpoint import (
-    Checkpoints,
-    CheckpointSettings,
-    Saved,
-    Unusable,
-    committed,
-)
+from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.saved import Saved, Unusable, committed
 from gardo.distributed.shards import MOMENTS, masters
 
 STATE = {"algorithm": {"updates": 3, "fraction": 0.1 + 0.2}, "first": {"reward": [0.1, 1e-300]}}
@@ -61,8 +57,8 @@ class Run:
                 self.slots.decay(name, 0.7)
         return self
 
-    def save(self) -> str | None:
-        return self.checkpoints.save(self.step, {**STATE, "step": self.step})
+    def save(self, *, wait: bool = True) -> str | None:
+        return self.checkpoints.save(self.step, {**STATE, "step": self.step}, wait=wait)
 
     def train_and_save(self, steps: int) -> Run:
         for _ in range(steps):
@@ -206,6 +202,62 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert saved
     with pytest.raises(Unusable, match=r"no weights for 'adapter\.0\.bias' and 3 more"):
         checkpoints.restore(saved)
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> threading.Event:
+    """Lets no file be written before the event; then writes, or raises the error."""
+    go, working = threading.Event(), checkpoint.save_file
+
+    def wait(*arguments: Any) -> None:
+        assert go.wait(60)
+        working(*arguments)
+        if error:
+            raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", wait)
+    return go
+
+
+def test_what_is_saved_in_the_background_is_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, go = Run(tmp_path).train(1), slowly(monkeypatch)
+    bits = run.bits()
+    assert run.save(wait=False) is None
+    run.train(2)  # goes on, and changes everything, while nothing is written yet
+    assert run.checkpoints.settle(wait=False) is None
+    assert run.checkpoints.last_step is None and not committed(tmp_path)
+    go.set()
+    assert run.checkpoints.settle() is None
+    assert run.checkpoints.last_step == 1
+    assert equal_after_resume(tmp_path, bits)
+    assert not equal(run.bits(), bits)
+    assert run.save(wait=False) is None and run.train(1).save() is None  # one after the other
+    assert [p.name for p in committed(tmp_path)] == ["step-000004", "step-000003"]
+
+
+def test_a_failure_in_the_background_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path).train_and_save(1)
+    go = slowly(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert run.train(1).save(wait=False) is None
+    go.set()
+    problem = run.checkpoints.settle()
+    assert problem and "step 2: rank 0" in problem and "No space left" in problem
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_without_memory_for_a_copy_it_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path).train(1)
+    memory = checkpoint.psutil.virtual_memory()
+    monkeypatch.setattr(
+        checkpoint.psutil, "virtual_memory", lambda: memory._replace(available=1000)
+    )
+    assert run.save(wait=False) is None
+    assert run.checkpoints.last_step == 1 and committed(tmp_path)
 
 
 # ---- the disk ------------------------------------------------------------------------------------

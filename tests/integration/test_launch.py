@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from gardo.distributed.checkpoint import committed
+from gardo.distributed.saved import committed
 from gardo.report.metrics_log import read_metrics
 from gardo.train import main
 from tests.integration.test_parity import ROOT, environment

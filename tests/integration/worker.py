@@ -80,7 +80,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "deterministic": {"run": {"deterministic": True}},
     "persistent": {"distributed": {"persistence_threshold": 1000}},
     "hpz": {"distributed": {"hpz": 2}},
-    "saving": {"checkpoint": {"every": 1, "keep": 2}},
+    "saving": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
+    "behind": {"checkpoint": {"background": True}},
 }
 
 

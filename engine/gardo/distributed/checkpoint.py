@@ -24,14 +24,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -39,28 +40,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gardo.distributed.base import Engine, gather_text
-from gardo.distributed.shards import MOMENTS, Piece, homes, masters, prepare_moments
+from gardo.distributed.saved import (
+    FORMAT,
+    MANIFEST,
+    Saved,
+    Unusable,
+    committed,
+    name_of,
+    self_digest,
+    sha256,
+    step_of,
+)
+from gardo.distributed.shards import MOMENTS, homes, masters, prepare_moments
 from gardo.settings import Strict
 
-FORMAT = 1
-COMMITTED = re.compile(r"step-(\d{6,})")
-ROOM = 1.2  # times the size of a checkpoint must be free before one is written
+ROOM = 1.2  # times the size of a checkpoint must be free on the disk before one is written
+COPIES = 2.0  # times a rank's share must be free in memory to write it while training goes on
 
 
 class CheckpointSettings(Strict):
     every: int = Field(50, ge=1, description="iterations; the last one is always kept")
     keep: int = Field(2, ge=1, description="the newest so many stay")
-
-
-class Unusable(ValueError):
-    """A checkpoint that is damaged, or does not fit this run; says what and why."""
+    background: bool = Field(
+        True, description="write while training goes on, where the host has memory for a copy"
+    )
 
 
 # ---- what is saved -------------------------------------------------------------------------------
 
 
-def _tensors(engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(kind, tensors by key) of this rank, one kind at a time, so that one is in memory at once."""
+Kinds = Iterator[tuple[str, dict[str, Tensor]]]
+
+
+def _tensors(engine: Engine) -> Kinds:
+    """(kind, tensors by key) of this rank in host memory, one kind at a time; on a CPU no copies"""
     shards, optimizer = engine.slots.shards, engine.optimizer
     pieces = shards.pieces
 
@@ -97,9 +110,9 @@ def _quantised(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _updates(engine: Engine) -> int:
-    """Optimizer steps done, as AdamW counts them for its bias correction."""
-    state = engine.optimizer.state[homes(engine.slots.shards)[0]]
-    return int(state.get("step", 0))
+    """Optimizer steps done, as AdamW counts them for its bias correction. A collective."""
+    states = [engine.optimizer.state[home] for home in homes(engine.slots.shards)]
+    return engine.agree_max(max((int(state.get("step", 0)) for state in states), default=0))
 
 
 def _layout(engine: Engine) -> str:
@@ -111,45 +124,98 @@ def _layout(engine: Engine) -> str:
 # ---- saving --------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Begun:
+    """A checkpoint on its way."""
+
+    step: int
+    part: Path  # the folder it is written into
+    manifest: dict[str, Any]
+    files: Future[list[dict[str, Any]]]
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`. Every method is called by all ranks together."""
 
     def __init__(self, folder: Path, engine: Engine, settings: CheckpointSettings) -> None:
         self.folder, self.engine, self.settings = folder, engine, settings
         self.resumed_from: Path | None = None
-        self.last_step: int | None = None
+        self.last_step: int | None = None  # the last one that is committed
+        self._begun: _Begun | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
-    def save(self, step: int, state: Mapping[str, Any]) -> str | None:
+    def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str | None:
         """Commits the engine's tensors and `state` (JSON, rank 0's counts) as step `step`.
 
-        Returns None, or why nothing was saved: then the older checkpoints are as they were.
+        With `wait=False`, where the settings and the memory allow it, only copies them and lets
+        `settle` commit later. Returns None, or why nothing was saved: then the older checkpoints
+        are as they were.
         """
+        earlier = self.settle()
         if step == self.last_step:
-            return None
+            return earlier
 
         def begin() -> str:
             self._make_room()
-            folder = self.folder / f"{_name(step)}.tmp-{secrets.token_hex(4)}"
+            folder = self.folder / f"{name_of(step)}.tmp-{secrets.token_hex(4)}"
             folder.mkdir(parents=True)
             return folder.name
 
         names, problem = self._together(begin if self.engine.rank == 0 else str)
-        part = self.folder / names[0]
-        if not problem:
-            reports, problem = self._together(lambda: json.dumps(self._write_files(part)))
-        if not problem:
-            ranks = [json.loads(r) for r in reports]
-            _, problem = self._together(
-                (lambda: self._commit(part, step, state, ranks)) if self.engine.rank == 0 else str
-            )
         if problem:
-            if self.engine.rank == 0 and part != self.folder:
-                shutil.rmtree(part, ignore_errors=True)
-            return problem
-        self.last_step = step
-        return None
+            return f"step {step}: {problem}"
+        part = self.folder / names[0]
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world": self.engine.world,
+            "updates": _updates(self.engine),
+            "quantised": _quantised(self.engine.optimizer),
+            "layouts": gather_text(self.engine, _layout(self.engine)),
+            "state": json.loads(json.dumps(state)),
+        }
+        copy = not wait and self.settings.background and self._has_memory()
+        files: Future[list[dict[str, Any]]] = Future()
+        if copy:
+            kinds = [(k, {n: t.clone() for n, t in ts.items()}) for k, ts in _tensors(self.engine)]
+            files = self._writer.submit(self._write_files, part, iter(kinds))
+        else:
+            try:
+                files.set_result(self._write_files(part, _tensors(self.engine)))
+            except (OSError, SafetensorError) as error:
+                files.set_exception(error)
+        self._begun = _Begun(step, part, manifest, files)
+        return earlier if copy else self.settle() or earlier
 
-    def _together(self, work: Any) -> tuple[list[str], str | None]:
+    def settle(self, *, wait: bool = True) -> str | None:
+        """Commits what `save` has begun, if that is written (or once it is, with `wait`).
+
+        Returns why it could not be saved, or None.
+        """
+        begun = self._begun
+        if begun is None:
+            return None
+        if not wait and self.engine.agree_max(int(not begun.files.done())):
+            return None
+        self._begun = None
+        reports, problem = self._together(lambda: json.dumps(begun.files.result()))
+        if not problem:
+            begun.manifest["files"] = [file for r in reports for file in json.loads(r)]
+            _, problem = self._together(
+                (lambda: self._commit(begun)) if self.engine.rank == 0 else str
+            )
+        if problem is None:
+            self.last_step = begun.step
+            return None
+        if self.engine.rank == 0:
+            shutil.rmtree(begun.part, ignore_errors=True)
+        return f"step {begun.step}: {problem}"
+
+    def close(self) -> None:
+        """Ends the writing thread; what it has not committed is swept by the next save."""
+        self._writer.shutdown(wait=True)
+
+    def _together(self, work: Callable[[], str | None]) -> tuple[list[str], str | None]:
         """What each rank's `work` returned, and the first error of any rank."""
         try:
             said = "ok " + (work() or "")
@@ -159,56 +225,48 @@ class Checkpoints:
         wrong = [text[3:] for text in everyone if text.startswith("no ")]
         return [text[3:] for text in everyone], (wrong[0] if wrong else None)
 
+    def _bytes(self) -> int:
+        """Of this rank's share, if masters are fp32."""
+        slots = self.engine.slots
+        elements = sum(piece.length for piece in slots.shards.pieces)
+        shares = self.engine.world if slots.shards.replicated else 1
+        return 4 * elements * (3 + len(slots.names)) // shares
+
+    def _has_memory(self) -> bool:
+        """Whether every rank's host has room for a copy of its share."""
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.engine.world))
+        free = psutil.virtual_memory().available // ranks_here
+        return not self.engine.agree_max(int(free < COPIES * self._bytes()))
+
     def _make_room(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        free, needed = shutil.disk_usage(self.folder).free, int(ROOM * self._size())
+        free = shutil.disk_usage(self.folder).free
+        needed = int(ROOM * self._bytes() * self.engine.world)
         if free < needed:
             raise OSError(f"{self.folder}: {free} bytes free, a checkpoint may need {needed}")
 
-    def _size(self) -> int:
-        """Bytes of a checkpoint of all ranks, if they hold about the same."""
-        slots = self.engine.slots
-        elements = sum(piece.length for piece in slots.shards.pieces)
-        return (
-            4
-            * elements
-            * (3 + len(slots.names))
-            * (1 if slots.shards.replicated else self.engine.world)
-        )
-
-    def _write_files(self, part: Path) -> dict[str, Any]:
-        engine, files = self.engine, []
-        for kind, tensors in _tensors(engine):
-            name = f"{kind}-{engine.rank:05d}-of-{engine.world:05d}.safetensors"
+    def _write_files(self, part: Path, kinds: Kinds) -> list[dict[str, Any]]:
+        """Writes this rank's files and describes them. No collectives: may run in a thread."""
+        files = []
+        for kind, tensors in kinds:
+            name = f"{kind}-{self.engine.rank:05d}-of-{self.engine.world:05d}.safetensors"
             save_file(tensors, part / name)
             _flush(part / name)
-            size, digest = (part / name).stat().st_size, _sha256(part / name)
+            size, digest = (part / name).stat().st_size, sha256(part / name)
             files.append({"name": name, "kind": kind, "size": size, "sha256": digest})
-        return {"files": files, "layout": _layout(engine)}
+        return files
 
-    def _commit(
-        self, part: Path, step: int, state: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]
-    ) -> None:
-        files = [file for rank in ranks for file in rank["files"]]
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world": self.engine.world,
-            "updates": _updates(self.engine),
-            "quantised": _quantised(self.engine.optimizer),
-            "layouts": [rank["layout"] for rank in ranks],
-            "files": files,
-            "state": json.loads(json.dumps(state)),
-        }
-        manifest["sha256"] = _self_digest(manifest)
-        _write_flushed(part / "manifest.json", json.dumps(manifest, indent=1))
-        _flush(part)
-        final = self.folder / _name(step)
+    def _commit(self, begun: _Begun) -> None:
+        manifest = begun.manifest
+        manifest["sha256"] = self_digest(manifest)
+        _write_flushed(begun.part / MANIFEST, json.dumps(manifest, indent=1))
+        _flush(begun.part)
+        final = self.folder / name_of(begun.step)
         if final.exists():  # a damaged one, or of a run that was taken back before this step
             final.rename(self.folder / f"{final.name}.tmp-{secrets.token_hex(4)}")
-        part.rename(final)
+        begun.part.rename(final)
         _flush(self.folder)
         self._prune()
 
@@ -245,7 +303,7 @@ class Checkpoints:
         """Renames the damaged folders, so that they are neither counted nor lost."""
         if self.engine.rank == 0:
             for folder in committed(self.folder):
-                if newer_than is None or _step(folder) > newer_than.step:
+                if newer_than is None or step_of(folder) > newer_than.step:
                     folder.rename(folder.with_name(f"{folder.name}.broken-{secrets.token_hex(4)}"))
         self.engine.barrier()
 
@@ -276,7 +334,7 @@ class Checkpoints:
             for piece, target in zip(pieces, targets, strict=True):
                 target.copy_(saved.read(kind, piece.name, piece.start, piece.length))
 
-        saved.check_parameters(pieces)
+        saved.check_parameters([piece.name for piece in pieces])
         fill("master", masters(shards))
         if _quantised(optimizer) != saved.manifest["quantised"]:
             raise Unusable(
@@ -314,103 +372,6 @@ class Checkpoints:
                 state["step"] = saved.manifest["updates"]
 
 
-@dataclass
-class _Stored:
-    start: int
-    length: int
-    path: Path
-    key: str
-
-
-class Saved:
-    """A committed checkpoint. Unusable where its manifest is not."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise Unusable(f"{folder}: its manifest cannot be read: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            raise Unusable(
-                f"{folder}: format {self.manifest.get('format')}, this release reads {FORMAT}"
-            )
-        if self.manifest.get("sha256") != _self_digest(self.manifest):
-            raise Unusable(f"{folder}: its manifest was changed")
-        self.step = int(self.manifest["step"])
-        self._index: dict[str, dict[str, list[_Stored]]] = {}
-
-    def damage(self, rank: int = 0, world: int = 1) -> str | None:
-        """What is wrong with this rank's share of the files, if anything."""
-        for file in self.manifest["files"][rank::world]:
-            path = self.folder / file["name"]
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != file["size"] or _sha256(path) != file["sha256"]:
-                return f"{path} is not what was saved"
-        return None
-
-    def file(self, kind: str, rank: int) -> Path:
-        files = [file["name"] for file in self.manifest["files"] if file["kind"] == kind]
-        return self.folder / files[rank]
-
-    def _stored(self, kind: str) -> dict[str, list[_Stored]]:
-        if kind not in self._index:
-            index: dict[str, list[_Stored]] = {}
-            for file in self.manifest["files"]:
-                if file["kind"] == kind:
-                    path = self.folder / file["name"]
-                    with safe_open(path, "pt") as opened:
-                        for key in opened.keys():  # noqa: SIM118
-                            name, _, start = key.rpartition("@")
-                            (length,) = opened.get_slice(key).get_shape()
-                            index.setdefault(name, []).append(
-                                _Stored(int(start), length, path, key)
-                            )
-            self._index[kind] = index
-        return self._index[kind]
-
-    def check_parameters(self, pieces: Sequence[Piece]) -> None:
-        missing = {p.name for p in pieces} - self._stored("master").keys()
-        if missing:
-            raise Unusable(
-                f"{self.folder}: no weights for {sorted(missing)[0]!r} and {len(missing) - 1} more;"
-                " it was saved with other train.weights or another model"
-            )
-
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements start ... start + length of a flattened parameter: [length], as stored."""
-        stored = sorted(self._stored(kind).get(name, []), key=lambda s: s.start)
-        parts, position, end = [], start, start + length
-        for s in stored:
-            first, last = max(position, s.start), min(end, s.start + s.length)
-            if first == position and last > first:
-                with safe_open(s.path, "pt") as file:
-                    parts.append(file.get_slice(s.key)[first - s.start : last - s.start])
-                position = last
-        if position < end:
-            raise Unusable(f"{self.folder}: {kind} has no elements {position} to {end} of {name!r}")
-        return torch.cat(parts) if parts else torch.empty(0)
-
-    def whole(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter of this shape, assembled from its pieces."""
-        return self.read(kind, name, 0, int(torch.Size(shape).numel())).view(*shape)
-
-
-def committed(folder: Path) -> list[Path]:
-    """The committed checkpoints in a run's `checkpoints/`, newest first."""
-    found = [p for p in folder.glob("step-*") if COMMITTED.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
 # ---- the disk ------------------------------------------------------------------------------------
 
 
@@ -428,13 +389,3 @@ def _write_flushed(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _self_digest(manifest: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

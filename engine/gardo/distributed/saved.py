@@ -1,0 +1,131 @@
+"""A committed checkpoint on the disk: which there are, whether one is whole, what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+COMMITTED = re.compile(r"step-(\d{6,})")
+
+
+class Unusable(ValueError):
+    """A checkpoint that is damaged, or does not fit this run; says what and why."""
+
+
+@dataclass
+class _Stored:
+    start: int
+    length: int
+    path: Path
+    key: str
+
+
+class Saved:
+    """A committed checkpoint. Unusable where its manifest is not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise Unusable(f"{folder}: its manifest cannot be read: {error}") from error
+        if self.manifest.get("format") != FORMAT:
+            raise Unusable(
+                f"{folder}: format {self.manifest.get('format')}, this release reads {FORMAT}"
+            )
+        if self.manifest.get("sha256") != self_digest(self.manifest):
+            raise Unusable(f"{folder}: its manifest was changed")
+        self.step = int(self.manifest["step"])
+        self._index: dict[str, dict[str, list[_Stored]]] = {}
+
+    def damage(self, rank: int = 0, world: int = 1) -> str | None:
+        """What is wrong with this rank's share of the files, if anything."""
+        for file in self.manifest["files"][rank::world]:
+            path = self.folder / file["name"]
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
+                return f"{path} is not what was saved"
+        return None
+
+    def file(self, kind: str, rank: int) -> Path:
+        files = [file["name"] for file in self.manifest["files"] if file["kind"] == kind]
+        return self.folder / files[rank]
+
+    def _stored(self, kind: str) -> dict[str, list[_Stored]]:
+        if kind not in self._index:
+            index: dict[str, list[_Stored]] = {}
+            for file in self.manifest["files"]:
+                if file["kind"] == kind:
+                    path = self.folder / file["name"]
+                    with safe_open(path, "pt") as opened:
+                        for key in opened.keys():  # noqa: SIM118
+                            name, _, start = key.rpartition("@")
+                            (length,) = opened.get_slice(key).get_shape()
+                            index.setdefault(name, []).append(
+                                _Stored(int(start), length, path, key)
+                            )
+            self._index[kind] = index
+        return self._index[kind]
+
+    def check_parameters(self, names: Sequence[str]) -> None:
+        """Unusable where the weights of some parameter are not there at all."""
+        missing = set(names) - self._stored("master").keys()
+        if missing:
+            raise Unusable(
+                f"{self.folder}: no weights for {sorted(missing)[0]!r} and {len(missing) - 1} more;"
+                " it was saved with other train.weights or another model"
+            )
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements start ... start + length of a flattened parameter: [length], as stored."""
+        stored = sorted(self._stored(kind).get(name, []), key=lambda s: s.start)
+        parts, position, end = [], start, start + length
+        for s in stored:
+            first, last = max(position, s.start), min(end, s.start + s.length)
+            if first == position and last > first:
+                with safe_open(s.path, "pt") as file:
+                    parts.append(file.get_slice(s.key)[first - s.start : last - s.start])
+                position = last
+        if position < end:
+            raise Unusable(f"{self.folder}: {kind} has no elements {position} to {end} of {name!r}")
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def whole(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter of this shape, assembled from its pieces."""
+        return self.read(kind, name, 0, int(torch.Size(shape).numel())).view(*shape)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints in a run's `checkpoints/`, newest first."""
+    found = [p for p in folder.glob("step-*") if COMMITTED.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def self_digest(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
