@@ -189,6 +189,8 @@ def check_gathers(folder: Path, case: str) -> None:
         counts.setdefault(phase, set()).add(count)
     for phase, number in passes.items():
         assert counts[phase] == {number * forward if "each" in case else once}, (case, phase)
+    probe = forward  # of the ratio; then the reference, in two calls, unless it is the sampler
+    assert counts["teachers"] == {probe, probe + (2 * forward if "each" in case else once)}
     assert counts["train"] == {2 * rows // 4 * (forward + backward)}, case
     assert counts["reward"] == {0}
 

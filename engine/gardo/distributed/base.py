@@ -41,8 +41,8 @@ class DistributedSettings(Strict):
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     masters: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the optimizer's weights; bfloat16 (moments too) saves 10 bytes "
-        "a trained weight and loses small steps"
+        "float32", description="of the optimizer's weights; bfloat16 (moments and gradient sums "
+        "too) saves 8 bytes a trained weight and loses small steps"
     )  # fmt: skip
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="to host memory: the optimizer state, or that and the weights (stage 3)"
