@@ -8,7 +8,8 @@ loads (`streamed`: built without weights, each parameter read by rank 0 alone an
 the next) and once as DeepSpeed is usually given a model (`whole`: every rank loads all of it, then
 it is partitioned). Reported, for each rank: anonymous memory (heap, not the page cache behind the
 files) before loading, at its peak, and when the engine is ready; peaks are sampled every 2 ms.
-Writes benchmarks/results/load.csv. Each launch needs about five times the model's size in memory.
+Writes benchmarks/results/load.csv and its table in docs/distributed.md. A launch that trains all
+weights needs about seven times the model's size in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pages import fill, revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "load.csv"
@@ -158,11 +162,6 @@ def measure(folder: Path, weights: str, way: str) -> list[dict[str, float]]:
         return [json.loads((Path(temporary) / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def revision() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
-    return done.stdout.decode().strip() or "unknown"
-
-
 def rows_of(dim: int, kinds: list[str]) -> list[dict[str, Any]]:
     import deepspeed
 
@@ -187,6 +186,26 @@ def rows_of(dim: int, kinds: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a page shows them."""
+    first = rows[0]
+    lines = [
+        "| trained | loaded | rank | peak while loading, MiB | afterwards, MiB | seconds |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['weights']} | {r['way']} | {r['rank']} | {r['peak_above_mib']} "
+            f"| {r['after_above_mib']} | {r['seconds']} |"
+            for r in rows
+        ),
+        "",
+        f"{int(first['parameters']) / 1e9:.2f} billion random parameters, {first['model_mib']} MiB "
+        "in bf16, two ranks: anonymous memory of each rank above what it had before (`./run bench "
+        f"load`; {first['machine']}, torch {first['torch']}, deepspeed {first['deepspeed']}, "
+        f"revision {first['revision']}).",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dim", type=int, default=2048, help="width; a multiple of 128")
@@ -199,6 +218,8 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    if options.out == RESULTS:
+        fill(ROOT / "docs" / "distributed.md", "load", table(rows))
     print(options.out)
 
 

@@ -34,6 +34,7 @@ from gardo.rollout import EVALUATION
 from gardo.settings import model_path
 from gardo.tiny import world
 from gardo_kernels import random_normal
+from pages import fill, revision
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60  # the demo's budget and half as much again; both are reported
@@ -47,7 +48,6 @@ MEASURES = {
     "tiny_count": "count by colour (proxy, optimised)",
     "tiny_fidelity": "shape and colour fidelity (held out)",
 }
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
 
 def train(name: str, folder: Path, overrides: list[str]) -> None:
@@ -76,13 +76,10 @@ def versions() -> str:
     import diffusers
     import torch
 
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
         f"deepspeed {deepspeed.__version__}, diffusers {diffusers.__version__}, written at "
-        f"revision {revision}"
+        f"revision {revision()}"
     )
 
 
@@ -183,14 +180,6 @@ def write_csv(arms: dict[str, list[dict[str, Any]]], path: Path, machine: str) -
                     writer.writerow([*row, machine])
 
 
-def fill_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    page = readme.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder with finished runs of the three recipes")
@@ -213,7 +202,7 @@ def main() -> None:
     )
     text = f"{table(arms)}\n\n{note}"
     (RESULTS / "tiny_regularisers.md").write_text(text + "\n", encoding="utf-8")
-    fill_readme(text)
+    fill(ROOT / "README.md", "study", text)
     print(text)
 
 
