@@ -14,15 +14,21 @@ from gardo.session import build_policy
 
 
 def export_run(
-    folder: Path, *, out: Path | None = None, policy: Policy | None = None, step: int | None = None
+    folder: Path,
+    *,
+    out: Path | None = None,
+    policy: Policy | None = None,
+    step: int | None = None,
+    verify: bool = True,
 ) -> Path:
     """Exports a run's weights after `step` iterations (the newest checkpoint) to `out`.
 
     `out` is the run's `export/` unless given. Builds the policy from the run's recipe unless it is
-    given; no weights of the base model are read. Returns the LoRA file, or the transformer folder
-    after full fine-tuning. RecipeError where the run has no such weights.
+    given, without reading its transformer's weights. `verify` checks the digests first. Returns the
+    LoRA file, or the transformer folder after full fine-tuning. RecipeError where the run has no
+    such weights.
     """
-    saved = _checkpoint(folder, step)
+    saved = _checkpoint(folder, step, verify)
     if policy is None:
         source = folder / "recipe.yaml"
         recipe = check(
@@ -30,11 +36,12 @@ def export_run(
         )
         policy = build_policy(recipe, torch.device("cpu"))
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
-    weights = {name: saved.whole("master", name, shape) for name, shape in shapes.items()}
+    dtype = policy.dtype if policy.lora is None else torch.float32
+    weights = {n: saved.whole("master", n, shape).to(dtype) for n, shape in shapes.items()}
     return policy.export(weights, out or folder / "export")
 
 
-def _checkpoint(folder: Path, step: int | None) -> Saved:
+def _checkpoint(folder: Path, step: int | None, verify: bool) -> Saved:
     """The checkpoint to export, whole and undamaged."""
     found = committed(folder / "checkpoints")
     if not found:
@@ -47,7 +54,7 @@ def _checkpoint(folder: Path, step: int | None) -> Saved:
         raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")
     try:
         saved = Saved(wanted[0])
-        damage = saved.damage()
+        damage = saved.damage(kind="master") if verify else None
     except Unusable as error:
         raise RecipeError(str(error)) from error
     if damage:

@@ -24,7 +24,7 @@ def sampled(s: Session, step: int) -> Rollout:
     """This rank's images of the step, drawn with the weights that the algorithm samples from."""
     recipe, plan = s.recipe, s.algorithm.plan(step)
     with s.engine.reading(plan.weights):
-        rollout = sample(
+        return sample(
             s.policy,
             step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
             plan,
@@ -36,8 +36,6 @@ def sampled(s: Session, step: int) -> Rollout:
             device=s.engine.device,
             micro_batch=recipe.rollout.batch,
         )
-    _commit_checkpoint(s)  # sampling takes longer than a disk
-    return rollout
 
 
 def scored(s: Session, rollout: Rollout) -> Scores:
@@ -142,7 +140,7 @@ def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
     }
 
 
-def _commit_checkpoint(s: Session) -> None:
+def commit_checkpoint(s: Session) -> None:
     """Commits a checkpoint that was being written, if it is written by now."""
     if problem := s.checkpoints.settle(wait=False):
         s.progress.message(f"checkpoint not saved: {problem}")
@@ -157,7 +155,7 @@ def checkpoint(s: Session, step: int) -> None:
     asked = s.recipe.run_folder / "save-now"
     wanted = s.engine.agree_max(int(s.engine.rank == 0 and asked.exists()))
     if not wanted and not due(step, last, s.recipe.checkpoint.every):
-        _commit_checkpoint(s)
+        commit_checkpoint(s)
         return
     with s.progress.phase("save"):
         problem = s.checkpoints.save(step, s.state(), wait=bool(wanted) or step == last)
@@ -178,7 +176,7 @@ def finish(s: Session) -> None:
         )
     if s.engine.rank == 0:
         folder = s.recipe.run_folder
-        exported = export_run(folder, policy=s.policy)
+        exported = export_run(folder, policy=s.policy, verify=False)  # just written
         report = write_report(folder)
         s.progress.message(f"report  {report}")
         s.progress.message(f"export  {exported}")

@@ -77,7 +77,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """All state that is not in the engine's tensors; JSON. The rest follows from the recipe."""
         return {
-            "base": self.policy.identity() if self.engine.rank == 0 else None,
+            "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
@@ -87,6 +87,11 @@ class Session:
         saved, wrong = self.checkpoints.newest()
         for problem in wrong:
             self.progress.message(f"checkpoint passed over: {problem}")
+        last = self.recipe.run.steps
+        if saved and saved.step > last:
+            raise RecipeError(
+                f"run.steps: {last}, but {saved.folder} is past that; give more steps, or export it"
+            )
         if saved is None:
             raise RecipeError(
                 f"{self.checkpoints.folder}: no checkpoint verifies; leave out --resume to start "
@@ -96,7 +101,7 @@ class Session:
             state = self.checkpoints.restore(saved)
         except Unusable as error:
             raise RecipeError(str(error)) from error
-        base = self.policy.identity() if self.engine.rank == 0 else state["base"]
+        base = self.policy.identity if self.engine.rank == 0 else state["base"]
         if self.engine.agree_max(int(base != state["base"])):
             raise RecipeError(
                 f"{saved.folder}: it trained {state['base']}, model.path is {base}; use that model"
@@ -105,6 +110,7 @@ class Session:
         self.algorithm.load_state_dict(state["algorithm"])
         self.evaluator.restore(state["first_evaluation"])
         self.first_step = saved.step
+        self.progress.resumed(saved.step)
 
     def __enter__(self) -> Self:
         return self
@@ -321,6 +327,8 @@ def open_session(
         log=None,
         progress=progress,
     )
+    if engine.gather_note:
+        progress.message(engine.gather_note)
     if resume:
         session.resume()
         for change in changes:

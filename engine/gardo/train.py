@@ -14,6 +14,7 @@ from gardo.evaluation.evaluate import due
 from gardo.phases import (
     batches,
     checkpoint,
+    commit_checkpoint,
     evaluate,
     finish,
     held_to_contract,
@@ -23,7 +24,7 @@ from gardo.phases import (
     taught,
 )
 from gardo.recipe_errors import RecipeError
-from gardo.session import Session, open_session
+from gardo.session import Session, open_session, ranks
 from gardo.types import Metrics, select
 
 
@@ -35,6 +36,7 @@ def train(s: Session) -> None:
     for step in range(s.first_step, s.recipe.run.steps):
         with phase("sample"):
             rollout = sampled(s, step)
+        commit_checkpoint(s)  # the one being written, if it is written by now
         with phase("reward"):
             scores = scored(s, rollout)
             everyone = algorithm.credit(scores)
@@ -76,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load(options.recipe, options.sets)
         session = open_session(recipe, source=options.recipe, resume=options.resume)
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        if ranks()[0] == 0:  # the others say the same
+            print(error, file=sys.stderr)
         return 2
     with session:
         train(session)

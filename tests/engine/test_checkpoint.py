@@ -139,6 +139,8 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {  # (the newest, the one befor
     "changed state": lambda new, old: replace_in(new / MANIFEST, '"updates": 3', '"updates": 4'),
     "a truncated manifest": lambda new, old: os.truncate(new / MANIFEST, 200),
     "no manifest": lambda new, old: (new / MANIFEST).unlink(),
+    "a manifest of nothing": lambda new, old: (new / MANIFEST).write_text("null"),
+    "a folder for a piece": lambda new, old: ((new / MASTER).unlink(), (new / MASTER).mkdir()),
     "a manifest of another format": lambda new, old: replace_in(
         new / MANIFEST, '"format": 1', '"format": 2'
     ),
@@ -252,10 +254,7 @@ def test_without_memory_for_a_copy_it_is_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path).train(1)
-    memory = checkpoint.psutil.virtual_memory()
-    monkeypatch.setattr(
-        checkpoint.psutil, "virtual_memory", lambda: memory._replace(available=1000)
-    )
+    monkeypatch.setattr(checkpoint, "host_memory", lambda ranks: 1000)
     assert run.save(wait=False) is None
     assert run.checkpoints.last_step == 1 and committed(tmp_path)
 

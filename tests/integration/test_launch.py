@@ -5,15 +5,17 @@ Then the exported LoRA.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gardo.distributed.saved import committed
 from gardo.report.metrics_log import read_metrics
@@ -148,6 +150,36 @@ def test_a_resume_that_cannot_fit_is_refused(
     said = capsys.readouterr().err
     assert said.startswith(f"{recipe}: train.weights.rank: 16 -> 8: the checkpoints in {run}")
     assert sorted(run.rglob("*")) == files
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: os.truncate(file, 1000), "cannot be read"),
+        (lambda file: os.truncate(file, 0), "cannot be read"),
+        (lambda file: file.unlink(), "No such file or directory"),
+        (lambda file: rename_tensor(file), "x_embedder.weight must have shape [96, 16]; the files"),
+    ],
+)
+def test_damaged_weights_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], said: str
+) -> None:
+    """By every rank, from the headers, before any of them waits for another."""
+    model = shutil.copytree(ROOT / "engine/gardo/tiny/weights/flux", tmp_path / "flux")
+    spoil(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    settings = [*SMALL, f"run.folder={tmp_path / 'runs'}", f"model.path={model}"]
+    sets = [part for s in settings for part in ("--set", s)]
+    recipe = str(ROOT / "recipes/tiny_flux_gardo.yaml")
+    assert main([recipe, *sets]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{recipe}: a model does not load: ") and said in error
+    assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def rename_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["x_embedder.wheight"] = tensors.pop("x_embedder.weight")
+    save_file(tensors, file)
 
 
 def test_exported_lora_gives_the_evaluation_images_bit_for_bit(

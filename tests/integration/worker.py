@@ -8,6 +8,7 @@ stage 3) or stage0 to stage2, options as in OPTIONS, and
     resumeN   goes on with the run that cutN left behind
     reshard   loads the newest checkpoint of the run and saves it again, from these ranks
     broken    what gathering once needs of DeepSpeed is not there
+    failing   gathering once fails in the middle, as it does when memory runs out
 
 Rank 0 writes OUT/CASE.safetensors (noise and images of the first rollout, evaluation images of the
 trained weights, what slots do to the model's output), OUT/CASE.json (all-gathers by phase) and
@@ -69,7 +70,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "each": {"rollout": {"gather": "step"}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
-    "buckets": {"distributed": {"reduce_bucket": 30_000}},
+    "buckets": {"distributed": {"reduce_bucket": 30_000, "sub_group": 50_000}},
     "clip": {"train": {"max_grad_norm": 0.01}},
     "host": {"distributed": {"slots": "host"}},
     "offload": {"distributed": {"offload": "optimizer"}},
@@ -94,14 +95,15 @@ class Case:
         self.algorithm, self.weights, self.engine = base.split("-")
         self.cut = next((int(o[3:]) for o in options if o.startswith("cut")), None)
         self.resume = next((int(o[6:]) for o in options if o.startswith("resume")), None)
-        self.reshard, self.broken = "reshard" in options, "broken" in options
+        self.reshard = "reshard" in options
+        self.fault = next((o for o in options if o in FAULTS), None)
         self.options = [o for o in options if o in OPTIONS]
 
     @property
     def run(self) -> str:
         """The name of the run: a cut run and its resumption share it."""
         marks = [f"cut{n}" for n in (self.cut, self.resume) if n is not None]
-        marks += ["broken"] if self.broken else []
+        marks += [self.fault] if self.fault else []
         base = f"{self.algorithm}-{self.weights}-{self.engine}"
         return ".".join([base, *self.options, *marks])
 
@@ -222,6 +224,27 @@ def broken_gather() -> Iterator[None]:
     GatherOnce._own_ids = working  # type: ignore[method-assign]
 
 
+@contextmanager
+def failing_gather() -> Iterator[None]:
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    working, calls = zero._dist_allgather_fn, 0
+
+    def third(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("of the test's making")
+        return working(*args, **kwargs)
+
+    zero._dist_allgather_fn = third
+    yield
+    zero._dist_allgather_fn = working
+
+
+FAULTS = {"broken": broken_gather, "failing": failing_gather}
+
+
 @torch.no_grad()
 def velocity(session: Session) -> torch.Tensor:
     """The model's output on fixed inputs, with whatever weights are in place."""
@@ -279,7 +302,7 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
     case = Case(name)
     settings = check(recipe(case, out, steps=4 if "saving" in case.options else 5), name)
     resume = case.resume is not None or case.reshard
-    with broken_gather() if case.broken else nullcontext():
+    with FAULTS[case.fault]() if case.fault else nullcontext():
         session = open_session(settings, quiet=True, resume=resume)
     if case.reshard:
         again = Checkpoints(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any, Literal, Protocol, TypeVar
 
+import psutil
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -48,7 +50,9 @@ class DistributedSettings(Strict):
         "none", description="to host memory: the optimizer state, or that and the weights (stage 3)"
     )
     slots: Literal["device", "host"] = Field(
-        "device", description="where copies of the trained weights wait (reference, old)"
+        "device",
+        description="where copies of the trained weights wait (reference, old): with the masters, "
+        "or in host memory",
     )
     prefetch_bucket: int | None = Field(None, ge=0, description="elements gathered ahead")
     live_parameters: int | None = Field(None, ge=1, description="elements gathered at a time")
@@ -56,6 +60,7 @@ class DistributedSettings(Strict):
         None, ge=0, description="elements; what is used again sooner stays gathered"
     )
     reduce_bucket: int | None = Field(None, ge=1, description="gradient elements reduced at a time")
+    sub_group: int = Field(1_000_000_000, ge=1, description="elements updated at a time, stage 3")
     persistence_threshold: int = Field(
         0, ge=0, description="smaller parameters stay gathered; 0 where slots are exchanged"
     )
@@ -72,6 +77,10 @@ class DistributedSettings(Strict):
             raise ValueError(
                 f"distributed.precision: {self.precision} needs fp32 masters, which engine local "
                 "has not; use engine zero"
+            )
+        if self.engine == "local" and self.offload != "none":
+            raise ValueError(
+                f"distributed.offload: {self.offload}: engine local has none; use engine zero"
             )
         if self.stage == 0 and self.precision != "float32":
             raise ValueError(
@@ -134,6 +143,9 @@ class Engine(Protocol):
     device: torch.device
     slots: Slots
     grad_norm: float
+    gather_note: (
+        str  # how forward-only phases get the weights, and why; "" where that is no question
+    )
 
     optimizer: torch.optim.Optimizer
 
@@ -183,6 +195,12 @@ def gather_record(engine: Engine, record: Record) -> Record:
     names = [f.name for f in fields(record)]  # type: ignore[arg-type]
     changed = {name: gathered(getattr(record, name)) for name in names}
     return replace(record, **changed)  # type: ignore[type-var]
+
+
+def host_memory(ranks: int) -> int:
+    """Bytes of host memory that are free for one of `ranks` on this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return psutil.virtual_memory().available // ranks
 
 
 def leave_process_group() -> None:

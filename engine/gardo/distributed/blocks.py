@@ -19,12 +19,14 @@ from torch import Tensor, nn
 def make_leaves(blocks: Sequence[nn.Module]) -> None:
     """Marks the blocks as leaf modules that are called as DeepSpeed needs it.
 
-    Their class changes to a subclass of itself; names of parameters stay.
+    Their class changes to a subclass of itself, of the same name; names of parameters stay.
     """
     classes: dict[type, type] = {}
     for block in blocks:
         original = type(block)
-        block.__class__ = classes.setdefault(original, _positional(original))
+        if original not in classes:
+            classes[original] = _positional(original)
+        block.__class__ = classes[original]
         block._z3_leaf = True  # type: ignore[assignment]
 
 

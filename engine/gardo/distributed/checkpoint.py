@@ -21,6 +21,7 @@ by the same number of ranks at the same stage.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,14 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gardo.distributed.base import Engine, gather_text
+from gardo.distributed.base import Engine, gather_text, host_memory
 from gardo.distributed.saved import (
     FORMAT,
     MANIFEST,
@@ -72,8 +72,11 @@ class CheckpointSettings(Strict):
 Kinds = Iterator[tuple[str, dict[str, Tensor]]]
 
 
-def _tensors(engine: Engine) -> Kinds:
-    """(kind, tensors by key) of this rank in host memory, one kind at a time; on a CPU no copies"""
+def _tensors(engine: Engine, *, copy: bool) -> Kinds:
+    """(kind, tensors by key) of this rank in host memory, one kind at a time.
+
+    What lives there already is copied only if asked for.
+    """
     shards, optimizer = engine.slots.shards, engine.optimizer
     pieces = shards.pieces
 
@@ -83,7 +86,7 @@ def _tensors(engine: Engine) -> Kinds:
             share, of = (engine.rank, engine.world) if shards.replicated else (0, 1)
             first, last = piece.length * share // of, piece.length * (share + 1) // of
             if last > first:
-                kept[f"{piece.name}@{piece.start + first}"] = value[first:last].cpu().contiguous()
+                kept[f"{piece.name}@{piece.start + first}"] = value[first:last].to("cpu", copy=copy)
         return kept
 
     yield "master", keyed(masters(shards))
@@ -91,7 +94,7 @@ def _tensors(engine: Engine) -> Kinds:
         yield (
             "moments_8bit",
             {
-                f"{i}/{key}": value.cpu().contiguous()
+                f"{i}/{key}": value.to("cpu", copy=copy)
                 for i, home in enumerate(homes(shards))
                 for key, value in optimizer.state[home].items()
                 if isinstance(value, Tensor)
@@ -117,7 +120,11 @@ def _updates(engine: Engine) -> int:
 
 def _layout(engine: Engine) -> str:
     """Equal for two engines whose ranks hold the same elements in the same flat tensors."""
-    pieces = [(p.name, p.start, p.length, p.offset) for p in engine.slots.shards.pieces]
+    flats = [id(home) for home in homes(engine.slots.shards)]
+    pieces = [
+        (p.name, p.start, p.length, flats.index(id(p.home)), p.offset)
+        for p in engine.slots.shards.pieces
+    ]
     return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
 
@@ -176,14 +183,14 @@ class Checkpoints:
         }
         copy = not wait and self.settings.background and self._has_memory()
         files: Future[list[dict[str, Any]]] = Future()
-        if copy:
-            kinds = [(k, {n: t.clone() for n, t in ts.items()}) for k, ts in _tensors(self.engine)]
-            files = self._writer.submit(self._write_files, part, iter(kinds))
-        else:
-            try:
-                files.set_result(self._write_files(part, _tensors(self.engine)))
-            except (OSError, SafetensorError) as error:
-                files.set_exception(error)
+        try:
+            kinds = _tensors(self.engine, copy=copy)
+            if copy:
+                files = self._writer.submit(self._write_files, part, iter(list(kinds)))
+            else:
+                files.set_result(self._write_files(part, kinds))
+        except Exception as error:  # of any kind: it must reach the other ranks
+            files.set_exception(error)
         self._begun = _Begun(step, part, manifest, files)
         return earlier if copy else self.settle() or earlier
 
@@ -206,6 +213,8 @@ class Checkpoints:
             )
         if problem is None:
             self.last_step = begun.step
+            if self.engine.rank == 0:
+                self._prune()
             return None
         if self.engine.rank == 0:
             shutil.rmtree(begun.part, ignore_errors=True)
@@ -219,8 +228,8 @@ class Checkpoints:
         """What each rank's `work` returned, and the first error of any rank."""
         try:
             said = "ok " + (work() or "")
-        except (OSError, SafetensorError) as error:
-            said = f"no rank {self.engine.rank}: {error}"
+        except Exception as error:  # of any kind: the other ranks are waiting
+            said = f"no rank {self.engine.rank}: {error or type(error).__name__}"
         everyone = gather_text(self.engine, said)
         wrong = [text[3:] for text in everyone if text.startswith("no ")]
         return [text[3:] for text in everyone], (wrong[0] if wrong else None)
@@ -234,12 +243,13 @@ class Checkpoints:
 
     def _has_memory(self) -> bool:
         """Whether every rank's host has room for a copy of its share."""
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.engine.world))
-        free = psutil.virtual_memory().available // ranks_here
+        free = host_memory(self.engine.world)
         return not self.engine.agree_max(int(free < COPIES * self._bytes()))
 
     def _make_room(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            _flush(self.folder.parent)
         for stale in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
@@ -268,14 +278,14 @@ class Checkpoints:
             final.rename(self.folder / f"{final.name}.tmp-{secrets.token_hex(4)}")
         begun.part.rename(final)
         _flush(self.folder)
-        self._prune()
 
     def _prune(self) -> None:
+        """What cannot be removed stays, until the next time."""
         kept = {*committed(self.folder)[: self.settings.keep], self.resumed_from}
         for old in committed(self.folder):
             if old not in kept:
-                doomed = old.rename(old.with_name(f"{old.name}.tmp-{secrets.token_hex(4)}"))
-                shutil.rmtree(doomed, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    old.rename(old.with_name(f"{old.name}.tmp-{secrets.token_hex(4)}"))
         for stale in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
 
@@ -318,6 +328,8 @@ class Checkpoints:
             self._restore_tensors(saved)
         except Unusable as error:
             problem = str(error)
+        except (OSError, SafetensorError) as error:
+            problem = f"{saved.folder}: cannot be read: {error}"
         wrong = [text for text in gather_text(self.engine, problem or "") if text]
         if wrong:
             raise Unusable(wrong[0])

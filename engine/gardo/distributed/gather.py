@@ -39,9 +39,11 @@ class GatherOnce:
                 group[0].all_gather_coalesced(group).wait()
             yield
         finally:
-            for group in self._groups:
-                group[0].partition(group)
             self._put_hooks_back(kept)
+            for p in self._all():
+                if p.ds_status.name == "INFLIGHT":  # its gather has failed
+                    p.ds_status = type(p.ds_status).NOT_AVAILABLE
+                p.partition([p])
 
     def _take_hooks_off(self) -> list[tuple[Any, Any]]:
         ids, kept = self._own_ids(), []

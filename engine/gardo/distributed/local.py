@@ -19,6 +19,7 @@ class LocalEngine:
 
     rank = 0
     world = 1
+    gather_note = ""
 
     def __init__(
         self,

@@ -40,23 +40,28 @@ class Saved:
             self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise Unusable(f"{folder}: its manifest cannot be read: {error}") from error
-        if self.manifest.get("format") != FORMAT:
+        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
+            found = self.manifest.get("format") if isinstance(self.manifest, dict) else "no"
             raise Unusable(
-                f"{folder}: format {self.manifest.get('format')}, this release reads {FORMAT}"
+                f"{folder}: a manifest of {found} format; this release reads format {FORMAT}"
             )
         if self.manifest.get("sha256") != self_digest(self.manifest):
             raise Unusable(f"{folder}: its manifest was changed")
         self.step = int(self.manifest["step"])
         self._index: dict[str, dict[str, list[_Stored]]] = {}
 
-    def damage(self, rank: int = 0, world: int = 1) -> str | None:
-        """What is wrong with this rank's share of the files, if anything."""
-        for file in self.manifest["files"][rank::world]:
+    def damage(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
+        """What is wrong with this rank's share of the files (of one kind), if anything."""
+        files = [f for f in self.manifest["files"] if kind in (None, f["kind"])]
+        for file in files[rank::world]:
             path = self.folder / file["name"]
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
-                return f"{path} is not what was saved"
+            try:
+                if not path.is_file():
+                    return f"{path} is missing"
+                if path.stat().st_size != file["size"] or sha256(path) != file["sha256"]:
+                    return f"{path} is not what was saved"
+            except OSError as error:
+                return f"{path} cannot be read: {error}"
         return None
 
     def file(self, kind: str, rank: int) -> Path:

@@ -64,7 +64,7 @@ def homes(shards: Shards) -> list[Tensor]:
 def _overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
     kept = [t.clone() for t in tensors]
     for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+        tensor.copy_(value.to(tensor.device, non_blocking=True))  # before a change of dtype
     return kept
 
 
@@ -135,11 +135,19 @@ class PartitionShards:
         ]
 
     def exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return _overwrite(self._live(), values)
+        kept = _overwrite(self._live(), values)
+        self._finish()
+        return kept
 
     def refresh(self) -> None:
         _overwrite(self._live(), masters(self))
+        self._finish()
         self._optimizer.invalidate_secondary_tensor()  # hpZ's copies
+
+    def _finish(self) -> None:
+        """DeepSpeed gathers on a stream of its own, which does not wait for what was written."""
+        if self._parameters and self._parameters[0].ds_tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
 
 
 def _flat_masters(optimizer: Any) -> Sequence[Tensor]:

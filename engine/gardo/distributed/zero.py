@@ -17,7 +17,6 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 
 import deepspeed
 import deepspeed.ops
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
@@ -29,6 +28,7 @@ from gardo.distributed.base import (
     RolloutSettings,
     build_optimizer,
     check_step,
+    host_memory,
 )
 from gardo.distributed.blocks import make_leaves
 from gardo.distributed.gather import GatherOnce
@@ -129,7 +129,7 @@ class ZeroEngine:
     ) -> tuple[GatherOnce | None, str]:
         """Gather-once where stage 3 asks for it and can have it, and a line that says why."""
         if self._stage != 3:
-            return None, f"stage {self._stage}: weights are whole, nothing to gather"
+            return None, ""
         if rollout.gather == "step":
             return None, "weights gathered at every forward (rollout.gather: step)"
         if self._settings.hpz > 1:
@@ -138,7 +138,8 @@ class ZeroEngine:
         needed = numel(parameters) * parameters[0].element_size()
         free = _free_memory(self.device, self.world)
         sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
-        if rollout.gather == "auto" and self.agree_max(int(needed > free / 2)):
+        room = free / 2 if rollout.gather == "auto" else free
+        if self.agree_max(int(needed > room)):
             return None, f"weights gathered at every forward: {sizes} on the fullest rank"
         once = GatherOnce(module, blocks, self._engine.optimizer.parameter_offload)
         problem = once.probe()
@@ -243,4 +244,4 @@ def _free_memory(device: torch.device, ranks: int) -> int:
     """Bytes that this rank may still use: of its GPU, or its share of the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return host_memory(ranks)

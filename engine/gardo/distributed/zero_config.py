@@ -45,6 +45,7 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,  # with offload: torch's fused AdamW, no C++ build
         "bf16": {
             "enabled": half,
+            "check_grad_overflow": True,  # skips an update whose gradient is not finite
             "bf16_master_weights_and_grads": settings.masters == "bfloat16",
             "bf16_optimizer_states": settings.masters == "bfloat16",
         },
@@ -79,7 +80,7 @@ def _stage_3(settings: DistributedSettings, block: int, outside: int) -> dict[st
         "stage3_max_live_parameters": chosen(settings.live_parameters, outside + 3 * block),
         "stage3_max_reuse_distance": chosen(settings.reuse_distance, block),
         "stage3_param_persistence_threshold": settings.persistence_threshold,
-        "sub_group_size": 1_000_000_000,
+        "sub_group_size": settings.sub_group,
         "zero_hpz_partition_size": settings.hpz,
         "stage3_gather_16bit_weights_on_model_save": False,
     }

@@ -130,6 +130,7 @@ class Policy:
         if not defer:
             self.load_transformer()
 
+    @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Which base model this is: its id, and its revision or its transformer's digest."""
         path = self.settings.path

@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 Place = Callable[[nn.Module, str, nn.Parameter], None]  # sets a parameter of a module, and keeps it
 
 
 class WeightFiles:
-    """The safetensors files of one diffusers model folder, one or many with an index."""
+    """The safetensors files of one diffusers model folder, one or many with an index.
+
+    ValueError where they are not there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,12 +32,22 @@ class WeightFiles:
             self._file = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             single = "diffusion_pytorch_model.safetensors"
-            with safe_open(folder / single, "pt") as file:
-                self._file = dict.fromkeys(file.keys(), single)
+            self._file = dict.fromkeys(_shapes(folder / single), single)
 
     @property
     def paths(self) -> list[Path]:
         return [self.folder / name for name in sorted(set(self._file.values()))]
+
+    def check(self, module: nn.Module) -> None:
+        """ValueError where a parameter of `module` has no weights of its shape; reads headers."""
+        shapes = {n: shape for path in self.paths for n, shape in _shapes(path).items()}
+        for name, parameter in module.named_parameters():
+            if shapes.get(name) != tuple(parameter.shape):
+                there = f"shape {list(shapes[name])}" if name in shapes else "no such tensor"
+                raise ValueError(
+                    f"{self.folder}: {name} must have shape {list(parameter.shape)}; the files have"
+                    f" {there}"
+                )
 
     def read(self, name: str) -> Tensor:
         """The tensor of a parameter; the adapter's wrapping of a layer is not in its name."""
@@ -45,11 +58,21 @@ class WeightFiles:
             return file.get_tensor(stored)
 
 
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file. ValueError where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; get it again") from error
+
+
 def build_empty(transformer_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The transformer of a diffusers folder: parameters on the meta device, buffers real."""
     with init_empty_weights(include_buffers=False):
         module = transformer_class.from_config(transformer_class.load_config(folder))
     files = WeightFiles(folder)
+    files.check(module)
     for name, buffer in module.named_buffers():
         if name in module.state_dict():
             buffer.copy_(files.read(name))

@@ -95,6 +95,10 @@ class Progress:
         self._print(_step_lines(record, self._first, self.total_steps, self._time_left()))
         self._first = self._first or _means(record)
 
+    def resumed(self, step: int) -> None:
+        """The run goes on after `step`, even if its log got further."""
+        self._step = step
+
     def evaluation(self, record: Record) -> None:
         """Print an evaluation: rewards with their intervals and changes, diversity."""
         self._print(_evaluation_lines(record))
