@@ -64,6 +64,8 @@ def complaints_of_call(call: ast.Call) -> Iterator[str]:
             yield f"{name} without weights_only=True"
 
 
+# DeepSpeed reads nothing else: what writes its layout writes pickles of tensors, and reads none.
+WRITES_FOR_OTHERS = {ROOT / "engine/gardo/distributed/universal.py": "torch.save: "}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -73,6 +75,7 @@ def test_no_file_of_ours_can_run_what_it_loads() -> None:
         f"{path.relative_to(ROOT)}:{line}: {text}"
         for path in FILES
         for line, text in complaints(ast.parse(path.read_text(encoding="utf-8")))
+        if not text.startswith(WRITES_FOR_OTHERS.get(path, "\0"))
     ]
     assert not found, "\n".join(found)
 

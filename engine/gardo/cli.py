@@ -109,13 +109,18 @@ def export(
         int | None, typer.Option(help="which checkpoint; the newest if left out")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where to write; RUN/export if left out")] = None,
+    universal: Annotated[
+        bool,
+        typer.Option("--universal", help="DeepSpeed's universal checkpoint instead, with moments"),
+    ] = False,
 ) -> None:
     """Write a run's trained weights for diffusers: a LoRA, or a transformer folder."""
-    from gardo.export import export_run
+    from gardo.export import export_run, export_universal
     from gardo.recipe_errors import RecipeError
 
+    write = export_universal if universal else export_run
     try:
-        print(export_run(run, out=out, step=step))
+        print(write(run, out=out, step=step))
     except RecipeError as error:
         _refuse(error)
 

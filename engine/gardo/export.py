@@ -8,6 +8,7 @@ import torch
 
 from gardo.config import check, read_yaml
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
+from gardo.distributed.universal import write_universal
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
@@ -28,21 +29,42 @@ def export_run(
     LoRA file, or the transformer folder after full fine-tuning. RecipeError where the run has no
     such weights.
     """
-    saved = _checkpoint(folder, step, verify)
-    if policy is None:
-        source = folder / "recipe.yaml"
-        recipe = check(
-            read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=False
-        )
-        policy = build_policy(recipe, torch.device("cpu"))
+    saved = _checkpoint(folder, step)
+    if verify and (damage := saved.damage(kind="master")):
+        raise RecipeError(damage)
+    policy = policy or _policy_of(folder)
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
     dtype = policy.dtype if policy.lora is None else torch.float32
     weights = {n: saved.whole("master", n, shape).to(dtype) for n, shape in shapes.items()}
     return policy.export(weights, out or folder / "export")
 
 
-def _checkpoint(folder: Path, step: int | None, verify: bool) -> Saved:
-    """The checkpoint to export, whole and undamaged."""
+def export_universal(folder: Path, *, out: Path | None = None, step: int | None = None) -> Path:
+    """Writes a run's masters and moments in DeepSpeed's universal layout, to `out`.
+
+    `out` is the run's `universal/` unless given. RecipeError where the run has no such checkpoint.
+    """
+    saved = _checkpoint(folder, step)
+    if damage := saved.damage():
+        raise RecipeError(damage)
+    shapes = {n: tuple(p.shape) for n, p in _policy_of(folder).trainable().items()}
+    try:
+        return write_universal(saved, shapes, out or folder / "universal")
+    except Unusable as error:
+        raise RecipeError(str(error)) from error
+
+
+def _policy_of(folder: Path) -> Policy:
+    """The policy of a run's recipe, its transformer without weights."""
+    source = folder / "recipe.yaml"
+    recipe = check(
+        read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=False
+    )
+    return build_policy(recipe, torch.device("cpu"))
+
+
+def _checkpoint(folder: Path, step: int | None) -> Saved:
+    """The checkpoint of a step, or the newest."""
     found = committed(folder / "checkpoints")
     if not found:
         raise RecipeError(
@@ -53,11 +75,6 @@ def _checkpoint(folder: Path, step: int | None, verify: bool) -> Saved:
         have = ", ".join(p.name for p in found)
         raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")
     try:
-        saved = Saved(wanted[0])
-        damage = saved.damage(kind="master") if verify else None
+        return Saved(wanted[0])
     except Unusable as error:
         raise RecipeError(str(error)) from error
-    if damage:
-        others = "; --step N exports an older one" if len(found) > 1 else ""
-        raise RecipeError(f"{damage}{others}")
-    return saved

@@ -160,6 +160,14 @@ def test_any_stage_loads_the_same_bits(tmp_path: Path) -> None:
     pass_on(tmp_path, STAGES)
 
 
+def test_deepspeed_loads_the_universal_layout(tmp_path: Path) -> None:
+    """Its own loader, in a fresh engine: masters, moments and step count, bit for bit."""
+    cases = ["gardo-lora-zero+saving+universal", "flow_grpo-full-stage2+saving+universal"]
+    launch(2, str(tmp_path), *cases)
+    for case in cases:
+        assert float(load_file(tmp_path / f"{case}.safetensors")["universal"]) == 1
+
+
 def test_8_bit_moments_are_refused_by_another_number_of_ranks(middle: Path, tmp_path: Path) -> None:
     case = "gardo-lora-zero+eight_bit+offload+saving"
     shutil.copytree(middle / run_of(case), tmp_path / run_of(case))

@@ -6,6 +6,7 @@ stage 3) or stage0 to stage2, options as in OPTIONS, and
 
     cutN      stops dead after N gradient steps, as a killed run would
     resumeN   goes on with the run that cutN left behind
+    universal writes DeepSpeed's universal layout, and lets a new engine's DeepSpeed load it
     reshard   loads the newest checkpoint of the run and saves it again, from these ranks
     broken    what gathering once needs of DeepSpeed is not there
     failing   gathering once fails in the middle, as it does when memory runs out
@@ -30,6 +31,8 @@ from safetensors.torch import save_file
 from gardo.config import check
 from gardo.distributed.base import leave_process_group
 from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
+from gardo.distributed.shards import masters
+from gardo.export import export_universal
 from gardo.phases import sampled, scored, taught
 from gardo.rewards.base import Panel
 from gardo.rollout import INITIAL, noise_id
@@ -95,7 +98,7 @@ class Case:
         self.algorithm, self.weights, self.engine = base.split("-")
         self.cut = next((int(o[3:]) for o in options if o.startswith("cut")), None)
         self.resume = next((int(o[6:]) for o in options if o.startswith("resume")), None)
-        self.reshard = "reshard" in options
+        self.reshard, self.universal = "reshard" in options, "universal" in options
         self.fault = next((o for o in options if o in FAULTS), None)
         self.options = [o for o in options if o in OPTIONS]
 
@@ -298,6 +301,42 @@ def try_teachers(session: Session) -> dict[str, torch.Tensor]:
     return errors
 
 
+def try_universal(session: Session) -> dict[str, torch.Tensor]:
+    """Whether DeepSpeed's own loader finds the trained masters and moments: 1 or 0."""
+    from gardo.distributed import zero
+    from gardo.distributed.shards import MOMENTS
+
+    def bits(engine: Any) -> list[torch.Tensor]:
+        pieces = engine.slots.shards.pieces
+        state = engine.optimizer.state
+        return [
+            *masters(engine.slots.shards),
+            *(piece.of(state[piece.home][kind]) for piece in pieces for kind in MOMENTS),
+            *(torch.as_tensor(float(state[piece.home]["step"])) for piece in pieces),
+        ]
+
+    folder = session.recipe.run_folder / "universal"
+    if session.engine.rank == 0:
+        export_universal(session.recipe.run_folder, out=folder)
+    session.engine.barrier()
+    generated = zero.zero_config
+    zero.zero_config = lambda *a, **k: {  # type: ignore[assignment]
+        **generated(*a, **k), "checkpoint": {"load_universal": True},
+    }  # fmt: skip
+    settings = recipe(Case("flow_grpo-lora-zero"), session.recipe.run_folder / "other")
+    for section in ("train", "distributed"):
+        settings[section] = getattr(session.recipe, section).model_dump()
+    other = open_session(check(settings, "other"), quiet=True).engine
+    zero.zero_config = generated
+    trained = bits(session.engine)
+    fresh = masters(other.slots.shards)
+    apart = any(not torch.equal(a, b) for a, b in zip(trained, fresh, strict=False))
+    other._engine.load_checkpoint(str(folder))  # type: ignore[attr-defined]
+    loaded = all(torch.equal(a, b) for a, b in zip(trained, bits(other), strict=True))
+    other.close()
+    return {"universal": torch.tensor([float(loaded and apart)])}
+
+
 def run(name: str, out: Path, gathers: Gathers) -> None:
     case = Case(name)
     settings = check(recipe(case, out, steps=4 if "saving" in case.options else 5), name)
@@ -332,6 +371,8 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
     seen |= {"noise": engine.all_gather(noise), "evaluation": evaluation}
     if "reference" in engine.slots.names and not resume:
         seen |= {n: engine.all_gather(e).max()[None] for n, e in try_teachers(session).items()}
+    if case.universal:
+        seen |= try_universal(session)
     seen |= try_slots(session)
     if session.log:
         session.log.close()
