@@ -76,8 +76,8 @@ def main() -> None:
         writer.writerows(rows)
     behind, at_once = rows
     text = (
-        f"On the demo ({at_once['bytes'] / 1e6:.1f} MB a checkpoint, two CPU ranks) training stands "
-        f"still for {1000 * behind['save_seconds']:.0f} ms a save, "
+        f"On the demo ({at_once['bytes'] / 1e6:.1f} MB a checkpoint, two CPU ranks) training "
+        f"stands still for {1000 * behind['save_seconds']:.0f} ms a save, "
         f"{1000 * at_once['save_seconds']:.0f} ms with `background: false`: "
         f"{behind['percent_if_each']} % and {at_once['percent_if_each']} % of the time if it saved "
         f"after every iteration, a {every}th of that with the recipe's `every: {every}` (`./run "

@@ -24,6 +24,7 @@ from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.distributed.local import LocalEngine
 from gardo.distributed.saved import Saved, Unusable, committed
 from gardo.distributed.shards import MOMENTS, masters
+from gardo.distributed.universal import write_universal
 
 STATE = {"algorithm": {"updates": 3, "fraction": 0.1 + 0.2}, "first": {"reward": [0.1, 1e-300]}}
 
@@ -257,6 +258,18 @@ def test_without_memory_for_a_copy_it_is_written_at_once(
     monkeypatch.setattr(checkpoint, "host_memory", lambda ranks: 1000)
     assert run.save(wait=False) is None
     assert run.checkpoints.last_step == 1 and committed(tmp_path)
+
+
+def test_quantised_moments_have_no_universal_layout(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run").train_and_save(1)
+    saved = Saved(tmp_path / "run" / "step-000001")
+    shapes = {name: tuple(p.shape) for name, p in run.model.named_parameters()}
+    assert write_universal(saved, shapes, tmp_path / "out") == tmp_path / "out"
+    assert len(list((tmp_path / "out" / "step1" / "zero" / "0.weight").iterdir())) == 4
+    saved.manifest["quantised"] = True
+    with pytest.raises(Unusable, match="no place for 8-bit moments"):
+        write_universal(saved, shapes, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 # ---- the disk ------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ class ZeroEngine:
         sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
         room = free / 2 if rollout.gather == "auto" else free
         if self.agree_max(int(needed > room)):
-            return None, f"weights gathered at every forward: {sizes} on the fullest rank"
+            return None, f"weights gathered at every forward: no room on some rank (here {sizes})"
         once = GatherOnce(module, blocks, self._engine.optimizer.parameter_offload)
         problem = once.probe()
         if self.agree_max(int(problem is not None)):
