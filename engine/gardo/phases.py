@@ -142,7 +142,9 @@ def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
 
 def commit_checkpoint(s: Session) -> None:
     """Commits a checkpoint that was being written, if it is written by now."""
-    if problem := s.checkpoints.settle(wait=False):
+    with s.progress.phase("save"):
+        problem = s.checkpoints.settle(wait=False)
+    if problem:
         s.progress.message(f"checkpoint not saved: {problem}")
 
 
