@@ -3,23 +3,35 @@
 from typing import Literal
 
 import torch
+import triton
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 
+# Under Triton's interpreter (tests without a GPU) kernels run as Python; inline PTX cannot.
+INTERPRETED: bool = triton.knobs.runtime.interpret
 
-def choose_backend(op: str, backend: Backend) -> Literal["torch"]:
-    """The implementation to run. `auto` is the plain-torch reference as long as no kernel is built.
 
-    RuntimeError for `triton`, ValueError for a name that is none of the three.
+def choose_backend(op: str, backend: Backend, *, built_for: Tensor | None = None) -> str:
+    """ "triton" or "torch". `built_for` is a tensor of the call, for ops that have a kernel.
+
+    `auto` is the plain-torch reference until the kernels have been measured on a GPU. RuntimeError
+    for `triton` where it cannot run, ValueError for a name that is none of the three.
     """
-    if backend == "triton":
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
+    if backend != "triton":
+        return "torch"
+    if built_for is None:
         raise RuntimeError(
             f"{op}: the triton backend is not built in this version; use 'auto' or 'torch'"
         )
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
-    return "torch"
+    if not built_for.is_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"{op}: the triton backend needs tensors on a GPU, these are on {built_for.device}; "
+            "use 'auto' or 'torch'"
+        )
+    return "triton"
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -142,8 +142,48 @@ def test_bad_words():
         philox4x32((ids(0),) * 4, (0, 2**32))
 
 
-def test_triton_is_not_built():
-    with pytest.raises(RuntimeError, match="not built in this version"):
-        random_normal(0, ids(0), 0, (4,), backend="triton")
-    with pytest.raises(ValueError, match="cuda"):
-        random_normal(0, ids(0), 0, (4,), backend="cuda")
+# ---- the kernel ----------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+
+
+@pytest.mark.parametrize("seed", [0, 77 + (12345 << 32), 2**64 - 1])
+@pytest.mark.parametrize(("stream", "count"), [(0, 1), (1, 3), (2**31, 1024), (2**32 - 1, 1501)])
+def test_the_kernel_draws_the_same_words(seed, stream, count):
+    sample_id = ids(3, -7, (5 << 32) + 9).to(DEVICE)
+    for draw in (random_bits, random_uniform):
+        kernel = draw(seed, sample_id, stream, count, backend="triton")
+        reference = draw(seed, sample_id, stream, count, backend="torch")
+        assert kernel.dtype == reference.dtype and torch.equal(kernel, reference)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (64, 16), (4, 33, 9)])
+def test_the_kernels_normals_are_near(shape):
+    """fp32 against fp64: 24 bits of a number below 5.77; on a GPU its approximate functions too."""
+    sample_id = ids(*range(-2, 3)).to(DEVICE)
+    kernel = random_normal(11, sample_id, 5, shape, backend="triton")
+    reference = random_normal(11, sample_id, 5, shape, backend="torch")
+    assert kernel.shape == reference.shape and kernel.dtype == torch.float32
+    bound = 5e-6 if DEVICE == "cuda" else 1e-6
+    torch.testing.assert_close(kernel, reference, rtol=0, atol=bound)
+
+
+def test_the_kernels_normals_hold_at_the_edge():
+    """Where u1 is near 1 the radius is near 0: it must not lose its digits."""
+    sample_id = ids(*range(64)).to(DEVICE)
+    kernel = random_normal(0, sample_id, 0, (4096,), backend="triton").double()
+    reference = random_normal(0, sample_id, 0, (4096,), backend="torch").double()
+    pairs = reference.unflatten(1, (-1, 2))
+    radius = pairs.square().sum(-1).sqrt()
+    small = radius < 0.02
+    assert small.sum() > 10
+    error = (kernel - reference).unflatten(1, (-1, 2))[small].abs().amax(-1)
+    assert float((error / radius[small]).max()) < 1e-5
+
+
+def test_a_kernel_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr("gardo_kernels._launch.INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="needs tensors on a GPU, these are on cpu"):
+        random_bits(0, ids(1), 0, 4, backend="triton")
+    with pytest.raises(ValueError, match="backend 'cuda' is unknown"):
+        random_bits(0, ids(1), 0, 4, backend="cuda")

@@ -1,0 +1,112 @@
+"""Compiles every kernel for sm_90 and sm_100 without a GPU; prints what the machine code is like.
+
+    python -m tests.kernels.compiled            a JSON list, one object a kernel and architecture
+
+Runs in a process of its own, because kernels that were defined under Triton's interpreter cannot be
+compiled. `elements` is what one thread computes: SASS is counted for each of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gardo_kernels import philox
+
+ARCHITECTURES = (90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel with its types; constants are those of the op. Pointers and counts are aligned."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    per_program: int  # elements
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of a kernel is like."""
+
+    name: str
+    architecture: int
+    instructions: int
+    per_element: float
+    registers: int
+    stack: int
+    spills: int
+    wide: int  # 128-bit global accesses
+    other: int  # other global accesses, such as a row's scalars
+    doubles: int
+    atomics: int
+
+
+RANDOM = {"out_ptr": "*fp32", "seed_ptr": "*i64", "id_ptr": "*i64", "stream": "i64", "count": "i32"}
+SPECS = [
+    Spec(f"random_{name}", philox._random_kernel, {**RANDOM, "out_ptr": pointer},
+         {"KIND": kind, "FAST": True, "BLOCK": 1024}, 1024)
+    for name, kind, pointer in (("bits", philox.BITS, "*i64"), ("uniform", philox.UNIFORM, "*fp32"),
+                                ("normal", philox.NORMAL, "*fp32"))
+]  # fmt: skip
+
+
+def compiled(spec: Spec, architecture: int) -> Code:
+    names = spec.kernel.arg_names
+    signature = {n: spec.types.get(n, "constexpr") for n in names}
+    aligned = [n for n, kind in spec.types.items() if kind.startswith("*") or n == "count"]
+    source = ASTSource(
+        spec.kernel,
+        signature,
+        {(names.index(n),): getattr(v, "value", v) for n, v in spec.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": spec.warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    found = [name for name in INSTRUCTION.findall(sass) if name != "NOP"]
+    vectors = [n for n in found if re.match(r"(LDG|STG)\.", n)]
+    wide = [n for n in vectors if ".128" in n]
+    return Code(
+        name=spec.name,
+        architecture=architecture,
+        instructions=len(found),
+        per_element=len(found) * 32 * spec.warps / spec.per_program,
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
+        spills=sum(n.startswith(("LDL", "STL")) for n in found),
+        wide=len(wide),
+        other=len(vectors) - len(wide),
+        doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)", n) is not None for n in found),
+        atomics=sum(n.startswith(("ATOM", "RED")) for n in found),
+    )
+
+
+if __name__ == "__main__":
+    codes = [compiled(spec, architecture) for spec in SPECS for architecture in ARCHITECTURES]
+    json.dump([asdict(code) for code in codes], sys.stdout, indent=1)

@@ -1,0 +1,48 @@
+"""The machine code of every kernel, compiled here for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUDGET = {  # instructions an element at most: what a memory-bound kernel can afford
+    "random_bits": 40,
+    "random_uniform": 40,
+    "random_normal": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def codes() -> list[dict[str, Any]]:
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_compiled_for_both_architectures(codes: list[dict[str, Any]]) -> None:
+    assert {(c["name"], c["architecture"]) for c in codes} == {
+        (name, architecture) for name in BUDGET for architecture in (90, 100)
+    }
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_machine_code(codes: list[dict[str, Any]], name: str) -> None:
+    """No stack, spills, doubles or atomics; wide accesses; few registers, few instructions."""
+    for code in codes:
+        if code["name"] == name:
+            assert code["stack"] == code["spills"] == 0, code
+            assert code["doubles"] == code["atomics"] == 0, code
+            assert code["wide"] > 0, code
+            assert 0 < code["registers"] <= 64, code
+            assert 0 < code["per_element"] <= BUDGET[name], code
