@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gardo_kernels._gated_kl import Reduction, check_kl_options, gated_kl_ref
 from gardo_kernels._launch import (
     Backend,
     check_like,
@@ -35,7 +36,6 @@ from gardo_kernels._launch import (
     choose_backend,
     compute_dtype,
 )
-from gardo_kernels.policy_loss import Reduction, check_kl_options, gated_kl_ref
 
 
 @dataclass(frozen=True, eq=False)

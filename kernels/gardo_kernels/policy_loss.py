@@ -29,15 +29,28 @@ Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; the gate: GARDO, arXiv 2512.24138, 
 Least traffic: v, v_old, u, and v_ref of gated rows, once for the row sums and once for the
 gradient, which is written. Called once for each micro-batch by `gardo.algorithms`.
 
+Three launches: partial sums of CHUNK elements of a row in each program; one program that adds them
+in a fixed order and makes every row's statistics, the loss and the gradient's two scalars; the
+gradient. No atomics, no host synchronisation, the same bits every time. Nothing is kept for the
+backward pass but the inputs and the rows.
+
 Shapes: R rows, N elements (any dimensions after the first).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from gardo_kernels._gated_kl import (
+    Reduction,
+    check_kl_options,
+    gate_and_scale,
+    gated_kl_ref,
+    kl_rows,
+)
 from gardo_kernels._launch import (
     Backend,
     check_like,
@@ -46,8 +59,6 @@ from gardo_kernels._launch import (
     choose_backend,
     compute_dtype,
 )
-
-Reduction = Literal["batch", "gated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,26 +77,6 @@ class PolicyLoss:
     kl_R: Tensor
     clipped_high_R: Tensor
     clipped_low_R: Tensor
-
-
-def gated_kl_ref(
-    v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor, kl_scale_R: Tensor, reduction: Reduction
-) -> tuple[Tensor, Tensor]:
-    """The gated KL, reduced, and the KL of each row.
-
-    What v_ref holds in rows of gate 0 does not matter, NaN included.
-    """
-    has_reference_R = gate_R != 0
-    difference_RN = torch.where(has_reference_R[:, None], v_RN - v_ref_RN, 0.0)
-    kl_R = kl_scale_R * difference_RN.square().mean(1)
-    return (gate_R * kl_R).sum() / kl_rows(gate_R, reduction), kl_R
-
-
-def kl_rows(gate_R: Tensor, reduction: Reduction) -> Tensor:
-    """What the sum of gated KLs is divided by: all rows, or the gated ones (at least 1)."""
-    if reduction == "batch":
-        return torch.full_like(gate_R[0], gate_R.shape[0])
-    return (gate_R != 0).sum().clamp(min=1).to(gate_R.dtype)
 
 
 def policy_loss_ref(
@@ -167,11 +158,232 @@ def policy_loss_grad_ref(
     policy_scale_R = policy_scale_R * 2 * h.to(dtype) * B.to(dtype).square() / (R * N)
     grad_RN = -policy_scale_R[:, None] * (u_RN - (v_RN - v_old_RN))
     if v_ref is not None:
-        gate_R, kl_scale_R = _gate_and_scale(gate, kl_scale, v_RN)
+        gate_R, kl_scale_R = gate_and_scale(gate, kl_scale, v_RN)
         difference_RN = torch.where(gate_R[:, None] != 0, v_RN - v_ref.flatten(1).to(dtype), 0.0)
         kl_weight_R = beta * gate_R / kl_rows(gate_R, reduction) * 2 * kl_scale_R / N
         grad_RN = grad_RN + kl_weight_R[:, None] * difference_RN
     return grad_RN.view(v.shape)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
+ROWS_AT_A_TIME = 64
+STATISTICS = 8  # policy, ratio, log-ratio, KL, clipped high, clipped low, and the two scalars
+
+
+@triton.jit
+def _policy_loss_sums_kernel(
+    v_ptr, v_old_ptr, u_ptr, v_ref_ptr, gate_ptr, sums_ptr, elements, chunks,
+    HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums[row, chunk] = sums of u delta, delta^2, (v - v_ref)^2 over a chunk of a row."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    gated = tl.zeros((BLOCK,), tl.float32) + tl.load(gate_ptr + row) != 0
+    u_delta = tl.zeros((BLOCK,), tl.float32)
+    delta_2 = tl.zeros((BLOCK,), tl.float32)
+    error_2 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        inside = element < elements
+        at = row * elements + element
+        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        delta = v - tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        u_delta += u * delta
+        delta_2 += delta * delta
+        if HAS_REF:  # rows of gate 0 are not read: what stands there does not matter
+            v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
+            error = tl.where(gated, v - v_ref, 0.0)
+            error_2 += error * error
+    at = sums_ptr + (row * chunks + chunk) * 3
+    tl.store(at, tl.sum(u_delta))
+    tl.store(at + 1, tl.sum(delta_2))
+    tl.store(at + 2, tl.sum(error_2))
+
+
+@triton.jit
+def _exp(x):
+    """exp with all digits near 0, where ratios are: there the GPU's own loses the last two bits."""
+    series = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24))))
+    return tl.where(tl.abs(x) < 0.03, series, tl.exp(x))
+
+
+@triton.jit
+def _policy_loss_rows_kernel(
+    sums_ptr, advantage_ptr, h_ptr, B_ptr, gate_ptr, kl_scale_ptr, rows_ptr, loss_ptr,
+    rows, elements, chunks, clip_low, clip_high, beta, adv_clip,
+    GATED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
+    gated_rows = 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        gate = tl.load(gate_ptr + row, mask=row < rows, other=0.0)
+        gated_rows += tl.sum((gate != 0).to(tl.float32))
+    kl_rows = tl.maximum(gated_rows, 1.0) if GATED else rows * 1.0
+    policy_sum, kl_sum = 0.0, 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        u_delta = tl.zeros((ROWS,), tl.float32)
+        delta_2 = tl.zeros((ROWS,), tl.float32)
+        error_2 = tl.zeros((ROWS,), tl.float32)
+        for chunk in range(chunks):
+            at = sums_ptr + (row.to(tl.int64) * chunks + chunk) * 3
+            u_delta += tl.load(at, mask=inside, other=0.0)
+            delta_2 += tl.load(at + 1, mask=inside, other=0.0)
+            error_2 += tl.load(at + 2, mask=inside, other=0.0)
+        advantage = tl.load(advantage_ptr + row, mask=inside, other=0.0)
+        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        B = tl.load(B_ptr + row, mask=inside, other=0.0)
+        weight = tl.load(h_ptr + row, mask=inside, other=0.0) * B * B
+        gate = tl.load(gate_ptr + row, mask=inside, other=0.0)
+        kl_scale = tl.load(kl_scale_ptr + row, mask=inside, other=0.0)
+        log_ratio = weight * (2.0 * (u_delta / elements) - delta_2 / elements)
+        ratio = _exp(log_ratio)
+        clamped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        policy = tl.maximum(-advantage * ratio, -advantage * clamped)
+        high = (advantage > 0) & (ratio > 1.0 + clip_high)
+        low = (advantage < 0) & (ratio < 1.0 - clip_low)
+        kl = kl_scale * (error_2 / elements)
+        policy_sum += tl.sum(tl.where(inside, policy, 0.0))
+        kl_sum += tl.sum(gate * kl)
+        moves = tl.where(high | low, 0.0, advantage * ratio)
+        scale = 2.0 * weight / (rows * 1.0 * elements)
+        kl_weight = beta * gate / kl_rows * 2.0 * kl_scale / elements
+        at = rows_ptr + row
+        tl.store(at, policy, mask=inside)
+        tl.store(at + rows, ratio, mask=inside)
+        tl.store(at + 2 * rows, log_ratio, mask=inside)
+        tl.store(at + 3 * rows, kl, mask=inside)
+        tl.store(at + 4 * rows, high.to(tl.float32), mask=inside)
+        tl.store(at + 5 * rows, low.to(tl.float32), mask=inside)
+        tl.store(at + 6 * rows, moves * scale, mask=inside)
+        tl.store(at + 7 * rows, kl_weight, mask=inside)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
+
+
+@triton.jit
+def _policy_loss_bwd_kernel(
+    v_ptr, v_old_ptr, u_ptr, v_ref_ptr, rows_ptr, upstream_ptr, grad_ptr, rows, elements,
+    HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - delta)), BLOCK of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    at = row * elements + element
+    upstream = tl.load(upstream_ptr)
+    policy_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
+    kl_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    delta = v - tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    grad = -policy_weight * (u - delta)
+    if HAS_REF:
+        gated = tl.zeros((BLOCK,), tl.float32) + kl_weight != 0
+        v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
+        grad += tl.where(gated, kl_weight * (v - v_ref), 0.0)
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gardo::policy_loss", mutates_args=())
+def _policy_loss_op(
+    v_RN: Tensor,
+    v_old_RN: Tensor,
+    u_RN: Tensor,
+    v_ref_RN: Tensor | None,
+    advantage_R: Tensor,
+    h_R: Tensor,
+    B_R: Tensor,
+    gate_R: Tensor,
+    kl_scale_R: Tensor,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    gated: bool,
+    adv_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+    R, N = v_RN.shape
+    chunks = triton.cdiv(N, CHUNK)
+    sums_RC3 = v_RN.new_empty(R, chunks, 3, dtype=torch.float32)
+    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
+    loss = v_RN.new_empty((), dtype=torch.float32)
+    _policy_loss_sums_kernel[(chunks, R)](
+        v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_RC3, N, chunks,
+        HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
+    )  # fmt: skip
+    _policy_loss_rows_kernel[(1,)](
+        sums_RC3, advantage_R, h_R, B_R, gate_R, kl_scale_R, rows_SR, loss, R, N, chunks,
+        clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
+        GATED=gated, ROWS=ROWS_AT_A_TIME,
+    )  # fmt: skip
+    return loss, rows_SR
+
+
+@torch.library.custom_op("gardo::policy_loss_grad", mutates_args=())
+def _policy_loss_grad_op(
+    v_RN: Tensor,
+    v_old_RN: Tensor,
+    u_RN: Tensor,
+    v_ref_RN: Tensor | None,
+    rows_SR: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """dL/dv [R, N] in the dtype of v."""
+    R, N = v_RN.shape
+    grad_RN = torch.empty_like(v_RN)
+    _policy_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+        v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
+        HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    return grad_RN
+
+
+@_policy_loss_op.register_fake
+def _(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    rows_SR = v_RN.new_empty(STATISTICS, v_RN.shape[0], dtype=torch.float32)
+    return v_RN.new_empty((), dtype=torch.float32), rows_SR
+
+
+@_policy_loss_grad_op.register_fake
+def _(v_RN: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(v_RN)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, upstream, _rows):  # type: ignore[no-untyped-def]
+    v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR = ctx.saved_tensors
+    grad_RN = _policy_loss_grad_op(v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream.float())
+    return grad_RN, *[None] * 13
+
+
+_policy_loss_op.register_autograd(_backward, setup_context=_keep)
+
+
+def _policy_loss_triton(
+    v: Tensor,
+    v_old: Tensor,
+    u: Tensor,
+    v_ref: Tensor | None,
+    row_values: tuple[Tensor, ...],
+    options: tuple[float, float, float, bool, float],
+) -> PolicyLoss:
+    """The kernels on inputs of any layout: what is not contiguous is copied."""
+    others = (None if t is None else t.detach().flatten(1).contiguous() for t in (v_old, u, v_ref))
+    values = (t.detach().float().contiguous() for t in row_values)
+    loss, rows_SR = _policy_loss_op(v.flatten(1).contiguous(), *others, *values, *options)
+    policy_R, ratio_R, log_ratio_R, kl_R, high_R, low_R, *_ = rows_SR.unbind(0)
+    return PolicyLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, high_R != 0, low_R != 0)
 
 
 def policy_loss(
@@ -226,11 +438,17 @@ def policy_loss(
         if not value >= 0:
             raise ValueError(f"{op}: {name} is {value}; it must not be negative")
     check_kl_options(op, beta, reduction, gate, v_ref)
-    choose_backend(op, backend)
-
     dtype = compute_dtype(v, v_old, u)
+    if choose_backend(op, backend, built_for=v) == "triton":
+        if dtype == torch.float64:
+            raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
+        gate_R, kl_scale_R = gate_and_scale(gate, kl_scale, v.flatten(1).float()[:, :1])
+        return _policy_loss_triton(
+            v, v_old, u, v_ref, (advantage, h, B, gate_R, kl_scale_R),
+            (clip_low, clip_high, beta, reduction == "gated", adv_clip),
+        )  # fmt: skip
     v_RN = v.flatten(1).to(dtype)
-    gate_R, kl_scale_R = _gate_and_scale(gate, kl_scale, v_RN)
+    gate_R, kl_scale_R = gate_and_scale(gate, kl_scale, v_RN)
     return policy_loss_ref(
         v_RN,
         v_old.detach().flatten(1).to(dtype),
@@ -247,25 +465,3 @@ def policy_loss(
         reduction=reduction,
         adv_clip=adv_clip,
     )
-
-
-def check_kl_options(
-    op: str, beta: float, reduction: Reduction, gate: Tensor | None, v_ref: Tensor | None
-) -> None:
-    """What the losses with a gated KL refuse in its settings."""
-    if not beta >= 0:
-        raise ValueError(f"{op}: beta is {beta}; it must not be negative")
-    if reduction not in ("batch", "gated"):
-        raise ValueError(f"{op}: reduction {reduction!r} is unknown; choose batch or gated")
-    if beta > 0 and v_ref is None and gate is None:
-        raise ValueError(
-            f"{op}: beta is {beta} but v_ref is None; pass v_ref, or beta=0, or the gate"
-        )
-
-
-def _gate_and_scale(
-    gate: Tensor | None, kl_scale: Tensor | None, v_RN: Tensor
-) -> tuple[Tensor, Tensor]:
-    ones_R = torch.ones(v_RN.shape[0], dtype=v_RN.dtype, device=v_RN.device)
-    gate_R = ones_R if gate is None else gate.detach().to(v_RN.dtype)
-    return gate_R, ones_R if kl_scale is None else kl_scale.detach().to(v_RN.dtype)

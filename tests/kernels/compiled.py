@@ -3,7 +3,8 @@
     python -m tests.kernels.compiled            a JSON list, one object a kernel and architecture
 
 Runs in a process of its own, because kernels that were defined under Triton's interpreter cannot be
-compiled. `elements` is what one thread computes: SASS is counted for each of them.
+compiled. SASS is counted for each element that a thread computes; in a kernel with a loop, for each
+of one turn, to which what stands around the loop is added: an upper bound.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,30 @@ SPECS = [
 ]  # fmt: skip
 
 
+def policy_loss_specs(name: str, pointer: str) -> list[Spec]:
+    """The two kernels that touch every element; the third is a single program."""
+    velocities = {f"{n}_ptr": pointer for n in ("v", "v_old", "u", "v_ref")}
+    others = ("gate", "sums", "rows", "upstream")
+    types = {**velocities, **{f"{n}_ptr": "*fp32" for n in others}, "grad_ptr": pointer,
+             "elements": "i32", "chunks": "i32", "rows": "i32"}  # fmt: skip
+    module = import_module("gardo_kernels.policy_loss")  # its function has its name
+    chunk, block = module.CHUNK, module.BLOCK
+    return [
+        Spec(f"policy_loss_sums_{name}", module._policy_loss_sums_kernel, types,
+             {"HAS_REF": True, "CHUNK": chunk, "BLOCK": block}, block),
+        Spec(f"policy_loss_bwd_{name}", module._policy_loss_bwd_kernel, types,
+             {"HAS_REF": True, "BLOCK": block}, block),
+    ]  # fmt: skip
+
+
+SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
+
+
 def compiled(spec: Spec, architecture: int) -> Code:
     names = spec.kernel.arg_names
     signature = {n: spec.types.get(n, "constexpr") for n in names}
-    aligned = [n for n, kind in spec.types.items() if kind.startswith("*") or n == "count"]
+    whole = ("count", "elements")  # of a row: multiples of 16
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in whole]
     source = ASTSource(
         spec.kernel,
         signature,

@@ -16,6 +16,10 @@ BUDGET = {  # instructions an element at most: what a memory-bound kernel can af
     "random_bits": 40,
     "random_uniform": 40,
     "random_normal": 64,
+    "policy_loss_sums_bf16": 40,
+    "policy_loss_sums_fp32": 40,
+    "policy_loss_bwd_bf16": 24,
+    "policy_loss_bwd_fp32": 20,
 }
 
 

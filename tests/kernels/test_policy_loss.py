@@ -271,5 +271,134 @@ def test_bad_inputs():
         policy_loss(v, v_old, u, **options, reduction="mean")
     with pytest.raises(ValueError, match=r"beta is 0.1 but v_ref is None"):
         policy_loss(v, v_old, u, **(options | {"v_ref": None, "gate": None}), beta=0.1)
-    with pytest.raises(RuntimeError, match="not built in this version"):
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+SHAPES = [(1,), (3, 4), (64, 16), (5, 1000), (4097,)]  # within, at and past a block and a chunk
+
+
+def on_device(*tensors):
+    return [t.to(DEVICE) for t in tensors]
+
+
+def both(v, v_old, u, options, **more):
+    """(result, gradient) of the kernels, and of the reference in fp64 on the same numbers."""
+    answers = []
+    for backend, widen in (("triton", False), ("torch", True)):
+
+        def move(t, widen=widen):
+            return t.to(DEVICE).double() if widen and t.is_floating_point() else t.to(DEVICE)
+
+        trained = move(v).detach().requires_grad_()
+        named = {k: move(t) for k, t in options.items()}
+        out = policy_loss(trained, move(v_old), move(u), **named, **more, backend=backend)
+        (3.0 * out.loss).backward()
+        answers.append((out, trained.grad))
+    return answers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["batch", "gated"])
+@pytest.mark.parametrize("reference", [True, False])
+def test_kernels_are_the_reference(shape, dtype, reduction, reference):
+    """Sums of fp32 products in trees: a few 2^-24 of their size, here below 30."""
+    v, v_old, u, options = problem(shape=shape, dtype=dtype)
+    options = {k: t.float() if t.ndim == 1 and t.is_floating_point() else t
+               for k, t in options.items() if reference or k != "v_ref"}  # fmt: skip
+    (ours, grad), (exact, exact_grad) = both(v, v_old, u, options, **CLIP, beta=1.5,
+                                             reduction=reduction)  # fmt: skip
+    for name in ("loss", "loss_R", "ratio_R", "log_ratio_R", "kl_R"):
+        mine, theirs = getattr(ours, name), getattr(exact, name)
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        torch.testing.assert_close(mine.double(), theirs, rtol=3e-6, atol=3e-6)
+    assert torch.equal(ours.clipped_high_R, exact.clipped_high_R)
+    assert torch.equal(ours.clipped_low_R, exact.clipped_low_R)
+    assert grad.dtype == dtype and not grad.isnan().any()
+    relative = (grad.double() - exact_grad).norm() / exact_grad.norm()
+    # written in the velocities' dtype: bf16 keeps 8 bits (the interpreter cuts, a GPU rounds), fp16
+    # 11, the gradient itself 1e-5
+    bf16 = 2.0**-7 if DEVICE == "cpu" else 2.0**-8
+    assert relative < {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: bf16}[dtype]
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-7])
+def test_small_log_ratios_keep_their_digits(size):
+    generator = torch.Generator().manual_seed(5)
+    v_old, u, step = torch.randn(3, 4, 4096, generator=generator)
+    v = v_old + size * step * u.sign()  # u delta > 0 everywhere: log-ratio of about `size`
+    rows = {n: torch.full((4,), x) for n, x in (("advantage", 1.0), ("h", 1.2), ("B", -0.5))}
+    (ours, _), (exact, _) = both(v, v_old, u, rows)
+    error = (ours.log_ratio_R.double() - exact.log_ratio_R).abs() / exact.log_ratio_R.abs()
+    # what delta itself lost when v was rounded to fp32 is not the kernel's: same inputs to both
+    assert float(error.max()) < 1e-4
+    assert float(exact.log_ratio_R.abs().max()) < 2 * size
+
+
+def test_kernels_on_identical_velocities_give_exactly_one():
+    v, _, u, options = problem(dtype=torch.float32, shape=(64, 16))
+    v, u = on_device(v, u)
+    options = {k: t.to(DEVICE) for k, t in options.items()}
+    out = policy_loss(v, v.clone(), u, **options, backend="triton")
+    assert torch.equal(out.log_ratio_R, torch.zeros_like(out.log_ratio_R))
+    assert torch.equal(out.ratio_R, torch.ones_like(out.ratio_R))
+
+
+def test_kernels_copy_what_is_strided_and_repeat_their_bits():
+    v, v_old, u, options = problem(dtype=torch.float32, shape=(33, 70))
+    (plain, grad), _ = both(v, v_old, u, options, **CLIP, beta=1.0)
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (v, v_old, u)]
+    assert not strided[0].is_contiguous()
+    for _ in range(3):
+        (again, same), _ = both(*strided, options, **CLIP, beta=1.0)
+        assert torch.equal(plain.loss, again.loss) and torch.equal(grad, same)
+        assert torch.equal(plain.log_ratio_R, again.log_ratio_R)
+
+
+def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
+    """Poisoned outputs: every `empty` comes full of NaN."""
+
+    def poisoned(self, *size, **options):
+        return torch.full(size if isinstance(size[0], int) else size[0], torch.nan, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
+    v, v_old, u, options = problem(dtype=torch.float32, shape=(5, 1000))
+    (out, grad), (exact, _) = both(v, v_old, u, options, **CLIP, beta=1.0)
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-6, atol=1e-6)
+    assert not grad.isnan().any() and not out.kl_R.isnan().any()
+
+
+def op_arguments():
+    v, v_old, u, options = problem(rows=3, dtype=torch.float32, shape=(40,))
+    rows = [options[n].float().to(DEVICE) for n in ("advantage", "h", "B", "gate", "kl_scale")]
+    trained = v.to(DEVICE).detach().requires_grad_()
+    return (trained, *on_device(v_old, u, options["v_ref"].nan_to_num()), *rows,
+            0.2, 0.1, 1.5, False, 5.0)  # fmt: skip
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.gardo.policy_loss.default, op_arguments())
+
+
+def test_a_compiler_sees_one_graph():
+    v, v_old, u, options = problem(dtype=torch.float32, shape=(64, 16))
+    v, v_old, u = on_device(v, v_old, u)
+    options = {k: t.to(DEVICE) for k, t in options.items()}
+
+    def loss(trained):
+        return policy_loss(trained, v_old, u, **options, **CLIP, backend="triton").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager, traced = (v.clone().requires_grad_() for _ in range(2))
+    loss(eager).backward()
+    compiled(traced).backward()
+    assert torch.equal(eager.grad, traced.grad)
+
+
+def test_kernels_refuse_fp64():
+    v, v_old, u, options = problem()
+    with pytest.raises(ValueError, match="the kernels work in fp32"):
         policy_loss(v, v_old, u, **options, backend="triton")
