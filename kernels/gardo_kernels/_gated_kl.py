@@ -1,9 +1,18 @@
-"""The gated KL that several losses end with: its reference, its reductions, what it refuses."""
+"""What the losses with a gated KL share: the reference, the reductions, the sums of their kernels.
+
+A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
+program writes the sums of CHUNK elements of a row, then one program adds a row's chunks in order.
+"""
 
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
+ROWS_AT_A_TIME = 64
 
 Reduction = Literal["batch", "gated"]
 
@@ -48,3 +57,23 @@ def gate_and_scale(
     ones_R = torch.ones(v_RN.shape[0], dtype=v_RN.dtype, device=v_RN.device)
     gate_R = ones_R if gate is None else gate.detach().to(v_RN.dtype)
     return gate_R, ones_R if kl_scale is None else kl_scale.detach().to(v_RN.dtype)
+
+
+@triton.jit
+def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
+    """One column of sums[row, chunk, column], added over the chunks in their order."""
+    total = tl.zeros(row.shape, tl.float32)
+    for chunk in range(chunks):
+        at = (row.to(tl.int64) * chunks + chunk) * COLUMNS + COLUMN
+        total += tl.load(sums_ptr + at, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def count_kl_rows(gate_ptr, rows, GATED: tl.constexpr, ROWS: tl.constexpr):
+    """`kl_rows`: all rows, or the gated ones, at least 1."""
+    gated = 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        gated += tl.sum((tl.load(gate_ptr + row, mask=row < rows, other=0.0) != 0).to(tl.float32))
+    return tl.maximum(gated, 1.0) if GATED else rows * 1.0

@@ -19,15 +19,29 @@ the release. Source: DiffusionNFT, arXiv 2509.16117, and its released code; the 
 Least traffic: v, v_old, x_t, x0, and v_ref of gated rows, once for the row sums and once for the
 gradient, which is written. Called once for each micro-batch by `gardo.algorithms`.
 
+With e = x_t - t v_old - x0 and s = t b (v - v_old) the two errors are e - s and e + s. Three
+launches as in `policy_loss`; no fp64, no atomics, no host synchronisation.
+
 Shapes: R rows, N elements (any dimensions after the first).
 """
 
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._gated_kl import Reduction, check_kl_options, gated_kl_ref
+from gardo_kernels._gated_kl import (
+    BLOCK,
+    CHUNK,
+    ROWS_AT_A_TIME,
+    Reduction,
+    check_kl_options,
+    count_kl_rows,
+    gated_kl_ref,
+    sum_chunks,
+)
 from gardo_kernels._launch import (
     Backend,
     check_like,
@@ -108,6 +122,202 @@ def nft_loss_ref(
     )
 
 
+# ---- kernels -------------------------------------------------------------------------------------
+
+STATISTICS = 9  # policy, KL, both weights, both weighted errors, and the gradient's three scalars
+
+
+@triton.jit
+def _nft_loss_sums_kernel(
+    v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, gate_ptr, sums_ptr, elements, chunks, b,
+    HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums[row, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    gated = tl.zeros((BLOCK,), tl.float32) + tl.load(gate_ptr + row) != 0
+    t = tl.load(t_ptr + row)
+    plus_1 = tl.zeros((BLOCK,), tl.float32)
+    plus_2 = tl.zeros((BLOCK,), tl.float32)
+    minus_1 = tl.zeros((BLOCK,), tl.float32)
+    minus_2 = tl.zeros((BLOCK,), tl.float32)
+    error_2 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        inside = element < elements
+        at = row * elements + element
+        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        v_old = tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x_t = tl.load(x_t_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        e = x_t - t * v_old - x0
+        s = t * b * (v - v_old)
+        plus_1 += tl.abs(e - s)
+        plus_2 += (e - s) * (e - s)
+        minus_1 += tl.abs(e + s)
+        minus_2 += (e + s) * (e + s)
+        if HAS_REF:  # rows of gate 0 are not read: what stands there does not matter
+            v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
+            error = tl.where(gated, v - v_ref, 0.0)
+            error_2 += error * error
+    at = sums_ptr + (row * chunks + chunk) * 5
+    tl.store(at, tl.sum(plus_1))
+    tl.store(at + 1, tl.sum(plus_2))
+    tl.store(at + 2, tl.sum(minus_1))
+    tl.store(at + 3, tl.sum(minus_2))
+    tl.store(at + 4, tl.sum(error_2))
+
+
+@triton.jit
+def _nft_loss_rows_kernel(
+    sums_ptr, t_ptr, r_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
+    policy_scale, floor, GATED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
+    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
+    policy_sum, kl_sum = 0.0, 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        t = tl.load(t_ptr + row, mask=inside, other=0.0)
+        r = tl.load(r_ptr + row, mask=inside, other=0.0)
+        gate = tl.load(gate_ptr + row, mask=inside, other=0.0)
+        weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
+        weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
+        weight_plus = tl.maximum(weight_plus, floor)
+        weight_minus = tl.maximum(weight_minus, floor)
+        plus = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements / weight_plus
+        minus = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements / weight_minus
+        kl = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
+        policy = policy_scale * (r * plus + (1.0 - r) * minus) / b
+        policy_sum += tl.sum(tl.where(inside, policy, 0.0))
+        kl_sum += tl.sum(gate * kl)
+        scale = 2.0 * t * policy_scale / (rows * 1.0 * elements)
+        at = rows_ptr + row
+        tl.store(at, policy, mask=inside)
+        tl.store(at + rows, kl, mask=inside)
+        tl.store(at + 2 * rows, weight_plus, mask=inside)
+        tl.store(at + 3 * rows, weight_minus, mask=inside)
+        tl.store(at + 4 * rows, plus, mask=inside)
+        tl.store(at + 5 * rows, minus, mask=inside)
+        tl.store(at + 6 * rows, -scale * r / weight_plus, mask=inside)
+        tl.store(at + 7 * rows, scale * (1.0 - r) / weight_minus, mask=inside)
+        tl.store(at + 8 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
+
+
+@triton.jit
+def _nft_loss_bwd_kernel(
+    v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, rows_ptr, upstream_ptr, grad_ptr,
+    rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    at = row * elements + element
+    upstream, t = tl.load(upstream_ptr), tl.load(t_ptr + row)
+    plus = upstream * tl.load(rows_ptr + 6 * rows + row)
+    minus = upstream * tl.load(rows_ptr + 7 * rows + row)
+    kl_weight = upstream * tl.load(rows_ptr + 8 * rows + row)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    v_old = tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x_t = tl.load(x_t_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    e = x_t - t * v_old - x0
+    s = t * b * (v - v_old)
+    grad = plus * (e - s) + minus * (e + s)
+    if HAS_REF:
+        gated = tl.zeros((BLOCK,), tl.float32) + kl_weight != 0
+        v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
+        grad += tl.where(gated, kl_weight * (v - v_ref), 0.0)
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gardo::nft_loss", mutates_args=())
+def _nft_loss_op(
+    v_RN: Tensor,
+    v_old_RN: Tensor,
+    x_t_RN: Tensor,
+    x0_RN: Tensor,
+    v_ref_RN: Tensor | None,
+    t_R: Tensor,
+    r_R: Tensor,
+    gate_R: Tensor,
+    b: float,
+    beta: float,
+    policy_scale: float,
+    gated: bool,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+    R, N = v_RN.shape
+    chunks = triton.cdiv(N, CHUNK)
+    sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
+    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
+    loss = v_RN.new_empty((), dtype=torch.float32)
+    _nft_loss_sums_kernel[(chunks, R)](
+        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_RC5, N, chunks, b,
+        HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
+    )  # fmt: skip
+    _nft_loss_rows_kernel[(1,)](
+        sums_RC5, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
+        beta if v_ref_RN is not None else 0.0, policy_scale, floor,
+        GATED=gated, ROWS=ROWS_AT_A_TIME,
+    )  # fmt: skip
+    return loss, rows_SR
+
+
+@torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
+def _nft_loss_grad_op(
+    v_RN: Tensor,
+    v_old_RN: Tensor,
+    x_t_RN: Tensor,
+    x0_RN: Tensor,
+    v_ref_RN: Tensor | None,
+    t_R: Tensor,
+    rows_SR: Tensor,
+    upstream: Tensor,
+    b: float,
+) -> Tensor:
+    """dL/dv [R, N] in the dtype of v."""
+    R, N = v_RN.shape
+    grad_RN = torch.empty_like(v_RN)
+    _nft_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
+        HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    return grad_RN
+
+
+@_nft_loss_op.register_fake
+def _(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    rows_SR = v_RN.new_empty(STATISTICS, v_RN.shape[0], dtype=torch.float32)
+    return v_RN.new_empty((), dtype=torch.float32), rows_SR
+
+
+@_nft_loss_grad_op.register_fake
+def _(v_RN: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(v_RN)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.b = inputs[8]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, upstream, _rows):  # type: ignore[no-untyped-def]
+    *inputs, rows_SR = ctx.saved_tensors
+    grad_RN = _nft_loss_grad_op(*inputs, rows_SR, upstream.float(), ctx.b)
+    return grad_RN, *[None] * 12
+
+
+_nft_loss_op.register_autograd(_backward, setup_context=_keep)
+
+
 def nft_loss(
     v: Tensor,
     v_old: Tensor,
@@ -151,9 +361,19 @@ def nft_loss(
         if not value > 0:
             raise ValueError(f"{op}: {name} is {value}; it must be positive")
     check_kl_options(op, beta, reduction, gate, v_ref)
-    choose_backend(op, backend)
-
     dtype = compute_dtype(v, v_old, x_t, x0)
+    if choose_backend(op, backend, built_for=v) == "triton":
+        if dtype == torch.float64:
+            raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
+        others = (None if x is None else x.detach().flatten(1).contiguous()
+                  for x in (v_old, x_t, x0, v_ref))  # fmt: skip
+        gate_R = torch.ones_like(t) if gate is None else gate
+        values = (x.detach().float().contiguous() for x in (t, r, gate_R))
+        loss, rows_SR = _nft_loss_op(
+            v.flatten(1).contiguous(), *others, *values, b, beta, policy_scale,
+            reduction == "gated", floor,
+        )  # fmt: skip
+        return NftLoss(loss, *rows_SR.unbind(0)[:6])
     v_old_RN, x_t_RN, x0_RN = (x.detach().flatten(1).to(dtype) for x in (v_old, x_t, x0))
     t_R, r_R = t.detach().to(dtype), r.detach().to(dtype)
     return nft_loss_ref(

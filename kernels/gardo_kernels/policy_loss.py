@@ -45,11 +45,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gardo_kernels._gated_kl import (
+    BLOCK,
+    CHUNK,
+    ROWS_AT_A_TIME,
     Reduction,
     check_kl_options,
+    count_kl_rows,
     gate_and_scale,
     gated_kl_ref,
     kl_rows,
+    sum_chunks,
 )
 from gardo_kernels._launch import (
     Backend,
@@ -167,8 +172,6 @@ def policy_loss_grad_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
-ROWS_AT_A_TIME = 64
 STATISTICS = 8  # policy, ratio, log-ratio, KL, clipped high, clipped low, and the two scalars
 
 
@@ -216,24 +219,14 @@ def _policy_loss_rows_kernel(
     GATED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    gated_rows = 0.0
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        gate = tl.load(gate_ptr + row, mask=row < rows, other=0.0)
-        gated_rows += tl.sum((gate != 0).to(tl.float32))
-    kl_rows = tl.maximum(gated_rows, 1.0) if GATED else rows * 1.0
+    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum = 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        u_delta = tl.zeros((ROWS,), tl.float32)
-        delta_2 = tl.zeros((ROWS,), tl.float32)
-        error_2 = tl.zeros((ROWS,), tl.float32)
-        for chunk in range(chunks):
-            at = sums_ptr + (row.to(tl.int64) * chunks + chunk) * 3
-            u_delta += tl.load(at, mask=inside, other=0.0)
-            delta_2 += tl.load(at + 1, mask=inside, other=0.0)
-            error_2 += tl.load(at + 2, mask=inside, other=0.0)
+        u_delta = sum_chunks(sums_ptr, row, inside, chunks, 0, 3)
+        delta_2 = sum_chunks(sums_ptr, row, inside, chunks, 1, 3)
+        error_2 = sum_chunks(sums_ptr, row, inside, chunks, 2, 3)
         advantage = tl.load(advantage_ptr + row, mask=inside, other=0.0)
         advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
         B = tl.load(B_ptr + row, mask=inside, other=0.0)

@@ -87,6 +87,23 @@ def policy_loss_specs(name: str, pointer: str) -> list[Spec]:
     ]  # fmt: skip
 
 
+def nft_loss_specs(name: str, pointer: str) -> list[Spec]:
+    """The two kernels that touch every element."""
+    inputs = {f"{n}_ptr": pointer for n in ("v", "v_old", "x_t", "x0", "v_ref")}
+    others = ("t", "gate", "sums", "rows", "upstream")
+    types = {**inputs, **{f"{n}_ptr": "*fp32" for n in others}, "grad_ptr": pointer,
+             "elements": "i32", "chunks": "i32", "rows": "i32", "b": "fp32"}  # fmt: skip
+    module = import_module("gardo_kernels.nft_loss")
+    chunk, block = module.CHUNK, module.BLOCK
+    return [
+        Spec(f"nft_loss_sums_{name}", module._nft_loss_sums_kernel, types,
+             {"HAS_REF": True, "CHUNK": chunk, "BLOCK": block}, block),
+        Spec(f"nft_loss_bwd_{name}", module._nft_loss_bwd_kernel, types,
+             {"HAS_REF": True, "BLOCK": block}, block),
+    ]  # fmt: skip
+
+
+SPECS += nft_loss_specs("bf16", "*bf16") + nft_loss_specs("fp32", "*fp32")
 SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 
 

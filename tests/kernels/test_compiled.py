@@ -20,6 +20,10 @@ BUDGET = {  # instructions an element at most: what a memory-bound kernel can af
     "policy_loss_sums_fp32": 40,
     "policy_loss_bwd_bf16": 24,
     "policy_loss_bwd_fp32": 20,
+    "nft_loss_sums_bf16": 64,
+    "nft_loss_sums_fp32": 56,
+    "nft_loss_bwd_bf16": 32,
+    "nft_loss_bwd_fp32": 28,
 }
 
 
@@ -48,5 +52,7 @@ def test_machine_code(codes: list[dict[str, Any]], name: str) -> None:
             assert code["stack"] == code["spills"] == 0, code
             assert code["doubles"] == code["atomics"] == 0, code
             assert code["wide"] > 0, code
-            assert 0 < code["registers"] <= 64, code
+            # five running sums of eight elements a thread: 20 warps stay on a multiprocessor
+            registers = 96 if name.startswith("nft_loss_sums") else 64
+            assert 0 < code["registers"] <= registers, code
             assert 0 < code["per_element"] <= BUDGET[name], code

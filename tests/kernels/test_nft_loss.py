@@ -189,5 +189,81 @@ def test_bad_inputs():
         nft_loss(v, v_old, x_t, x0, t, **good, reduction="sum")
     with pytest.raises(ValueError, match="v_ref is None"):
         nft_loss(v, v_old, x_t, x0, t, r=t, b=1.0, beta=0.1)
-    with pytest.raises(RuntimeError, match="not built in this version"):
-        nft_loss(v, v_old, x_t, x0, t, **good, backend="triton")
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+
+
+def both(inputs, options, **more):
+    """(result, gradient) of the kernels, and of the reference in fp64 on the same numbers."""
+    answers = []
+    for backend, widen in (("triton", False), ("torch", True)):
+
+        def move(x, widen=widen):
+            return x.to(DEVICE).double() if widen and x.is_floating_point() else x.to(DEVICE)
+
+        v, *rest = (move(x) for x in inputs)
+        trained = v.detach().requires_grad_()
+        out = nft_loss(
+            trained, *rest, **{k: move(x) for k, x in options.items()}, **more, backend=backend
+        )
+        (3.0 * out.loss).backward()
+        answers.append((out, trained.grad))
+    return answers
+
+
+def rows_in_fp32(inputs, options):
+    *latents, t = inputs
+    return (*latents, t.float()), {k: x.float() if k == "r" else x for k, x in options.items()}
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 4), (64, 16), (5, 1000), (4097,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["batch", "gated"])
+@pytest.mark.parametrize("b", [1.0, 0.1])
+def test_kernels_are_the_reference(shape, dtype, reduction, b):
+    """Sums of fp32 squares in trees: a few 2^-24 of their size."""
+    inputs, options = rows_in_fp32(*problem(shape=shape, dtype=dtype))
+    for left_out in ((), ("gate", "v_ref")):
+        chosen = {k: x for k, x in options.items() if k not in left_out}
+        beta = 0.0 if left_out else 1.5
+        (ours, grad), (exact, exact_grad) = both(inputs, chosen, b=b, beta=beta,
+                                                 reduction=reduction)  # fmt: skip
+        for name in ("loss", "policy_R", "kl_R", "weight_plus_R", "weight_minus_R", "loss_plus_R",
+                     "loss_minus_R"):  # fmt: skip
+            mine, theirs = getattr(ours, name), getattr(exact, name)
+            assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+            torch.testing.assert_close(mine.double(), theirs, rtol=5e-6, atol=5e-6)
+        assert grad.dtype == dtype and not grad.isnan().any()
+        relative = (grad.double() - exact_grad).norm() / exact_grad.norm()
+        # written in the velocities' dtype: bf16 keeps 8 bits (the interpreter cuts, a GPU rounds)
+        bf16 = 2.0**-7 if DEVICE == "cpu" else 2.0**-8
+        bound = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: bf16}[dtype]
+        assert relative < bound
+
+
+def test_kernels_copy_what_is_strided_and_repeat_their_bits():
+    inputs, options = problem(dtype=torch.float32, shape=(33, 70))
+    (plain, grad), _ = both(inputs, options, b=0.5, beta=1.0)
+    *latents, t = inputs
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in latents]
+    for _ in range(3):
+        (again, same), _ = both((*strided, t), options, b=0.5, beta=1.0)
+        assert torch.equal(plain.loss, again.loss) and torch.equal(grad, same)
+
+
+def test_opcheck():
+    (v, v_old, x_t, x0, t), options = problem(rows=3, dtype=torch.float32, shape=(40,))
+    tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["r"], options["gate"])
+    rows = [x.float().to(DEVICE) for x in tensors]
+    trained = v.to(DEVICE).detach().requires_grad_()
+    arguments = (trained, *rows, 0.5, 1.5, 5.0, False, 1e-5)
+    torch.library.opcheck(torch.ops.gardo.nft_loss.default, arguments)
+
+
+def test_kernels_refuse_fp64():
+    inputs, options = problem()
+    with pytest.raises(ValueError, match="the kernels work in fp32"):
+        nft_loss(*inputs, **options, b=1.0, backend="triton")
