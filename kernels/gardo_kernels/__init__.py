@@ -1,8 +1,8 @@
 """Fused arithmetic of RL fine-tuning for flow models: one op a file, from formula to op.
 
 Every op takes `backend="auto" | "triton" | "torch"`; the plain-torch references run anywhere torch
-does. Kernels so far: the random numbers, `policy_loss` and `nft_loss`. `auto` takes the references until the
-kernels have been measured on a GPU.
+does. Kernels so far: the random numbers, `policy_loss` and `nft_loss`. `auto` takes the references
+until the kernels have been measured on a GPU.
 """
 
 from gardo_kernels.nearest_cosine import nearest_cosine
