@@ -78,10 +78,9 @@ class GatherOnce:
         return list(self._module.parameters())
 
     def _hooks(self) -> list[list[int]]:
-        modules = self._module.modules()
+        own, modules = self._own_ids(), self._module.modules()
         found = [
-            [n for n in (*m._forward_pre_hooks, *m._forward_hooks) if n in self._own_ids()]
-            for m in modules
+            [n for n in (*m._forward_pre_hooks, *m._forward_hooks) if n in own] for m in modules
         ]
         return [numbers for numbers in found if numbers]
 
