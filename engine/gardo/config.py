@@ -102,6 +102,10 @@ class Recipe(Strict):
     checkpoint: CheckpointSettings = CheckpointSettings()
     distributed: DistributedSettings = DistributedSettings()
     run: RunSettings
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto",
+        description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU",
+    )
 
     @property
     def run_folder(self) -> Path:

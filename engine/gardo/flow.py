@@ -41,20 +41,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gardo_kernels import STEP_COLUMNS
+
 COLUMNS = (
-    "sigma",  # s, where the step starts
+    # sigma s, where the step starts; A, B, C; std; u_scale = std / B: u = u_scale z is the noise in
+    # velocity units
+    *STEP_COLUMNS,
     "sigma_next",  # s', where it ends
     "dt",  # s' - s < 0
-    "A",  # factor of x
-    "B",  # factor of the velocity
-    "C",  # factor of m_prev
-    "std",  # standard deviation of the noise added
     "h",  # log-probability scale
     "log_std_term",  # -log std - log(2 pi) / 2; 0 where the variant drops constants
     "kl_flow_grpo",  # KL = column * mean((v - v_ref)^2): B^2 / (2 g^2), Flow-GRPO's scale
     "kl_gaussian",  # B^2 / (2 std^2), the KL of the two Gaussians
     "kl_velocity",  # 1, the squared velocity error itself
-    "u_scale",  # std / B: u = u_scale z is the noise in velocity units
     "guard",  # B^2 / std: GRPO-Guard's log ratio is guard * mean(u (v - v_old)); SDEs only
 )
 _INDEX = {name: k for k, name in enumerate(COLUMNS)}

@@ -35,6 +35,7 @@ def sampled(s: Session, step: int) -> Rollout:
             step=step,
             device=s.engine.device,
             micro_batch=recipe.rollout.batch,
+            kernels=recipe.kernels,
         )
 
 
@@ -89,6 +90,7 @@ def batches(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Ite
         micro_batch=s.geometry.micro_batch,
         seed=s.recipe.run.seed,
         step=rollout.step,
+        kernels=s.recipe.kernels,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gardo.types import Batch, Credit, Points, Rollout, SamplePlan, select
-from gardo_kernels import random_normal, random_uniform, sde_step
+from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
 
 # Streams of the random generator; a denoise step t uses stream t.
 INITIAL = 1 << 20  # the first latents
@@ -41,7 +41,12 @@ class Velocity(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, ...]: ...
+    @property
+    def cfg_scale(self) -> float: ...
     def encode(self, prompts: list[str]) -> dict[str, Tensor]: ...
+    def branches(
+        self, x: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor], /
+    ) -> tuple[Tensor, Tensor | None]: ...
     def velocity(
         self, x: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor], /
     ) -> Tensor: ...
@@ -65,6 +70,7 @@ def sample(
     step: int,
     device: torch.device,
     micro_batch: int | None = None,
+    kernels: Backend = "auto",
 ) -> Rollout:
     """Samples first .. first + count of the step's P x G images, on this rank.
 
@@ -78,7 +84,7 @@ def sample(
     prompt_B = group_B - first_group
     parts = [
         _denoise(policy, rows_of(conditioning, prompt_B[part]), plan, sample_B[part],
-                 images_per_prompt, seed, step)
+                 images_per_prompt, seed, step, kernels)
         for part in torch.arange(count, device=device).split(micro_batch or count)
     ]  # fmt: skip
     final_BX, images, state_BTX, u_BTX, velocity_BTX = (
@@ -110,44 +116,54 @@ def _denoise(
     images_per_prompt: int,
     seed: int,
     step: int,
+    kernels: Backend,
 ) -> tuple[Tensor, ...]:
     """Final latents, images and the recorded states, noises and velocities of one micro-batch."""
     shape, batch = policy.latent_shape, len(sample_B)
     identity_B = noise_id(step, sample_B)
     first_of_group_B = noise_id(step, sample_B // images_per_prompt * images_per_prompt)
     x = random_normal(
-        seed, first_of_group_B if plan.same_initial_noise else identity_B, INITIAL, shape
+        seed,
+        first_of_group_B if plan.same_initial_noise else identity_B,
+        INITIAL,
+        shape,
+        backend=kernels,
     )
     table = plan.transitions.to(sample_B.device)
-    scored = plan.transitions.scored.tolist()
-    previous = torch.zeros_like(x)
+    noisy = plan.transitions.scored.tolist()
+    looks_back = [*(plan.transitions.column("C") != 0).tolist(), False]
+    seed_1 = seed_tensor(seed, sample_B.device)
+    model_input, previous = x, None
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(table.steps):
-        row_B = torch.full((batch,), t, dtype=torch.int64, device=sample_B.device)
-
-        def column(name: str, row_B: Tensor = row_B) -> Tensor:
-            return table.rows(row_B, name)
-
-        v = policy.velocity(x, column("sigma"), conditioning)
-        z = random_normal(seed, identity_B, t, shape) if scored[t] else None
-        x_next = sde_step(
-            x, v, z, A=column("A"), B=column("B"), std=column("std"), C=column("C"), m_prev=previous
+        step_B = torch.full((batch,), t, dtype=torch.int64, device=sample_B.device)
+        v, unprompted = policy.branches(model_input, table.rows(step_B, "sigma"), conditioning)
+        recorded = t in plan.record
+        out = sde_step(
+            x,
+            v,
+            table.table_TK,
+            step_B,
+            seed=seed_1 if noisy[t] else None,
+            sample_id=identity_B if noisy[t] else None,
+            uncond=unprompted,
+            guidance=policy.cfg_scale,
+            m_prev=previous if looks_back[t] else None,
+            model_dtype=policy.dtype,
+            keep_u=recorded,
+            keep_m=looks_back[t + 1],
+            backend=kernels,
         )
-        if t in plan.record:
-            u = _spread(column("u_scale"), z) * z if z is not None else torch.zeros_like(x)
-            kept.append((x, u, v.to(policy.dtype)))
-        previous = x - _spread(column("sigma"), x) * v
-        x = x_next
+        if recorded:
+            assert out.u is not None
+            kept.append((x, out.u, out.velocity.to(policy.dtype)))
+        x, model_input, previous = out.x, out.model_input, out.m
     states = (
         [torch.stack(k, 1) for k in zip(*kept, strict=True)]
         if kept
         else [x.new_zeros(batch, 0, *shape)] * 3
     )
     return x, policy.decode(x), *states
-
-
-def _spread(value_R: Tensor, like: Tensor) -> Tensor:
-    return value_R.view(-1, *[1] * (like.dim() - 1))
 
 
 class Agreeing(Protocol):
@@ -218,6 +234,7 @@ def minibatches(
     micro_batch: int,
     seed: int,
     step: int,
+    kernels: Backend = "auto",
 ) -> Iterator[Batch]:
     """Micro-batches of an iteration, update after update; `credit` is this rank's.
 
@@ -225,9 +242,8 @@ def minibatches(
     sample's rows: the same samples on any number of ranks.
     """
     block_B = sample_B // updates
-    order = random_uniform(seed, noise_id(step, block_B), SHARES, updates).argsort(
-        dim=1, stable=True
-    )
+    draw = random_uniform(seed, noise_id(step, block_B), SHARES, updates, backend=kernels)
+    order = draw.argsort(dim=1, stable=True)
     share_B = order.gather(1, (sample_B % updates)[:, None])[:, 0]
     share_R = share_B[points.sample_R]
     for update in range(updates):

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from gardo import config
-from gardo.algorithms.base import Algorithm, SamplerSettings, World
+from gardo.algorithms.base import Algorithm, World
 from gardo.config import Recipe
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
 from gardo.types import Batch, Rollout
+from gardo_kernels import kernels_run_on
 
 
 class LossContext:
@@ -124,16 +125,13 @@ class Session:
             self.engine.close()
 
 
-def build_algorithm(
-    settings: Any, sampler: SamplerSettings, sigmas: Tensor, seed: int
-) -> Algorithm:
+def build_algorithm(settings: Any, world: World) -> Algorithm:
     """The algorithm of a recipe's section, the base inside its wrapper."""
-    world = World(sampler=sampler, sigmas=sigmas, seed=seed)
     plugin = config.algorithm_plugin(settings)
     base = getattr(settings, "base", None)
     if base is None:
         return plugin(settings, world)
-    return plugin(settings, world, build_algorithm(base, sampler, sigmas, seed))
+    return plugin(settings, world, build_algorithm(base, world))
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
@@ -282,6 +280,11 @@ def open_session(
     changes = check_changes(recipe, source) if resume else []
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if recipe.kernels == "triton" and not kernels_run_on(device):
+        raise RecipeError(
+            f"{source}: kernels: triton needs a GPU, this run is on the {device.type}; use auto or "
+            "torch"
+        )
     if not cuda:
         use_threads(recipe, world)
     if recipe.run.deterministic:
@@ -298,12 +301,13 @@ def open_session(
             raise RecipeError(f"{source}: a model does not load: {error}") from error
         engine = build_engine(recipe, policy, plan, device)
     progress.take_seconds()
-    algorithm = build_algorithm(
-        recipe.algorithm,
-        recipe.sampler,
-        policy.sigmas(recipe.sampler.steps),
-        recipe.run.seed,
+    world_of_algorithm = World(
+        sampler=recipe.sampler,
+        sigmas=policy.sigmas(recipe.sampler.steps),
+        seed=recipe.run.seed,
+        kernels=recipe.kernels,
     )
+    algorithm = build_algorithm(recipe.algorithm, world_of_algorithm)
     engine.make_slots(algorithm.slots)
     session = Session(
         recipe=recipe,
@@ -320,6 +324,7 @@ def open_session(
             recipe.evaluate,
             seed=recipe.run.seed,
             folder=recipe.run_folder,
+            kernels=recipe.kernels,
         ),
         checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
         prompts=recipe.prompts(),

@@ -118,35 +118,42 @@ class Batch:
 
 
 class Metrics:
-    """Sums and counts by name, so that ranks and micro-batches add up; and maxima."""
+    """Sums and counts by name, so that ranks and micro-batches add up; and maxima.
+
+    They stay on the device, fp64, until they are read: gathering them never waits for a GPU.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.maxima: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}  # name -> [2], the sum and the count
+        self.maxima: dict[str, Tensor] = {}  # name -> []
 
     def mean(self, name: str, values: Tensor, weights: Tensor | None = None) -> Metrics:
         """Adds the values, a mean over their number (or over the weights' sum)."""
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.detach().double()
-        self._add(name, float((values * weights).sum()), float(weights.sum()))
+        self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
         return self
 
     def maximum(self, name: str, values: Tensor) -> Metrics:
         """Keeps the largest value; NaN counts as infinity."""
-        self._raise(name, float(values.detach().max()) if values.numel() else float("-inf"))
+        values = values.detach().double().flatten()
+        lowest = values.new_full((1,), -torch.inf)  # of no values
+        # NaN compares as not larger, in collectives: it would be lost
+        known = torch.where(values.isnan(), torch.inf, values)
+        self._raise(name, torch.cat([known, lowest]).max())
         return self
 
     def add(self, other: Metrics) -> None:
-        for name, (total, count) in other.sums.items():
-            self._add(name, total, count)
+        for name, pair in other.sums.items():
+            self._add(name, pair)
         for name, value in other.maxima.items():
             self._raise(name, value)
 
     def __getitem__(self, name: str) -> float:
         """The mean or maximum; NaN where nothing was counted."""
         if name in self.maxima:
-            return self.maxima[name]
-        total, count = self.sums[name]
+            return float(self.maxima[name])
+        total, count = self.sums[name].tolist()
         return total / count if count else float("nan")
 
     def __contains__(self, name: str) -> bool:
@@ -155,11 +162,9 @@ class Metrics:
     def as_dict(self) -> dict[str, float]:
         return {name: self[name] for name in (*self.sums, *self.maxima)}
 
-    def _add(self, name: str, total: float, count: float) -> None:
-        old_total, old_count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (old_total + total, old_count + count)
+    def _add(self, name: str, pair: Tensor) -> None:
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def _raise(self, name: str, value: float) -> None:
-        if value != value:  # NaN compares as not larger, here and in collectives: it would be lost
-            value = float("inf")
-        self.maxima[name] = max(self.maxima.get(name, float("-inf")), value)
+    def _raise(self, name: str, value: Tensor) -> None:
+        seen = self.maxima.get(name)
+        self.maxima[name] = value if seen is None else torch.maximum(seen, value)

@@ -10,25 +10,34 @@ Backend = Literal["auto", "triton", "torch"]
 
 # Under Triton's interpreter (tests without a GPU) kernels run as Python; inline PTX cannot.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+# Of every launch; written out because Triton's default is to change.
+OPTIONS = {"enable_fp_fusion": True}
 
 
-def choose_backend(op: str, backend: Backend, *, built_for: Tensor | None = None) -> str:
-    """ "triton" or "torch". `built_for` is a tensor of the call, for ops that have a kernel.
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run on tensors there: a GPU, or the interpreter."""
+    return device.type == "cuda" or INTERPRETED
 
-    `auto` is the plain-torch reference until the kernels have been measured on a GPU. RuntimeError
-    for `triton` where it cannot run, ValueError for a name that is none of the three.
+
+def choose_backend(op: str, backend: Backend, *tensors: Tensor | None) -> str:
+    """ "triton" or "torch" for a call with these tensors, of which the first is not None.
+
+    `auto` takes the kernels for tensors on a GPU, the plain-torch reference for fp64 and for
+    everything elsewhere. RuntimeError for `triton` where it cannot run, ValueError for fp64 and for
+    a name that is none of the three.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
-    if backend != "triton":
+    given = [t for t in tensors if t is not None]
+    device = given[0].device
+    wide = compute_dtype(*given) == torch.float64
+    if backend == "torch" or (backend == "auto" and (wide or device.type != "cuda")):
         return "torch"
-    if built_for is None:
+    if wide:
+        raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
+    if not kernels_run_on(device):
         raise RuntimeError(
-            f"{op}: the triton backend is not built in this version; use 'auto' or 'torch'"
-        )
-    if not built_for.is_cuda and not INTERPRETED:
-        raise RuntimeError(
-            f"{op}: the triton backend needs tensors on a GPU, these are on {built_for.device}; "
+            f"{op}: the triton backend needs tensors on a GPU, these are on {device}; "
             "use 'auto' or 'torch'"
         )
     return "triton"

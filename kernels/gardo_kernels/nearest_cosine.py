@@ -70,5 +70,5 @@ def nearest_cosine(
     check_rows(op, "group_B", group_B, "e_BD", e_BD)
     if group_B.is_floating_point():
         raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
-    choose_backend(op, backend)
+    choose_backend(op, backend, e_BD)
     return nearest_cosine_ref(e_BD, group_B)

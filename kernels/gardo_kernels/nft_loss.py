@@ -362,9 +362,7 @@ def nft_loss(
             raise ValueError(f"{op}: {name} is {value}; it must be positive")
     check_kl_options(op, beta, reduction, gate, v_ref)
     dtype = compute_dtype(v, v_old, x_t, x0)
-    if choose_backend(op, backend, built_for=v) == "triton":
-        if dtype == torch.float64:
-            raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
+    if choose_backend(op, backend, v, v_old, x_t, x0) == "triton":
         others = (None if x is None else x.detach().flatten(1).contiguous()
                   for x in (v_old, x_t, x0, v_ref))  # fmt: skip
         gate_R = torch.ones_like(t) if gate is None else gate

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import INTERPRETED, Backend, choose_backend
+from gardo_kernels._launch import INTERPRETED, OPTIONS, Backend, choose_backend
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -45,6 +45,26 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Seed = int | Tensor  # an integer from 0 to 2^64 - 1, or what `seed_tensor` made of it
+
+
+def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
+    """The seed as kernels read it: [1] int64 on the device, its 64 bits.
+
+    A captured CUDA graph draws anew when this tensor is written. ValueError for an integer outside
+    0 to 2^64 - 1, or a tensor that is not [1] int64 on the device.
+    """
+    if isinstance(seed, Tensor):
+        if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed has shape {tuple(seed.shape)} and dtype {seed.dtype}; pass [1] int64"
+            )
+        if seed.device.type != torch.device(device).type:
+            raise ValueError(f"seed is on {seed.device} but the samples are on {device}; move it")
+        return seed
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; pass an integer from 0 to 2^64 - 1")
+    return torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed], device=device)
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
@@ -72,20 +92,22 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def random_bits_ref(seed: int, sample_id_B: Tensor, stream: int, count: int) -> Tensor:
-    """[B, count] words from the formula at the top of this file."""
+def random_bits_ref(seed: Seed, sample_id_B: Tensor, stream: int | Tensor, count: int) -> Tensor:
+    """[B, count] words from the formula at the top of this file; a stream for all, or [B] int64."""
     quads = -(-count // 4)
-    quad_Q = torch.arange(quads, device=sample_id_B.device)
+    device = sample_id_B.device
+    quad_Q = torch.arange(quads, device=device)
     id_B1 = sample_id_B[:, None]
-    stream_1 = torch.full((1,), stream, dtype=torch.int64, device=sample_id_B.device)
+    stream_B1 = torch.as_tensor(stream, dtype=torch.int64, device=device).view(-1, 1)
+    key = int(seed_tensor(seed, device)) & (1 << 64) - 1
     words = philox4x32(
-        (quad_Q, stream_1, id_B1 & _MASK, (id_B1 >> 32) & _MASK), (seed & _MASK, seed >> 32)
+        (quad_Q, stream_B1, id_B1 & _MASK, (id_B1 >> 32) & _MASK), (key & _MASK, key >> 32)
     )
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
-def random_normal_ref(seed: int, sample_id_B: Tensor, stream: int, count: int) -> Tensor:
-    """[B, count] fp32 normals from the formula at the top of this file."""
+def random_normal_ref(seed: Seed, sample_id_B: Tensor, stream: int | Tensor, count: int) -> Tensor:
+    """[B, count] fp32 normals from the formula at the top of this file; stream as there."""
     pairs = -(-count // 2)
     word_B2 = (random_bits_ref(seed, sample_id_B, stream, 2 * pairs) >> 8).unflatten(1, (pairs, 2))
     u1, u2 = (word_B2.double() * 2.0**-24).unbind(-1)
@@ -178,17 +200,15 @@ def _random_kernel(
     tl.store(out_ptr + row * count + element, values, mask=element < count)
 
 
-def _random(kind: tl.constexpr, seed: int, sample_id_B: Tensor, stream: int, count: int) -> Tensor:
+def _random(kind: tl.constexpr, seed: Seed, sample_id_B: Tensor, stream: int, count: int) -> Tensor:
     """[B, count] from the kernel: int64 for BITS, else fp32."""
     device, block = sample_id_B.device, 1024
     dtype = torch.int64 if kind is BITS else torch.float32
     out = torch.empty(len(sample_id_B), count, dtype=dtype, device=device)
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    seed_1 = torch.tensor([signed], dtype=torch.int64, device=device)
     grid = (triton.cdiv(count, block), len(sample_id_B))
     _random_kernel[grid](
-        out, seed_1, sample_id_B.contiguous(), stream, count,
-        KIND=kind, FAST=not INTERPRETED, BLOCK=block,
+        out, seed_tensor(seed, device), sample_id_B.contiguous(), stream, count,
+        KIND=kind, FAST=not INTERPRETED, BLOCK=block, **OPTIONS,
     )  # fmt: skip
     return out
 
@@ -197,34 +217,34 @@ def _random(kind: tl.constexpr, seed: int, sample_id_B: Tensor, stream: int, cou
 
 
 def random_bits(
-    seed: int, sample_id_B: Tensor, stream: int, count: int, *, backend: Backend = "auto"
+    seed: Seed, sample_id_B: Tensor, stream: int, count: int, *, backend: Backend = "auto"
 ) -> Tensor:
     """Random 32-bit words, [B, count] int64 from 0 to 2^32 - 1.
 
-    seed 0 to 2^64 - 1; sample_id_B [B] int64, the global identity of each sample (any value);
-    stream 0 to 2^32 - 1 tells the uses of one sample apart (the denoise step, say). The first words
-    do not depend on `count`.
+    seed 0 to 2^64 - 1, or its `seed_tensor`; sample_id_B [B] int64, the global identity of each
+    sample (any value); stream 0 to 2^32 - 1 tells the uses of one sample apart (the denoise step,
+    say). The first words do not depend on `count`.
 
     ValueError for values out of these ranges, an empty batch or count below 1.
     """
-    _check("random_bits", seed, sample_id_B, stream, count)
-    if choose_backend("random_bits", backend, built_for=sample_id_B) == "triton":
+    _check("random_bits", sample_id_B, stream, count)
+    if choose_backend("random_bits", backend, sample_id_B) == "triton":
         return _random(BITS, seed, sample_id_B, stream, count)
     return random_bits_ref(seed, sample_id_B, stream, count)
 
 
 def random_uniform(
-    seed: int, sample_id_B: Tensor, stream: int, count: int, *, backend: Backend = "auto"
+    seed: Seed, sample_id_B: Tensor, stream: int, count: int, *, backend: Backend = "auto"
 ) -> Tensor:
     """Uniforms in [0, 1), [B, count] fp32, multiples of 2^-24; arguments as `random_bits`."""
-    _check("random_uniform", seed, sample_id_B, stream, count)
-    if choose_backend("random_uniform", backend, built_for=sample_id_B) == "triton":
+    _check("random_uniform", sample_id_B, stream, count)
+    if choose_backend("random_uniform", backend, sample_id_B) == "triton":
         return _random(UNIFORM, seed, sample_id_B, stream, count)
     return (random_bits_ref(seed, sample_id_B, stream, count) >> 8).float() * 2.0**-24
 
 
 def random_normal(
-    seed: int,
+    seed: Seed,
     sample_id_B: Tensor,
     stream: int,
     shape: tuple[int, ...],
@@ -236,21 +256,24 @@ def random_normal(
     Other arguments and errors as `random_bits`; a shape without elements is a count below 1.
     """
     count = math.prod(shape)
-    _check("random_normal", seed, sample_id_B, stream, count)
-    if choose_backend("random_normal", backend, built_for=sample_id_B) == "triton":
+    _check("random_normal", sample_id_B, stream, count)
+    if choose_backend("random_normal", backend, sample_id_B) == "triton":
         return _random(NORMAL, seed, sample_id_B, stream, count).view(-1, *shape)
     return random_normal_ref(seed, sample_id_B, stream, count).reshape(-1, *shape)
 
 
-def _check(op: str, seed: int, sample_id_B: Tensor, stream: int, count: int) -> None:
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"{op}: seed is {seed}; pass an integer from 0 to 2^64 - 1")
+def _check(op: str, sample_id_B: Tensor, stream: int, count: int) -> None:
     if not 0 <= stream < 2**32:
         raise ValueError(f"{op}: stream is {stream}; pass an integer from 0 to 2^32 - 1")
-    if sample_id_B.ndim != 1 or sample_id_B.numel() == 0 or sample_id_B.dtype != torch.int64:
-        raise ValueError(
-            f"{op}: sample_id_B has shape {tuple(sample_id_B.shape)} and dtype "
-            f"{sample_id_B.dtype}; pass [B] int64, B at least 1"
-        )
+    check_ids(op, sample_id_B)
     if not 1 <= count <= 2**34:
         raise ValueError(f"{op}: {count} elements a sample; pass 1 to 2^34")
+
+
+def check_ids(op: str, sample_id: Tensor) -> None:
+    """sample_id must be [B] int64, B at least 1."""
+    if sample_id.ndim != 1 or sample_id.numel() == 0 or sample_id.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: sample_id has shape {tuple(sample_id.shape)} and dtype {sample_id.dtype}; pass "
+            "[B] int64, B at least 1"
+        )

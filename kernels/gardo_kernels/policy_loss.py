@@ -432,9 +432,7 @@ def policy_loss(
             raise ValueError(f"{op}: {name} is {value}; it must not be negative")
     check_kl_options(op, beta, reduction, gate, v_ref)
     dtype = compute_dtype(v, v_old, u)
-    if choose_backend(op, backend, built_for=v) == "triton":
-        if dtype == torch.float64:
-            raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
+    if choose_backend(op, backend, v, v_old, u) == "triton":
         gate_R, kl_scale_R = gate_and_scale(gate, kl_scale, v.flatten(1).float()[:, :1])
         return _policy_loss_triton(
             v, v_old, u, v_ref, (advantage, h, B, gate_R, kl_scale_R),

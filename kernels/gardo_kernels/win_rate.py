@@ -14,7 +14,7 @@ Shapes: B samples.
 import torch
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, check_rows, choose_backend
+from gardo_kernels._launch import check_rows
 
 
 @torch.no_grad()
@@ -36,7 +36,6 @@ def win_rate(
     mask_B: Tensor | None = None,
     *,
     group_B: Tensor | None = None,
-    backend: Backend = "auto",
 ) -> Tensor:
     """Share of the population that a sample beats strictly: [B] fp32 in [0, 1).
 
@@ -60,6 +59,5 @@ def win_rate(
         raise ValueError(f"{op}: mask_B has dtype {mask_B.dtype}; pass booleans")
     if group_B.is_floating_point():
         raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
-    choose_backend(op, backend)
     y_B = y_B.detach().double()  # holds every lower dtype exactly, so no tie is made or lost
     return win_rate_ref(torch.where(mask_B, y_B, torch.inf), mask_B, group_B)

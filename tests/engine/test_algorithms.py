@@ -30,6 +30,7 @@ class LinearPolicy(nn.Module):
 
     dtype = torch.float32
     latent_shape = (3, 2)
+    cfg_scale = 1.0
 
     def __init__(self):
         super().__init__()
@@ -44,6 +45,9 @@ class LinearPolicy(nn.Module):
     def velocity(self, x, sigma, conditioning):
         inputs = torch.cat([x.flatten(1), sigma[:, None].to(x), conditioning["text"].to(x)], 1)
         return self.net(inputs).tanh().view_as(x)
+
+    def branches(self, x, sigma, conditioning):
+        return self.velocity(x, sigma, conditioning), None
 
     def decode(self, latents):
         return self.decoder(latents.flatten(1)).sigmoid().view(-1, 3, 2, 2)

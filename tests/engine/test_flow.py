@@ -238,7 +238,7 @@ def test_rows_and_columns():
     index = torch.tensor([4, 0, 0, 3])
     assert torch.equal(table.rows(index, "B"), table.column("B")[index])
     assert table.to("meta").table_TK.device.type == "meta"
-    with pytest.raises(ValueError, match=r"no column 'beta'; the columns are sigma, sigma_next"):
+    with pytest.raises(ValueError, match=r"no column 'beta'; the columns are sigma, A, B"):
         table.column("beta")
     with pytest.raises(ValueError, match="no column"):
         table.rows(index, "beta")
@@ -248,10 +248,10 @@ def run(table, x, velocity, sigmas):
     """Sample with the table as the engine does: m_prev is kept from step to step."""
     m_prev = torch.zeros_like(x)
     for t in range(table.steps):
-        row = {k: table.column(k)[t : t + 1] for k in ("A", "B", "C", "std")}
         v = velocity(x, sigmas[t].item())
-        m = x - sigmas[t] * v
-        x, m_prev = sde_step(x, v, None, **row, m_prev=m_prev), m
+        step_R = torch.full((len(x),), t)
+        out = sde_step(x, v, table.table_TK, step_R, m_prev=m_prev, keep_m=True)
+        x, m_prev = out.x, out.m
     return x
 
 

@@ -103,6 +103,26 @@ def nft_loss_specs(name: str, pointer: str) -> list[Spec]:
     ]  # fmt: skip
 
 
+def sde_step_specs(name: str, pointer: str, *, guided: bool) -> list[Spec]:
+    """As the rollout calls it: noise drawn, u kept, the model's copy; guided, all that there is."""
+    low = ("v", "uncond", "low", "velocity")
+    wide = ("x", "m_prev", "table", "x_next", "u", "m", "sums")
+    types = {**{f"{n}_ptr": pointer for n in low}, **{f"{n}_ptr": "*fp32" for n in wide},
+             **{f"{n}_ptr": "*i64" for n in ("step", "seed", "id")},
+             "elements": "i32", "steps": "i32", "columns": "i32", "guidance": "fp32"}  # fmt: skip
+    module = import_module("gardo_kernels.sde_step")
+    return [
+        Spec(f"sde_step_{name}", module._sde_step_fwd_kernel, types,
+             {"HAS_NOISE": True, "GUIDED": guided, "HAS_M": guided, "KEEP_LOW": pointer != "*fp32",
+              "KEEP_U": True, "KEEP_M": guided, "KEEP_SQUARE": guided, "FAST": True,
+              "BLOCK": module.BLOCK}, module.BLOCK),
+    ]  # fmt: skip
+
+
+SPECS += sde_step_specs("bf16", "*bf16", guided=False) + sde_step_specs(
+    "fp32", "*fp32", guided=False
+)
+SPECS += sde_step_specs("guided_bf16", "*bf16", guided=True)
 SPECS += nft_loss_specs("bf16", "*bf16") + nft_loss_specs("fp32", "*fp32")
 SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 

@@ -120,7 +120,7 @@ def test_every_coordinate_matters():
         ((2**64, ids(0), 0, 4), "seed"),
         ((0, ids(0), 2**32, 4), "stream"),
         ((0, ids(0), -1, 4), "stream"),
-        ((0, ids(), 0, 4), "sample_id_B"),
+        ((0, ids(), 0, 4), "sample_id"),
         ((0, torch.zeros(2), 0, 4), "int64"),
         ((0, torch.zeros(2, 2, dtype=torch.int64), 0, 4), r"\(2, 2\)"),
         ((0, ids(0), 0, 0), "0 elements"),

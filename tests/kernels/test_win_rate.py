@@ -88,5 +88,3 @@ def test_bad_inputs():
         win_rate(y_B, group_B=torch.zeros(4))
     with pytest.raises(ValueError, match="group_B is on meta"):
         win_rate(y_B, group_B=torch.zeros(4, dtype=torch.int64, device="meta"))
-    with pytest.raises(RuntimeError, match="not built in this version"):
-        win_rate(y_B, backend="triton")

@@ -17,6 +17,7 @@ from torch import Tensor
 from gardo.contract import NoRatio, RatioContract
 from gardo.settings import Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo_kernels import Backend
 
 
 class SamplerSettings(Strict):
@@ -35,11 +36,12 @@ class AlgorithmSettings(Strict):
 
 @dataclass(frozen=True)
 class World:
-    """What an algorithm may know of the run: the sampler, its schedule, the seed."""
+    """What an algorithm may know of the run: the sampler, its schedule, the seed, the kernels."""
 
     sampler: SamplerSettings
     sigmas: Tensor  # [T + 1] float64
     seed: int
+    kernels: Backend = "auto"
 
 
 class Context(Protocol):

@@ -93,11 +93,13 @@ class DiffusionNFT(Algorithm):
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
         count, device = self.world.sampler.train_steps, rollout.final_BX.device
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        order = random_uniform(rollout.seed, identity_B, TIMES, self.table.steps)
+        seed, kernels = rollout.seed, self.world.kernels
+        order = random_uniform(seed, identity_B, TIMES, self.table.steps, backend=kernels)
         step_BK = order.argsort(dim=1, stable=True)[:, :count]
+        shape = rollout.final_BX.shape[1:]
         noise_BKX = torch.stack(
             [
-                random_normal(rollout.seed, identity_B, FRESH + k, rollout.final_BX.shape[1:])
+                random_normal(seed, identity_B, FRESH + k, shape, backend=kernels)
                 for k in range(count)
             ],
             1,
@@ -126,16 +128,17 @@ class DiffusionNFT(Algorithm):
         points, settings = batch.points, self.settings
         out = nft_loss(
             ctx.velocity(batch),
-            points.velocities["old"].float(),
+            points.velocities["old"],
             points.x_RX,
             points.extra["x0"],
             points.sigma_R,
             r=nft_preference(batch.advantage_R, settings.advantage_clip),
             b=settings.guidance_strength,
             gate=batch.gate_R if self.has_kl else None,
-            v_ref=points.velocities["reference"].float() if self.has_kl else None,
+            v_ref=points.velocities["reference"] if self.has_kl else None,
             beta=settings.beta,
             policy_scale=settings.advantage_clip,
+            backend=self.world.kernels,
         )
         metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.policy_R)
         if self.has_kl:

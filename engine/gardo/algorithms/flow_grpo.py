@@ -111,19 +111,20 @@ class FlowGRPO(Algorithm):
         old = points.velocities.get("train", points.velocities["rollout"])
         return policy_loss(
             velocity_RX,
-            old.float(),
+            old,
             points.extra["u"],
             advantage=batch.advantage_R,
             h=points.extra["h"],
             B=points.extra["B"],
             gate=batch.gate_R if self.has_kl else None,
-            v_ref=points.velocities.get("reference", old).float() if self.has_kl else None,
+            v_ref=points.velocities.get("reference", old) if self.has_kl else None,
             kl_scale=points.extra.get("kl_scale"),
             clip_low=settings.clip_range,
             clip_high=settings.clip_range,
             beta=settings.beta,
             reduction=settings.kl_reduction,
             adv_clip=settings.advantage_clip,
+            backend=self.world.kernels,
         )
 
     def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:

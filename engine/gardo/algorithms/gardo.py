@@ -245,7 +245,9 @@ class Gardo(Algorithm):
     def credit(self, scores: Scores) -> Credit:
         credit = self.base.credit(scores)
         if self.settings.diversity and scores.features_BD is not None:
-            nearest_B, pairwise_B = nearest_cosine(scores.features_BD, scores.group_B)
+            nearest_B, pairwise_B = nearest_cosine(
+                scores.features_BD, scores.group_B, backend=self.world.kernels
+            )
             factor_B = diversity_factor(
                 nearest_B,
                 credit.advantage_B,

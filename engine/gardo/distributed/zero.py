@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -192,23 +192,23 @@ class ZeroEngine:
         return gathered.bool() if boolean else gathered
 
     def agree_max(self, value: int) -> int:
-        return int(self._all_reduce([float(value)], dist.ReduceOp.MAX)[0])
+        agreed = torch.tensor(value, dtype=torch.float64)
+        return int(self._all_reduce({"value": agreed}, dist.ReduceOp.MAX)["value"])
 
     def reduce(self, metrics: Metrics) -> Metrics:
-        names, maxima = sorted(metrics.sums), sorted(metrics.maxima)
-        flat = [x for n in names for x in metrics.sums[n]]
-        total = iter(self._all_reduce(flat, dist.ReduceOp.SUM)) if flat else iter(())
         reduced = Metrics()
-        reduced.sums = {n: (next(total), next(total)) for n in names}
-        if maxima:
-            highest = self._all_reduce([metrics.maxima[n] for n in maxima], dist.ReduceOp.MAX)
-            reduced.maxima = dict(zip(maxima, highest, strict=True))
+        reduced.sums = self._all_reduce(metrics.sums, dist.ReduceOp.SUM)
+        reduced.maxima = self._all_reduce(metrics.maxima, dist.ReduceOp.MAX)
         return reduced
 
-    def _all_reduce(self, values: Sequence[float], operation: Any) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
-        return tensor.tolist()
+    def _all_reduce(self, values: Mapping[str, Tensor], operation: Any) -> dict[str, Tensor]:
+        """fp64 tensors of one shape by name, over all ranks; on the host."""
+        if not values:
+            return {}
+        names = sorted(values)
+        stacked = torch.stack([values[n] for n in names]).to(self.device)
+        dist.all_reduce(stacked, operation)
+        return dict(zip(names, stacked.cpu(), strict=True))
 
     def barrier(self) -> None:
         dist.barrier()

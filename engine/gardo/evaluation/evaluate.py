@@ -25,7 +25,7 @@ from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
 from gardo.rollout import EVALUATION, rows_of
-from gardo_kernels import nearest_cosine, random_normal
+from gardo_kernels import Backend, nearest_cosine, random_normal
 
 
 class Evaluator:
@@ -41,9 +41,11 @@ class Evaluator:
         *,
         seed: int,
         folder: Path,
+        kernels: Backend = "auto",
     ) -> None:
         self.policy, self.panel, self.engine = policy, panel, engine
         self.prompts, self.settings, self.seed, self.folder = list(prompts), settings, seed, folder
+        self.kernels = kernels
         count = min(settings.shown, len(self.prompts))
         self.shown = torch.arange(count) * len(self.prompts) // count  # spread over the prompts
         self.first: dict[str, Tensor] = {}
@@ -56,7 +58,9 @@ class Evaluator:
         }
 
     def initial_latents(self, image_I: Tensor) -> Tensor:
-        return random_normal(self.seed, image_I, EVALUATION, self.policy.latent_shape)
+        return random_normal(
+            self.seed, image_I, EVALUATION, self.policy.latent_shape, backend=self.kernels
+        )
 
     def batch(self, image_B: Tensor) -> tuple[Tensor, list[str]]:
         """Images and prompts of the evaluation images with these indices."""
@@ -153,7 +157,8 @@ class Evaluator:
         if "features" in values:
             image_I = torch.arange(len(values["features"]), device=self.engine.device)
             group_I = image_I // self.settings.images_per_prompt
-            labels["features"] = 100 * float(nearest_cosine(values["features"], group_I)[1].mean())
+            _, pairwise_I = nearest_cosine(values["features"], group_I, backend=self.kernels)
+            labels["features"] = 100 * float(pairwise_I.mean())
         return labels
 
 

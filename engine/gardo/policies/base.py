@@ -86,7 +86,7 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
 class Policy:
     """A pipeline whose transformer is trained.
 
-    `velocity` is the only call of the training loop into the model.
+    `branches` and `velocity` are the only calls of the training loop into the model.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -165,8 +165,13 @@ class Policy:
         """Conditioning of P prompts: tensors [P, ...] of the model's dtype."""
         raise NotImplementedError  # pragma: no cover
 
-    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The model's velocity at x, fp32 [R, *latent_shape]; `conditioning` has R rows."""
+    def branches(
+        self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's velocities at x with the prompt, and without it where `cfg_scale` is not 1.
+
+        [R, *latent_shape] each, in the model's dtype; `conditioning` has R rows.
+        """
         raise NotImplementedError  # pragma: no cover
 
     def sigmas(self, steps: int) -> Tensor:
@@ -178,9 +183,22 @@ class Policy:
 
     # What all share -------------------------------------------------------------------------------
 
+    cfg_scale: float = 1.0  # of classifier-free guidance; a family's own property where it has it
+
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
+
+    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The velocity that the sampler takes at x: guided, in the model's dtype.
+
+        The sampler combines the branches in fp32 and rounds; so does this: both see equal numbers.
+        """
+        prompted, unprompted = self.branches(x_RX, sigma_R, conditioning)
+        if unprompted is None:
+            return prompted
+        low = unprompted.float()
+        return (low + self.cfg_scale * (prompted.float() - low)).to(prompted.dtype)
 
     def decode(self, latents_BX: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32; differentiable where the latents ask for it."""

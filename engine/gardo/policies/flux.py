@@ -68,11 +68,13 @@ class FluxPolicy(Policy):
         )
         return {"text": text, "pooled": pooled}
 
-    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def branches(
+        self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         guidance_R = None
         if self.transformer.config.guidance_embeds:
             guidance_R = torch.full_like(sigma_R, self.settings.guidance, dtype=torch.float32)
-        return self.transformer(
+        velocity_RX = self.transformer(
             hidden_states=x_RX.to(self.dtype),
             encoder_hidden_states=conditioning["text"],
             pooled_projections=conditioning["pooled"],
@@ -81,7 +83,8 @@ class FluxPolicy(Policy):
             img_ids=self._image_ids,
             txt_ids=self._text_ids,
             return_dict=False,
-        )[0].float()
+        )[0]
+        return velocity_RX, None
 
     def sigmas(self, steps: int) -> Tensor:
         config = self.pipeline.scheduler.config

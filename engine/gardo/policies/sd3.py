@@ -50,6 +50,10 @@ class SD3Policy(Policy):
         return self.settings.guidance > 1
 
     @property
+    def cfg_scale(self) -> float:  # type: ignore[override]
+        return self.settings.guidance
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         scale = self.pipeline.vae_scale_factor
         return self.transformer.config.in_channels, self.height // scale, self.width // scale
@@ -82,28 +86,29 @@ class SD3Policy(Policy):
         )
         return text, pooled
 
-    def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def branches(
+        self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         if not self.guided:
-            return self._velocity(x_RX, sigma_R, conditioning["text"], conditioning["pooled"])
+            text, pooled = conditioning["text"], conditioning["pooled"]
+            return self._velocity(x_RX, sigma_R, text, pooled), None
         negative, positive = self._velocity(
             torch.cat([x_RX, x_RX]),
             torch.cat([sigma_R, sigma_R]),
             torch.cat([conditioning["negative_text"], conditioning["text"]]),
             torch.cat([conditioning["negative_pooled"], conditioning["pooled"]]),
         ).chunk(2)
-        guided = negative + self.settings.guidance * (positive - negative)
-        # Rollout and training must round alike: the sampler steps with what is stored.
-        return guided.to(self.dtype).float()
+        return positive, negative
 
     def _velocity(self, x_RX: Tensor, sigma_R: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        """One call of the transformer, whose time is 1000 sigma, not rounded. fp32 [R, C, h, w]."""
+        """One call of the transformer, whose time is 1000 sigma, not rounded. [R, C, h, w]."""
         return self.transformer(
             hidden_states=x_RX.to(self.dtype),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=1000 * sigma_R,
             return_dict=False,
-        )[0].float()
+        )[0]
 
     def sigmas(self, steps: int) -> Tensor:
         return sd3_sigmas(steps, self.pipeline.scheduler.config.shift)
