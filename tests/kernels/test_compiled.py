@@ -16,6 +16,10 @@ BUDGET = {  # instructions an element at most: what a memory-bound kernel can af
     "random_bits": 40,
     "random_uniform": 40,
     "random_normal": 64,
+    "awm_loss_sums_bf16": 64,
+    "awm_loss_sums_fp32": 56,
+    "awm_loss_bwd_bf16": 24,
+    "awm_loss_bwd_fp32": 20,
     "policy_loss_sums_bf16": 40,
     "policy_loss_sums_fp32": 40,
     "policy_loss_bwd_bf16": 24,
@@ -53,6 +57,7 @@ def test_machine_code(codes: list[dict[str, Any]], name: str) -> None:
             assert code["doubles"] == code["atomics"] == 0, code
             assert code["wide"] > 0, code
             # five running sums of eight elements a thread: 20 warps stay on a multiprocessor
-            registers = 96 if name.startswith("nft_loss_sums") else 64
+            five_sums = name.startswith(("awm_loss_sums", "nft_loss_sums"))
+            registers = 96 if five_sums else 64
             assert 0 < code["registers"] <= registers, code
             assert 0 < code["per_element"] <= BUDGET[name], code
