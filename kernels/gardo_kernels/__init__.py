@@ -6,6 +6,7 @@ calls alone, which are right for a sort.
 """
 
 from gardo_kernels._launch import Backend, kernels_run_on
+from gardo_kernels.awm_loss import AwmLoss, awm_loss
 from gardo_kernels.nearest_cosine import nearest_cosine
 from gardo_kernels.nft_loss import NftLoss, nft_loss, nft_preference
 from gardo_kernels.philox import (
@@ -22,11 +23,13 @@ from gardo_kernels.win_rate import win_rate
 
 __all__ = [
     "STEP_COLUMNS",
+    "AwmLoss",
     "Backend",
     "NftLoss",
     "PolicyLoss",
     "Seed",
     "Step",
+    "awm_loss",
     "kernels_run_on",
     "nearest_cosine",
     "nft_loss",

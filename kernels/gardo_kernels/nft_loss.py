@@ -32,23 +32,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._gated_kl import (
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
     Reduction,
     check_kl_options,
+    check_positive,
+    check_tensors,
+    constant_rows,
+    constant_samples,
     count_kl_rows,
+    error_where,
     gated_kl_ref,
+    is_on,
+    load_fp32,
+    register_row_loss,
     sum_chunks,
-)
-from gardo_kernels._launch import (
-    Backend,
-    check_like,
-    check_rows,
-    check_samples,
-    choose_backend,
-    compute_dtype,
 )
 
 
@@ -81,21 +82,10 @@ def nft_preference(advantage: Tensor, adv_clip: float = 5.0) -> Tensor:
 
 
 def nft_loss_ref(
-    v_RN: Tensor,
-    v_old_RN: Tensor,
-    x_t_RN: Tensor,
-    x0_RN: Tensor,
-    t_R: Tensor,
-    *,
-    r_R: Tensor,
-    b: float,
-    gate_R: Tensor,
-    v_ref_RN: Tensor | None,
-    beta: float,
-    policy_scale: float,
-    reduction: Reduction,
-    floor: float,
-) -> NftLoss:
+    v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
+    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, reduction: str,
+    floor: float, b: float,
+) -> NftLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
 
     def branch(v_branch_RN: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,13 +96,9 @@ def nft_loss_ref(
     plus_R, weight_plus_R = branch(b * v_RN + (1 - b) * v_old_RN)
     minus_R, weight_minus_R = branch((1 + b) * v_old_RN - b * v_RN)
     policy_R = policy_scale * (r_R * plus_R + (1 - r_R) * minus_R) / b
-    loss = policy_R.mean()
-    kl_R = torch.zeros_like(policy_R)
-    if v_ref_RN is not None:
-        kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
-        loss = loss + beta * kl
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
     return NftLoss(
-        loss=loss,
+        loss=policy_R.mean() + beta * kl,
         policy_R=policy_R.detach(),
         kl_R=kl_R.detach(),
         weight_plus_R=weight_plus_R,
@@ -134,7 +120,7 @@ def _nft_loss_sums_kernel(
 ):  # fmt: skip
     """sums[row, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    gated = tl.zeros((BLOCK,), tl.float32) + tl.load(gate_ptr + row) != 0
+    gated = is_on(tl.load(gate_ptr + row), BLOCK)
     t = tl.load(t_ptr + row)
     plus_1 = tl.zeros((BLOCK,), tl.float32)
     plus_2 = tl.zeros((BLOCK,), tl.float32)
@@ -145,19 +131,18 @@ def _nft_loss_sums_kernel(
         element = chunk * CHUNK + start + tl.arange(0, BLOCK)
         inside = element < elements
         at = row * elements + element
-        v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        v_old = tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x_t = tl.load(x_t_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        e = x_t - t * v_old - x0
+        v = load_fp32(v_ptr, at, inside)
+        v_old = load_fp32(v_old_ptr, at, inside)
+        x_t = load_fp32(x_t_ptr, at, inside)
+        x0 = load_fp32(x0_ptr, at, inside)
+        e = (x_t - x0) - t * v_old  # in this order: at small t x_t - x0 is exact or nearly
         s = t * b * (v - v_old)
         plus_1 += tl.abs(e - s)
         plus_2 += (e - s) * (e - s)
         minus_1 += tl.abs(e + s)
         minus_2 += (e + s) * (e + s)
-        if HAS_REF:  # rows of gate 0 are not read: what stands there does not matter
-            v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
-            error = tl.where(gated, v - v_ref, 0.0)
+        if HAS_REF:
+            error = error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
     at = sums_ptr + (row * chunks + chunk) * 5
     tl.store(at, tl.sum(plus_1))
@@ -178,9 +163,9 @@ def _nft_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        t = tl.load(t_ptr + row, mask=inside, other=0.0)
-        r = tl.load(r_ptr + row, mask=inside, other=0.0)
-        gate = tl.load(gate_ptr + row, mask=inside, other=0.0)
+        t = load_fp32(t_ptr, row, inside)
+        r = load_fp32(r_ptr, row, inside)
+        gate = load_fp32(gate_ptr, row, inside)
         weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
         weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
         weight_plus = tl.maximum(weight_plus, floor)
@@ -219,17 +204,15 @@ def _nft_loss_bwd_kernel(
     plus = upstream * tl.load(rows_ptr + 6 * rows + row)
     minus = upstream * tl.load(rows_ptr + 7 * rows + row)
     kl_weight = upstream * tl.load(rows_ptr + 8 * rows + row)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    v_old = tl.load(v_old_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x_t = tl.load(x_t_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x0 = tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    e = x_t - t * v_old - x0
+    v = load_fp32(v_ptr, at, inside)
+    v_old = load_fp32(v_old_ptr, at, inside)
+    x_t = load_fp32(x_t_ptr, at, inside)
+    x0 = load_fp32(x0_ptr, at, inside)
+    e = (x_t - x0) - t * v_old
     s = t * b * (v - v_old)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        gated = tl.zeros((BLOCK,), tl.float32) + kl_weight != 0
-        v_ref = tl.load(v_ref_ptr + at, mask=inside & gated, other=0.0).to(tl.float32)
-        grad += tl.where(gated, kl_weight * (v - v_ref), 0.0)
+        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -238,20 +221,10 @@ def _nft_loss_bwd_kernel(
 
 @torch.library.custom_op("gardo::nft_loss", mutates_args=())
 def _nft_loss_op(
-    v_RN: Tensor,
-    v_old_RN: Tensor,
-    x_t_RN: Tensor,
-    x0_RN: Tensor,
-    v_ref_RN: Tensor | None,
-    t_R: Tensor,
-    r_R: Tensor,
-    gate_R: Tensor,
-    b: float,
-    beta: float,
-    policy_scale: float,
-    gated: bool,
-    floor: float,
-) -> tuple[Tensor, Tensor]:
+    v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
+    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, reduction: str,
+    floor: float, b: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
     R, N = v_RN.shape
     chunks = triton.cdiv(N, CHUNK)
@@ -265,23 +238,16 @@ def _nft_loss_op(
     _nft_loss_rows_kernel[(1,)](
         sums_RC5, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
         beta if v_ref_RN is not None else 0.0, policy_scale, floor,
-        GATED=gated, ROWS=ROWS_AT_A_TIME,
+        GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR
 
 
 @torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
 def _nft_loss_grad_op(
-    v_RN: Tensor,
-    v_old_RN: Tensor,
-    x_t_RN: Tensor,
-    x0_RN: Tensor,
-    v_ref_RN: Tensor | None,
-    t_R: Tensor,
-    rows_SR: Tensor,
-    upstream: Tensor,
-    b: float,
-) -> Tensor:
+    v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
+    t_R: Tensor, rows_SR: Tensor, upstream: Tensor, b: float,
+) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
@@ -292,30 +258,7 @@ def _nft_loss_grad_op(
     return grad_RN
 
 
-@_nft_loss_op.register_fake
-def _(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    rows_SR = v_RN.new_empty(STATISTICS, v_RN.shape[0], dtype=torch.float32)
-    return v_RN.new_empty((), dtype=torch.float32), rows_SR
-
-
-@_nft_loss_grad_op.register_fake
-def _(v_RN: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(v_RN)
-
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:6], output[1])
-    ctx.b = inputs[8]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, upstream, _rows):  # type: ignore[no-untyped-def]
-    *inputs, rows_SR = ctx.saved_tensors
-    grad_RN = _nft_loss_grad_op(*inputs, rows_SR, upstream.float(), ctx.b)
-    return grad_RN, *[None] * 12
-
-
-_nft_loss_op.register_autograd(_backward, setup_context=_keep)
+register_row_loss(_nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, tensors=6, constants=1)
 
 
 def nft_loss(
@@ -350,42 +293,19 @@ def nft_loss(
     2509.16117.
     """
     op = "nft_loss"
-    check_samples(op, "v", v)
-    for name, tensor in (("v_old", v_old), ("x_t", x_t), ("x0", x0), ("v_ref", v_ref)):
-        if tensor is not None:
-            check_like(op, name, tensor, "v", v)
-    for name, tensor in (("t", t), ("r", r), ("gate", gate)):
-        if tensor is not None:
-            check_rows(op, name, tensor, "v", v)
-    for name, value in (("b", b), ("floor", floor)):
-        if not value > 0:
-            raise ValueError(f"{op}: {name} is {value}; it must be positive")
+    samples = {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
+    row_values = {"t": t, "r": r, "gate": gate}
+    check_tensors(op, v, samples, row_values)
+    check_positive(op, b=b, floor=floor)
     check_kl_options(op, beta, reduction, gate, v_ref)
     dtype = compute_dtype(v, v_old, x_t, x0)
-    if choose_backend(op, backend, v, v_old, x_t, x0) == "triton":
-        others = (None if x is None else x.detach().flatten(1).contiguous()
-                  for x in (v_old, x_t, x0, v_ref))  # fmt: skip
-        gate_R = torch.ones_like(t) if gate is None else gate
-        values = (x.detach().float().contiguous() for x in (t, r, gate_R))
-        loss, rows_SR = _nft_loss_op(
-            v.flatten(1).contiguous(), *others, *values, b, beta, policy_scale,
-            reduction == "gated", floor,
-        )  # fmt: skip
-        return NftLoss(loss, *rows_SR.unbind(0)[:6])
-    v_old_RN, x_t_RN, x0_RN = (x.detach().flatten(1).to(dtype) for x in (v_old, x_t, x0))
-    t_R, r_R = t.detach().to(dtype), r.detach().to(dtype)
-    return nft_loss_ref(
-        v.flatten(1).to(dtype),
-        v_old_RN,
-        x_t_RN,
-        x0_RN,
-        t_R,
-        r_R=r_R,
-        b=b,
-        gate_R=torch.ones_like(t_R) if gate is None else gate.detach().to(dtype),
-        v_ref_RN=None if v_ref is None else v_ref.detach().flatten(1).to(dtype),
-        beta=beta,
-        policy_scale=policy_scale,
-        reduction=reduction,
-        floor=floor,
-    )
+    kernels = choose_backend(op, backend, v, v_old, x_t, x0) == "triton"
+    inputs = [
+        *constant_samples(None if kernels else dtype, *samples.values()),
+        *constant_rows(v, dtype, *row_values.values()),
+        *(beta, policy_scale, reduction, floor, b),
+    ]
+    if not kernels:
+        return nft_loss_ref(v.flatten(1).to(dtype), *inputs)
+    loss, rows_SR = _nft_loss_op(v.flatten(1).contiguous(), *inputs)
+    return NftLoss(loss, *rows_SR.unbind(0)[:6])

@@ -81,9 +81,9 @@ def policy_loss_specs(name: str, pointer: str) -> list[Spec]:
     chunk, block = module.CHUNK, module.BLOCK
     return [
         Spec(f"policy_loss_sums_{name}", module._policy_loss_sums_kernel, types,
-             {"HAS_REF": True, "CHUNK": chunk, "BLOCK": block}, block),
+             {"HAS_REF": True, "QUADRATIC": True, "CHUNK": chunk, "BLOCK": block}, block),
         Spec(f"policy_loss_bwd_{name}", module._policy_loss_bwd_kernel, types,
-             {"HAS_REF": True, "BLOCK": block}, block),
+             {"HAS_REF": True, "QUADRATIC": True, "BLOCK": block}, block),
     ]  # fmt: skip
 
 
@@ -123,6 +123,26 @@ SPECS += sde_step_specs("bf16", "*bf16", guided=False) + sde_step_specs(
     "fp32", "*fp32", guided=False
 )
 SPECS += sde_step_specs("guided_bf16", "*bf16", guided=True)
+
+
+def awm_loss_specs(name: str, pointer: str) -> list[Spec]:
+    """The two kernels that touch every element, with all that is optional; the target is fp32."""
+    velocities = {f"{n}_ptr": pointer for n in ("v", "v_ref", "v_ema", "v_old")}
+    others = ("target", "gate", "sums", "rows", "upstream")
+    types = {**velocities, **{f"{n}_ptr": "*fp32" for n in others}, "grad_ptr": pointer,
+             "elements": "i32", "chunks": "i32", "rows": "i32"}  # fmt: skip
+    module = import_module("gardo_kernels.awm_loss")
+    chunk, block = module.CHUNK, module.BLOCK
+    return [
+        Spec(f"awm_loss_sums_{name}", module._awm_loss_sums_kernel, types,
+             {"HAS_REF": True, "HAS_EMA": True, "CURVED": True, "CHUNK": chunk, "BLOCK": block},
+             block),
+        Spec(f"awm_loss_bwd_{name}", module._awm_loss_bwd_kernel, types,
+             {"HAS_REF": True, "HAS_EMA": True, "BLOCK": block}, block),
+    ]  # fmt: skip
+
+
+SPECS += awm_loss_specs("bf16", "*bf16") + awm_loss_specs("fp32", "*fp32")
 SPECS += nft_loss_specs("bf16", "*bf16") + nft_loss_specs("fp32", "*fp32")
 SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 

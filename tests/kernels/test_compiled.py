@@ -19,6 +19,10 @@ BUDGET = {  # instructions an element at most: what a memory-bound kernel can af
     "sde_step_bf16": 60,
     "sde_step_fp32": 56,
     "sde_step_guided_bf16": 92,
+    "awm_loss_sums_bf16": 64,
+    "awm_loss_sums_fp32": 56,
+    "awm_loss_bwd_bf16": 24,
+    "awm_loss_bwd_fp32": 20,
     "policy_loss_sums_bf16": 40,
     "policy_loss_sums_fp32": 40,
     "policy_loss_bwd_bf16": 24,
@@ -32,6 +36,8 @@ REGISTERS = {  # where 64 are not enough
     # five running sums of eight elements a thread: 20 warps stay on a multiprocessor
     "nft_loss_sums_bf16": 96,
     "nft_loss_sums_fp32": 96,
+    "awm_loss_sums_bf16": 96,
+    "awm_loss_sums_fp32": 96,
     "sde_step_guided_bf16": 80,  # four inputs and five outputs: 24 warps stay
 }
 

@@ -259,7 +259,7 @@ def test_opcheck():
     tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["r"], options["gate"])
     rows = [x.float().to(DEVICE) for x in tensors]
     trained = v.to(DEVICE).detach().requires_grad_()
-    arguments = (trained, *rows, 0.5, 1.5, 5.0, False, 1e-5)
+    arguments = (trained, *rows, 1.5, 5.0, "gated", 1e-5, 0.5)
     torch.library.opcheck(torch.ops.gardo.nft_loss.default, arguments)
 
 

@@ -373,10 +373,11 @@ def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
 
 def op_arguments():
     v, v_old, u, options = problem(rows=3, dtype=torch.float32, shape=(40,))
-    rows = [options[n].float().to(DEVICE) for n in ("advantage", "h", "B", "gate", "kl_scale")]
+    names = ("advantage", "h", "B", "h", "gate", "kl_scale")  # h serves as the weight too
+    rows = [options[n].float().to(DEVICE) for n in names]
     trained = v.to(DEVICE).detach().requires_grad_()
     return (trained, *on_device(v_old, u, options["v_ref"].nan_to_num()), *rows,
-            0.2, 0.1, 1.5, False, 5.0)  # fmt: skip
+            0.2, 0.1, 1.5, "batch", 5.0, True)  # fmt: skip
 
 
 def test_opcheck():

@@ -1,0 +1,206 @@
+"""What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, registration.
+
+A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
+program writes the sums of CHUNK elements of a row, then one program adds a row's chunks in order.
+
+Shapes: R rows, N elements of a row, S statistics of a row.
+"""
+
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gardo_kernels._launch import check_like, check_rows, check_samples
+
+CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
+ROWS_AT_A_TIME = 64
+
+Reduction = Literal["batch", "gated"]
+
+
+# ---- references ----------------------------------------------------------------------------------
+
+
+def clipped_term_ref(
+    advantage_R: Tensor, ratio_R: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """max(-A ratio, -A clamp(ratio)), and the rows that the clip switches off above and below."""
+    clamped_R = ratio_R.clamp(1 - clip_low, 1 + clip_high)
+    term_R = torch.maximum(-advantage_R * ratio_R, -advantage_R * clamped_R)
+    high_R = ((advantage_R > 0) & (ratio_R > 1 + clip_high)).detach()
+    low_R = ((advantage_R < 0) & (ratio_R < 1 - clip_low)).detach()
+    return term_R, high_R, low_R
+
+
+def gated_kl_ref(
+    v_RN: Tensor, v_ref_RN: Tensor | None, gate_R: Tensor, kl_scale_R: Tensor, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The gated KL, reduced, and the KL of each row; zeros where v_ref is None.
+
+    What v_ref holds in rows of gate 0 does not matter, NaN included.
+    """
+    if v_ref_RN is None:
+        kl_R = torch.zeros_like(gate_R)
+    else:
+        kl_R = kl_scale_R * gated_difference(v_RN, v_ref_RN, gate_R).square().mean(1)
+    return (gate_R * kl_R).sum() / kl_rows(gate_R, reduction), kl_R
+
+
+def gated_difference(v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor) -> Tensor:
+    """v - v_ref, 0 in rows of gate 0."""
+    return torch.where(gate_R[:, None] != 0, v_RN - v_ref_RN, 0.0)
+
+
+def kl_rows(gate_R: Tensor, reduction: str) -> Tensor:
+    """What the sum of gated KLs is divided by: all rows, or the gated ones (at least 1)."""
+    if reduction == "batch":
+        return torch.full_like(gate_R[0], gate_R.shape[0])
+    return (gate_R != 0).sum().clamp(min=1).to(gate_R.dtype)
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+def check_tensors(
+    op: str, v: Tensor, samples: dict[str, Tensor | None], rows: dict[str, Tensor | None]
+) -> None:
+    """v is [R, ...]; `samples` are like it and `rows` one value a row of it, or None."""
+    check_samples(op, "v", v)
+    for name, tensor in samples.items():
+        if tensor is not None:
+            check_like(op, name, tensor, "v", v)
+    for name, tensor in rows.items():
+        if tensor is not None:
+            check_rows(op, name, tensor, "v", v)
+
+
+def check_positive(op: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{op}: {name} is {value}; it must be positive")
+
+
+def check_not_negative(op: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} is {value}; it must not be negative")
+
+
+def check_kl_options(
+    op: str, beta: float, reduction: Reduction, gate: Tensor | None, v_ref: Tensor | None
+) -> None:
+    """What the losses with a gated KL refuse in its settings."""
+    check_not_negative(op, beta=beta)
+    if reduction not in ("batch", "gated"):
+        raise ValueError(f"{op}: reduction {reduction!r} is unknown; choose batch or gated")
+    if beta > 0 and v_ref is None and gate is None:
+        raise ValueError(
+            f"{op}: beta is {beta} but v_ref is None; pass v_ref, or beta=0, or the gate"
+        )
+
+
+def constant_samples(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Any]:
+    """[R, N] each, without gradient, contiguous, in dtype (None: as it is); None stays None."""
+    return [None if x is None else x.detach().flatten(1).to(dtype or x.dtype).contiguous()
+            for x in tensors]  # fmt: skip
+
+
+def constant_rows(v: Tensor, dtype: torch.dtype, *values: Tensor | None) -> list[Tensor]:
+    """[R] each, without gradient, contiguous, in dtype; None is ones."""
+    ones_R = torch.ones(v.shape[0], dtype=dtype, device=v.device)
+    return [ones_R if x is None else x.detach().to(dtype).contiguous() for x in values]
+
+
+# ---- pieces of kernels ---------------------------------------------------------------------------
+
+
+@triton.jit
+def load_fp32(ptr, at, inside):
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def is_on(value, BLOCK: tl.constexpr):
+    """A row's value is not 0, as a mask of a block (the interpreter masks none with a scalar)."""
+    return tl.zeros((BLOCK,), tl.float32) + value != 0
+
+
+@triton.jit
+def error_where(v, other_ptr, at, mask):
+    """v - other, 0 outside the mask: there nothing is read, what stands there does not matter."""
+    return tl.where(mask, v - load_fp32(other_ptr, at, mask), 0.0)
+
+
+@triton.jit
+def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
+    """One column of sums[row, chunk, column], added over the chunks in their order."""
+    total = tl.zeros(row.shape, tl.float32)
+    for chunk in range(chunks):
+        at = (row.to(tl.int64) * chunks + chunk) * COLUMNS + COLUMN
+        total += tl.load(sums_ptr + at, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def count_kl_rows(gate_ptr, rows, GATED: tl.constexpr, ROWS: tl.constexpr):
+    """`kl_rows`: all rows, or the gated ones, at least 1."""
+    gated = 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        gated += tl.sum((tl.load(gate_ptr + row, mask=row < rows, other=0.0) != 0).to(tl.float32))
+    return tl.maximum(gated, 1.0) if GATED else rows * 1.0
+
+
+@triton.jit
+def exp_near_0(x):
+    """exp with all digits near 0, where ratios are: there the GPU's own loses the last two bits."""
+    series = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24))))
+    return tl.where(tl.abs(x) < 0.03, series, tl.exp(x))
+
+
+@triton.jit
+def clipped_term(advantage, ratio, clip_low, clip_high):
+    """`clipped_term_ref`."""
+    clamped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    term = tl.maximum(-advantage * ratio, -advantage * clamped)
+    high = (advantage > 0) & (ratio > 1.0 + clip_high)
+    low = (advantage < 0) & (ratio < 1.0 - clip_low)
+    return term, high, low
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+def register_row_loss(
+    loss_op: Any, grad_op: Any, *, statistics: int, tensors: int, constants: int = 0
+) -> None:
+    """Shapes and gradient of a loss op that returns (loss [], rows [statistics, R]).
+
+    Its gradient goes to its first input, v [R, N]. `grad_op` takes the first `tensors` inputs of
+    the loss op, the rows, the gradient of the loss, and the last `constants` inputs of the loss op.
+    Nothing else is kept for the backward pass.
+    """
+
+    def fake_loss(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        rows_SR = v_RN.new_empty(statistics, v_RN.shape[0], dtype=torch.float32)
+        return v_RN.new_empty((), dtype=torch.float32), rows_SR
+
+    def fake_grad(v_RN: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(v_RN)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:tensors], output[1])
+        ctx.constants = inputs[len(inputs) - constants :]
+        ctx.without_gradient = len(inputs) - 1
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx: Any, upstream: Tensor, _rows: Tensor) -> tuple[Tensor | None, ...]:
+        grad_RN = grad_op(*ctx.saved_tensors, upstream.float(), *ctx.constants)
+        return grad_RN, *[None] * ctx.without_gradient
+
+    loss_op.register_fake(fake_loss)
+    grad_op.register_fake(fake_grad)
+    loss_op.register_autograd(backward, setup_context=keep)

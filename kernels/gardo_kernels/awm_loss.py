@@ -1,0 +1,391 @@
+"""AWM's loss: the flow-matching error of fresh noise as a likelihood, clipped, with a gated KL.
+
+For row b of R, freshly noised, target = noise - x0, the same for the trained and the old velocity,
+
+    l       = mean((v - target)^2)                 l_old the same of v_old
+    log p   = -w c(l),    c(l) = ((l + 1e-10)^p - 1e-10^p) / p
+    ratio   = exp(log p - log p_old)
+    policy  = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high))
+    A       = clamp(advantage, +-adv_clip)
+    kl      = mean((v - v_ref)^2) where gate_b is not 0, else 0
+    ema     = mean((v - v_ema)^2)
+
+    loss    = mean_b policy_b + beta sum_b gate_b kl_b / D + ema_beta mean_b ema_b
+    D       = R ("batch") or max(number of gated rows, 1) ("gated")
+
+The transforms are rows of one table: p = 1, where c(l) = l, with w = 1, t or t^2 ("uniform", "t",
+"t2"); p = 1/2 with w = t / 2 ("huber": w c(l) = t (sqrt(l + 1e-10) - 1e-5)); any p with w = t
+("ghuber", AWM takes 1/4).
+
+Subtracting two errors of order 1 would keep 1e-7 of error. With u = target - v_old and
+delta = v - v_old the difference is the delta form of `policy_loss`,
+
+    gain = l_old - l = 2 mean(u delta) - mean(delta^2),
+
+exactly 0 for equal velocities, and log p - log p_old = w gain where p = 1. Else, with x = -gain /
+(l_old + 1e-10), nothing cancels in
+
+    log p - log p_old = -w (l_old + 1e-10)^p expm1(p log1p(x)) / p.
+
+The gradient has a scalar a row for each difference, and does not need v_old:
+
+    dL/dv = (A ratio act) w (l + 1e-10)^(p - 1) (2 / (R N)) (v - target)
+            + beta gate / D (2 / N) (v - v_ref) + ema_beta (2 / (R N)) (v - v_ema)
+
+act as in `policy_loss`. Source: AWM, arXiv 2509.25050, and its released code; the gate: GARDO,
+arXiv 2512.24138.
+
+Least traffic: v, v_old, target, v_ema, and v_ref of gated rows for the row sums; for the gradient
+the same without v_old, and the gradient written. Called once for each micro-batch by
+`gardo.algorithms`. Three launches as in `policy_loss`.
+
+Shapes: R rows, N elements (any dimensions after the first).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._row_loss import (
+    BLOCK,
+    CHUNK,
+    ROWS_AT_A_TIME,
+    Reduction,
+    check_kl_options,
+    check_not_negative,
+    check_positive,
+    check_tensors,
+    clipped_term,
+    clipped_term_ref,
+    constant_rows,
+    constant_samples,
+    count_kl_rows,
+    error_where,
+    exp_near_0,
+    gated_kl_ref,
+    is_on,
+    load_fp32,
+    register_row_loss,
+    sum_chunks,
+)
+
+EPSILON = tl.constexpr(1e-10)
+
+TRANSFORMS: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {  # w(t); p
+    "uniform": (torch.ones_like, 1.0),
+    "t": (lambda t: t, 1.0),
+    "t2": (torch.square, 1.0),
+    "huber": (lambda t: t / 2, 0.5),
+    "ghuber": (lambda t: t, None),  # None: the argument `power`
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AwmLoss:
+    """`loss` carries the gradient to v; everything else is detached and one value a row.
+
+    loss [] fp32; loss_R the policy term; ratio_R and log_ratio_R against the old velocity; kl_R
+    before gate and beta, 0 in rows without a reference; ema_R before ema_beta, 0 without v_ema;
+    clipped_high_R, clipped_low_R bool: rows whose gradient the clip has switched off.
+    """
+
+    loss: Tensor
+    loss_R: Tensor
+    ratio_R: Tensor
+    log_ratio_R: Tensor
+    kl_R: Tensor
+    ema_R: Tensor
+    clipped_high_R: Tensor
+    clipped_low_R: Tensor
+
+
+def _curved_gain_ref(gain_R: Tensor, l_R: Tensor, l_old_R: Tensor, power: float) -> Tensor:
+    """c(l_old) - c(l) from gain = l_old - l, which keeps its digits where l is near l_old."""
+    base_R = l_old_R + EPSILON.value
+    near_R = gain_R.abs() < base_R / 4
+    near_log_R = torch.log1p(torch.where(near_R, -gain_R / base_R, 0.0))
+    log_R = torch.where(near_R, near_log_R, ((l_R + EPSILON.value) / base_R).log())
+    return -base_R.pow(power) * torch.expm1(power * log_R) / power
+
+
+def awm_loss_ref(
+    v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
+    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor, power: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
+    adv_clip: float,
+) -> AwmLoss:  # fmt: skip
+    """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
+    advantage_R = advantage_R.clamp(-adv_clip, adv_clip)
+    delta_RN, u_RN = v_RN - v_old_RN, target_RN - v_old_RN
+    gain_R = 2 * (u_RN * delta_RN).mean(1) - delta_RN.square().mean(1)
+    if power != 1:
+        l_R, l_old_R = (v_RN - target_RN).square().mean(1), u_RN.square().mean(1)
+        gain_R = _curved_gain_ref(gain_R, l_R, l_old_R, power)
+    log_ratio_R = w_R * gain_R
+    ratio_R = log_ratio_R.exp()
+    policy_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
+    ema_R = torch.zeros_like(policy_R)
+    if v_ema_RN is not None:
+        ema_R = (v_RN - v_ema_RN).square().mean(1)
+    return AwmLoss(
+        loss=policy_R.mean() + beta * kl + ema_beta * ema_R.mean(),
+        loss_R=policy_R.detach(),
+        ratio_R=ratio_R.detach(),
+        log_ratio_R=log_ratio_R.detach(),
+        kl_R=kl_R.detach(),
+        ema_R=ema_R.detach(),
+        clipped_high_R=high_R,
+        clipped_low_R=low_R,
+    )
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+STATISTICS = 10  # policy, ratio, log-ratio, KL, EMA, clipped high and low, the gradient's scalars
+
+
+@triton.jit
+def _awm_loss_sums_kernel(
+    v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, v_old_ptr, gate_ptr, sums_ptr, elements, chunks,
+    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, CURVED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums[row, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2, and for p not 1
+    those of l_old and l: u^2, (v - target)^2."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    gated = is_on(tl.load(gate_ptr + row), BLOCK)
+    gain = tl.zeros((BLOCK,), tl.float32)
+    reference_2 = tl.zeros((BLOCK,), tl.float32)
+    ema_2 = tl.zeros((BLOCK,), tl.float32)
+    u_2 = tl.zeros((BLOCK,), tl.float32)
+    error_2 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        inside = element < elements
+        at = row * elements + element
+        v = load_fp32(v_ptr, at, inside)
+        v_old = load_fp32(v_old_ptr, at, inside)
+        target = load_fp32(target_ptr, at, inside)
+        delta, u = v - v_old, target - v_old
+        gain += delta * (2.0 * u - delta)
+        if CURVED:
+            u_2 += u * u
+            error_2 += (v - target) * (v - target)
+        if HAS_REF:
+            reference = error_where(v, v_ref_ptr, at, inside & gated)
+            reference_2 += reference * reference
+        if HAS_EMA:
+            ema = v - load_fp32(v_ema_ptr, at, inside)
+            ema_2 += ema * ema
+    at = sums_ptr + (row * chunks + chunk) * 5
+    tl.store(at, tl.sum(gain))
+    tl.store(at + 1, tl.sum(reference_2))
+    tl.store(at + 2, tl.sum(ema_2))
+    tl.store(at + 3, tl.sum(u_2))
+    tl.store(at + 4, tl.sum(error_2))
+
+
+@triton.jit
+def _curved_gain(gain, l, l_old, power):
+    """`_curved_gain_ref`; series where log and exp - 1 would cancel (their next terms: 2^-24)."""
+    base = l_old + EPSILON
+    x = -gain / base
+    z = x / (2.0 + x)
+    z_2 = z * z
+    near = 2.0 * z * (1.0 + z_2 * (1.0 / 3 + z_2 * (1.0 / 5 + z_2 * (1.0 / 7))))
+    y = power * tl.where(tl.abs(x) < 0.25, near, tl.log((l + EPSILON) / base))
+    near = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6)))))
+    expm1 = tl.where(tl.abs(y) < 0.25, near, tl.exp(y) - 1.0)
+    return -tl.exp(power * tl.log(base)) * expm1 / power
+
+
+@triton.jit
+def _awm_loss_rows_kernel(
+    sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks,
+    power, clip_low, clip_high, beta, ema_beta, adv_clip,
+    GATED: tl.constexpr, CURVED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
+    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
+    policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        advantage = load_fp32(advantage_ptr, row, inside)
+        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        w = load_fp32(w_ptr, row, inside)
+        gate = load_fp32(gate_ptr, row, inside)
+        gain = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
+        if CURVED:
+            l_old = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements
+            l = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
+            gain = _curved_gain(gain, l, l_old, power)
+            curve = tl.exp((power - 1.0) * tl.log(l + EPSILON))
+        else:
+            curve = 1.0
+        log_ratio = w * gain
+        ratio = exp_near_0(log_ratio)
+        policy, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
+        kl = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements
+        ema = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
+        policy_sum += tl.sum(policy)  # rows outside have no advantage
+        kl_sum += tl.sum(gate * kl)
+        ema_sum += tl.sum(ema)
+        moves = tl.where(high | low, 0.0, advantage * ratio)
+        scale = 2.0 / (rows * 1.0 * elements)
+        at = rows_ptr + row
+        tl.store(at, policy, mask=inside)
+        tl.store(at + rows, ratio, mask=inside)
+        tl.store(at + 2 * rows, log_ratio, mask=inside)
+        tl.store(at + 3 * rows, kl, mask=inside)
+        tl.store(at + 4 * rows, ema, mask=inside)
+        tl.store(at + 5 * rows, high.to(tl.float32), mask=inside)
+        tl.store(at + 6 * rows, low.to(tl.float32), mask=inside)
+        tl.store(at + 7 * rows, moves * w * curve * scale, mask=inside)
+        tl.store(at + 8 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
+        tl.store(at + 9 * rows, ema_beta * scale, mask=inside)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows + ema_beta * ema_sum / rows)
+
+
+@triton.jit
+def _awm_loss_bwd_kernel(
+    v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, rows_ptr, upstream_ptr, grad_ptr, rows, elements,
+    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    at = row * elements + element
+    upstream = tl.load(upstream_ptr)
+    policy_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
+    v = load_fp32(v_ptr, at, inside)
+    grad = policy_weight * (v - load_fp32(target_ptr, at, inside))
+    if HAS_REF:
+        kl_weight = upstream * tl.load(rows_ptr + 8 * rows + row)
+        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+    if HAS_EMA:
+        ema_weight = upstream * tl.load(rows_ptr + 9 * rows + row)
+        grad += ema_weight * (v - load_fp32(v_ema_ptr, at, inside))
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gardo::awm_loss", mutates_args=())
+def _awm_loss_op(
+    v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
+    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor, power: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
+    adv_clip: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+    R, N = v_RN.shape
+    chunks = triton.cdiv(N, CHUNK)
+    sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
+    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
+    loss = v_RN.new_empty((), dtype=torch.float32)
+    _awm_loss_sums_kernel[(chunks, R)](
+        v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_RC5, N, chunks,
+        HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
+        CHUNK=CHUNK, BLOCK=BLOCK,
+    )  # fmt: skip
+    _awm_loss_rows_kernel[(1,)](
+        sums_RC5, advantage_R, w_R, gate_R, rows_SR, loss, R, N, chunks,
+        power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
+        GATED=reduction == "gated", CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
+    )  # fmt: skip
+    return loss, rows_SR
+
+
+@torch.library.custom_op("gardo::awm_loss_grad", mutates_args=())
+def _awm_loss_grad_op(
+    v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
+    rows_SR: Tensor, upstream: Tensor,
+) -> Tensor:  # fmt: skip
+    """dL/dv [R, N] in the dtype of v."""
+    R, N = v_RN.shape
+    grad_RN = torch.empty_like(v_RN)
+    _awm_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+        v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
+        HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    return grad_RN
+
+
+register_row_loss(_awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, tensors=4)
+
+
+def awm_loss(
+    v: Tensor,
+    v_old: Tensor,
+    target: Tensor,
+    *,
+    advantage: Tensor,
+    t: Tensor,
+    transform: str = "uniform",
+    power: float = 0.25,
+    gate: Tensor | None = None,
+    v_ref: Tensor | None = None,
+    beta: float = 0.0,
+    v_ema: Tensor | None = None,
+    ema_beta: float = 0.0,
+    clip_low: float = 1.0,
+    clip_high: float = 1.0,
+    reduction: Reduction = "batch",
+    adv_clip: float = 5.0,
+    backend: Backend = "auto",
+) -> AwmLoss:
+    """Loss of a micro-batch with a gradient to v, and the statistics of each row.
+
+    v, v_old, target, v_ref, v_ema: [R, ...] of equal shape, any floating dtypes. v is the trained
+    velocity at the noised sample and v_old the one of before this iteration's updates; on the first
+    of them it may be v, detached: every ratio is then 1. target = noise - x0. advantage, t: [R], t
+    the noising time in [0, 1]. transform: a key of TRANSFORMS; power is p of "ghuber" alone. gate:
+    [R] bool or weight, None means every row; rows of gate 0 need no reference, whatever v_ref holds
+    there. v_ref None leaves the KL out, which is right for a micro-batch without gated rows. v_ema
+    is a velocity to stay near in every row. Only v receives a gradient.
+
+    Arithmetic and results are fp32 (fp64 where v, v_old or target is fp64). The advantage is used
+    as it is, up to the clamp: AWM divides it by 5 before.
+
+    ValueError for shapes, dtypes or devices that do not fit, for negative clip ranges or betas,
+    power not positive, an unknown transform or reduction, beta > 0 with neither v_ref nor a gate,
+    and ema_beta > 0 without v_ema. Source: arXiv 2509.25050.
+    """
+    op = "awm_loss"
+    samples = {"target": target, "v_ref": v_ref, "v_ema": v_ema, "v_old": v_old}
+    check_tensors(op, v, samples, {"advantage": advantage, "t": t, "gate": gate})
+    if transform not in TRANSFORMS:
+        raise ValueError(
+            f"{op}: transform {transform!r} is unknown; choose {', '.join(TRANSFORMS)}"
+        )
+    check_positive(op, power=power)
+    check_not_negative(
+        op, clip_low=clip_low, clip_high=clip_high, ema_beta=ema_beta, adv_clip=adv_clip
+    )
+    check_kl_options(op, beta, reduction, gate, v_ref)
+    if ema_beta > 0 and v_ema is None:
+        raise ValueError(
+            f"{op}: ema_beta is {ema_beta} but v_ema is None; pass v_ema or ema_beta=0"
+        )
+    weigh, p = TRANSFORMS[transform]
+    dtype = compute_dtype(v, v_old, target)
+    kernels = choose_backend(op, backend, v, v_old, target) == "triton"
+    inputs = [
+        *constant_samples(None if kernels else dtype, *samples.values()),
+        *constant_rows(v, dtype, advantage, weigh(t.to(dtype)), gate),
+        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, reduction, adv_clip),
+    ]
+    if not kernels:
+        return awm_loss_ref(v.flatten(1).to(dtype), *inputs)
+    loss, rows_SR = _awm_loss_op(v.flatten(1).contiguous(), *inputs)
+    policy_R, ratio_R, log_ratio_R, kl_R, ema_R, high_R, low_R, *_ = rows_SR.unbind(0)
+    return AwmLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, ema_R, high_R != 0, low_R != 0)
