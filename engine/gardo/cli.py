@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,13 +31,14 @@ SetOption = Annotated[
 
 def _launcher() -> list[str]:
     """The deepspeed launcher of this very Python."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    from gardo.doctor import launcher
+
+    found = launcher()
     if not found:
         raise typer.BadParameter(
             "the deepspeed launcher is not on PATH; install deepspeed in this environment"
         )
-    return [sys.executable, found] if found == str(beside) else [found]
+    return [sys.executable, found] if Path(found).parent == Path(sys.executable).parent else [found]
 
 
 def _run(command: list[str]) -> int:
@@ -133,6 +133,29 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
     if not (run / "metrics.jsonl").is_file():
         _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
     print(write_report(run))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="a recipe whose settings are to be used")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Say what this machine can run, and which kernels; exit 1 where something is missing."""
+    from gardo.config import load
+    from gardo.doctor import examine
+    from gardo.recipe_errors import RecipeError
+
+    try:
+        findings = examine(load(recipe, set_ or []).kernels if recipe else "auto")
+        worst = 0
+        for finding in findings:
+            worst = max(worst, finding.state == "problem")
+            print(f"{finding.state:8} {finding.name:22} {finding.detail}", flush=True)
+    except RecipeError as error:
+        _refuse(error)
+    raise typer.Exit(int(worst))
 
 
 @app.command()
