@@ -321,8 +321,8 @@ def nearest_cosine(
     for one group of all. Returns (nearest_B, mean_pairwise_B), both [B] fp32 in [0, 2];
     mean_pairwise_B holds the value of its group in each of the group's rows. No gradient flows.
 
-    ValueError for an empty batch, features without width, or shapes, dtypes and devices that do not
-    fit.
+    ValueError for an empty batch, features without width, shapes, dtypes and devices that do not
+    fit, or fp64 features for the kernels, which work in fp32.
     """
     op = "nearest_cosine"
     if e_BD.ndim != 2 or e_BD.numel() == 0:
