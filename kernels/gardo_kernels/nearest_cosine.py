@@ -64,6 +64,7 @@ def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
 
 # ---- kernels -------------------------------------------------------------------------------------
 
+WHOLE = 64  # n is filled up to a multiple of this many features, which needs no masks
 # A program of chords is one warp, which waits for no other: LANES along a row, each with four
 # features, one 128-bit load. SPLITS programs share a tile of rows.
 ROWS, COLUMNS, SPLITS, LANES, STAGES = 8, 8, 4, 16, 2
@@ -88,10 +89,10 @@ def _extent(group_ptr, group, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _normalise_kernel(
-    e_ptr, group_ptr, n_ptr, zero_ptr, leader_ptr, bounds_ptr, rows, width,
+    e_ptr, group_ptr, n_ptr, zero_ptr, leader_ptr, bounds_ptr, rows, features, width,
     HAS_GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """n of ROWS rows, and where their groups lie.
+    """n of ROWS rows, filled up with zeros from `features` to `width`, and where their groups lie.
 
     zero is 1 for a row of zeros, NaN for one that is not finite, else 0. leader is the first row of
     a row's group: the group's number from here on. bounds are the first and the last row of all
@@ -99,25 +100,26 @@ def _normalise_kernel(
     """
     tile = tl.program_id(0)
     row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)  # the last row again, at the end
-    at = row.to(tl.int64)[:, None] * width
+    row_ptr = e_ptr + row.to(tl.int64)[:, None] * features
     largest = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in range(0, features, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(e_ptr + at + feature, mask=feature < width, other=0.0).to(tl.float32)
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(e))
     scale = tl.max(largest, 1)[:, None]  # divided by it, no square under- or overflows
     scale = tl.where(scale == 0, 1.0, scale)
     square = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in range(0, features, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(e_ptr + at + feature, mask=feature < width, other=0.0).to(tl.float32) / scale
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
         square += e * e
     squares = tl.sum(square, 1)  # 0 for zeros, NaN where not finite, else 1 or more
     tl.store(zero_ptr + row, tl.where(squares == 0, 1.0, 0.0 * squares))
-    inverse = tl.where(squares == 0, 0.0, 1.0 / tl.sqrt(squares))[:, None]
+    inverse = (1.0 / tl.sqrt(tl.where(squares == 0, 1.0, squares)))[:, None]
+    at = row.to(tl.int64)[:, None] * width
     for start in range(0, width, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(e_ptr + at + feature, mask=feature < width, other=0.0).to(tl.float32) / scale
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
         tl.store(n_ptr + at + feature, e * inverse, mask=feature < width)
     first, last = row * 0, row * 0 + rows - 1
     if HAS_GROUPS:
@@ -152,9 +154,7 @@ def _chords_kernel(
             column_ptr = n_ptr + column.to(tl.int64)[None, :, None, None] * width
             chord = tl.zeros((ROWS, COLUMNS, LANES), tl.float32)
             for depth in tl.range(0, width, LANES * _FEATURES, num_stages=STAGES):
-                inside = depth + lane < width
-                difference = tl.load(row_ptr + depth + lane, mask=inside, other=0.0)
-                difference -= tl.load(column_ptr + depth + lane, mask=inside, other=0.0)
+                difference = tl.load(row_ptr + depth + lane) - tl.load(column_ptr + depth + lane)
                 chord += tl.sum(difference * difference, 3)  # within a thread
             distance = 0.5 * tl.sum(chord, 2)
             distance = tl.where(distance > 2, 2.0, distance)  # NaN stays
@@ -210,13 +210,8 @@ def _gram(n_ptr, row, column, rows, width, TILE: tl.constexpr, DEPTH: tl.constex
     gram = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, width, DEPTH):
         feature = start + tl.arange(0, DEPTH)
-        inside = feature < width
-        a = tl.load(
-            n_ptr + row[:, None] * width + feature[None, :], mask=inside[None, :], other=0.0
-        )
-        b = tl.load(
-            n_ptr + column[None, :] * width + feature[:, None], mask=inside[:, None], other=0.0
-        )
+        a = tl.load(n_ptr + row[:, None] * width + feature[None, :])
+        b = tl.load(n_ptr + column[None, :] * width + feature[:, None])
         gram = tl.dot(a, b, gram, input_precision="tf32x3")
     return gram
 
@@ -271,13 +266,14 @@ def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
     """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
     B, D = e_BD.shape
     tiles = triton.cdiv(B, ROWS)
-    n_BD = e_BD.new_empty(B, D, dtype=torch.float32)
+    width = triton.cdiv(D, WHOLE) * WHOLE
+    n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
     zero_B = e_BD.new_empty(B, dtype=torch.float32)
     leader_B = e_BD.new_empty(B, dtype=torch.int32)
     bounds_T2 = e_BD.new_empty(tiles, 2, dtype=torch.int32)
     launch(
         _normalise_kernel, (tiles,),
-        e_BD, group_B, n_BD, zero_B, leader_B, bounds_T2, B, D,
+        e_BD, group_B, n_BD, zero_B, leader_B, bounds_T2, B, D, width,
         HAS_GROUPS=group_B is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     if group_B is None and B > MANY:
@@ -288,7 +284,7 @@ def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
     mean_B = e_BD.new_empty(B, dtype=torch.float32)
     launch(
         _chords_kernel, (tiles, SPLITS),
-        n_BD, zero_B, leader_B, bounds_T2, parts_SB, sums_SB, B, D,
+        n_BD, zero_B, leader_B, bounds_T2, parts_SB, sums_SB, B, width,
         ROWS=ROWS, COLUMNS=COLUMNS, SPLITS=SPLITS, LANES=LANES, STAGES=STAGES, num_warps=1,
     )  # fmt: skip
     launch(
@@ -328,8 +324,8 @@ def nearest_cosine(
     for one group of all. Returns (nearest_B, mean_pairwise_B), both [B] fp32 in [0, 2];
     mean_pairwise_B holds the value of its group in each of the group's rows. No gradient flows.
 
-    ValueError for an empty batch, features without width, or shapes, dtypes and devices that do not
-    fit.
+    ValueError for an empty batch, features without width, shapes, dtypes and devices that do not
+    fit, or fp64 features for the kernels, which work in fp32.
     """
     op = "nearest_cosine"
     if e_BD.ndim != 2 or e_BD.numel() == 0:

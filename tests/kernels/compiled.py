@@ -151,7 +151,8 @@ def nearest_cosine_specs() -> list[Spec]:
     """The kernels that touch every feature; an element is a feature, or that of a pair of rows."""
     scalars = {"leader_ptr": "*i32", "bounds_ptr": "*i32", "group_ptr": "*i64", "rows": "i32"}
     floats = ("e", "n", "zero", "nearest", "sums", "square")
-    types = {f"{n}_ptr": "*fp32" for n in floats} | scalars | {"width": "i32"}
+    types = {f"{n}_ptr": "*fp32" for n in floats} | scalars
+    types |= {"features": "i32", "width": "i32"}
     m = import_module("gardo_kernels.nearest_cosine")
     rows, tile = {"ROWS": m.ROWS}, {"TILE": m.TILE, "DEPTH": m.DEPTH}
     chords = {**rows, "COLUMNS": m.COLUMNS, "SPLITS": m.SPLITS, "LANES": m.LANES,
@@ -175,7 +176,7 @@ SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 def compiled(spec: Spec, architecture: int) -> Code:
     names = spec.kernel.arg_names
     signature = {n: spec.types.get(n, "constexpr") for n in names}
-    whole = ("count", "elements", "width")  # of a row: multiples of 16
+    whole = ("count", "elements", "features", "width")  # of a row: multiples of 16
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in whole]
     source = ASTSource(
         spec.kernel,
