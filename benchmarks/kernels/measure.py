@@ -129,7 +129,7 @@ def interleaved(
         for rep in range(reps):
             for way in order:
                 times[way].append(machine.microseconds(calls[way], flush=flush))
-            order.append(order.pop(0))
+            order = order[1:] + order[:1]
             if rep >= 4 and time.monotonic() - start > seconds:
                 break
     finally:

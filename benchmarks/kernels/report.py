@@ -89,7 +89,7 @@ def counts_table(rows: Sequence[Row]) -> str:
     names = ("op", "shape", "dtype", "way", "launches", "triton_launches", "bytes_per_element",
              "temporaries_per_element", "syncs")  # fmt: skip
     head = [name.replace("_", " ").replace("per element", "/ element") for name in names]
-    lines = [[row[name] or row.get("failure") or "-" for name in names] for row in rows]
+    lines = [[row[name] or "-" for name in names] for row in rows]
     first = rows[0]
     return (
         f"{markdown(head, lines)}\n\nCounted, not timed (torch {first['torch']}, triton "
@@ -136,11 +136,12 @@ def draw_speed(rows: Sequence[Row], path: Path) -> None:
         some = [r for r in rows if r["way"] == way and r["gbps"] and r["op"] in CORE]
         right.plot([float(r["least_bytes"]) / 2**20 for r in some],
                    [float(r["gbps"]) for r in some], marker, ms=4, label=way)  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="elements", ylabel="times faster")
-    right.set(xscale="log", yscale="log", xlabel="least MiB", ylabel="GB/s of least bytes")
+    left.set(xlabel="elements", ylabel="times faster")
+    right.set(xlabel="least MiB", ylabel="GB/s of least bytes")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        if axis.has_data():
+            axis.set(xscale="log", yscale="log")
             axis.legend(fontsize=7)
     drawn.savefig(path, dpi=120)
     plt.close(drawn)
