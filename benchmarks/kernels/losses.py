@@ -37,6 +37,7 @@ class Trained(Problem):
     """A loss of velocities: forward, backward, and the outputs that are compared."""
 
     inputs = 3  # tensors of the case's size, v_ref not among them
+    inputs_again = 3  # those that the gradient needs once more
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
@@ -64,7 +65,9 @@ class Trained(Problem):
     @property
     def two_pass_bytes(self) -> int:
         gated = gated_rows(self.case) / self.case.shape[0]
-        return round(self.case.elements * self.size * (2 * self.inputs + 1 + 2 * gated))
+        return round(
+            self.case.elements * self.size * (self.inputs + self.inputs_again + 1 + 2 * gated)
+        )
 
     def loss(self, v: Tensor, *, backend: str, dtype: torch.dtype | None = None) -> Outputs:
         raise NotImplementedError
@@ -168,7 +171,7 @@ class PolicyLoss(Trained):
 
 
 class NftLoss(Trained):
-    inputs = 4
+    inputs = inputs_again = 4
     b = 0.1
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -196,6 +199,8 @@ class NftLoss(Trained):
 
 
 class AwmLoss(Trained):
+    inputs_again = 2  # not v_old
+
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
         self.target = self.like_case()

@@ -71,7 +71,8 @@ def speed_table(rows: Sequence[Row]) -> str:
         lines.append([*case, *(microseconds(found.get(way)) for way in ways), *cells])
     head = ["op", "shape", "dtype", "gate", "inputs", *(f"{way} us" for way in ways),
             "triton: % of copy", "launches", "syncs"]  # fmt: skip
-    return f"{markdown(head, lines)}\n\nMedians. {place(rows[0])}."
+    picture = "![times faster, and GB/s](results/kernels_gpu.png)"
+    return f"{markdown(head, lines)}\n\nMedians. {place(rows[0])}.\n\n{picture}"
 
 
 def cpu_table(rows: Sequence[Row]) -> str:
@@ -93,7 +94,8 @@ def counts_table(rows: Sequence[Row]) -> str:
     first = rows[0]
     return (
         f"{markdown(head, lines)}\n\nCounted, not timed (torch {first['torch']}, triton "
-        f"{first['triton']}, revision {first['revision']})."
+        f"{first['triton']}, revision {first['revision']}).\n\n"
+        "![launches, and bytes an element](results/kernels_counts.png)"
     )
 
 

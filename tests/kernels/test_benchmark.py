@@ -87,16 +87,17 @@ def test_a_triton_kernel_is_one_launch_with_its_tensors():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter runs")
-@pytest.mark.parametrize(
-    ("op", "launches"), [("policy_loss", 3), ("nft_loss", 3), ("awm_loss", 3), ("sde_step", 1)]
-)
+@pytest.mark.parametrize(("op", "launches"), [
+    ("policy_loss", 3), ("nft_loss", 3), ("awm_loss", 3), ("sde_step", 1), ("nearest_cosine", 3),
+])  # fmt: skip
 def test_launches_of_our_kernels(op, launches):
-    problem = shapes.PROBLEMS[op](Case(op, (3, 64, 16)), CPU)
+    dtype = torch.float32 if op == "nearest_cosine" else torch.bfloat16
+    problem = shapes.PROBLEMS[op](Case(op, (3, 64, 16), dtype), CPU)
     with Counter() as count:
         problem.as_on_gpu()["triton"]()
     assert count.triton_launches == launches and count.syncs == 0
-    # sums and gradient read the inputs; what comes on top is a value a row or a block
-    assert count.bytes > problem.least_bytes
+    # every tensor of the case at least once; on top come values of a row or of a block
+    assert count.bytes >= problem.least_bytes
     with Counter() as theirs:
         problem.ways()["released"]()
     assert theirs.launches > 5 * count.launches and theirs.syncs > 0
