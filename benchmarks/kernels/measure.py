@@ -159,14 +159,22 @@ def measure(
     case: Case, machine: Machine, *, only: tuple[str, ...] = WAYS, reps: int = 50,
     seconds: float = 4.0,
 ) -> list[Row]:  # fmt: skip
-    """A row for each competitor, of COLUMNS."""
+    """A row for each competitor, of COLUMNS; one for `all` where the case itself fails."""
+    try:
+        rows = compared(case, machine, only, reps, seconds)
+    except Exception as error:
+        rows = {"all": {"failure": short(error)}}
+    facts = machine.facts()
+    return [row_of(case, way, rows[way], facts) for way in (*WAYS, "all") if way in rows]
+
+
+def compared(
+    case: Case, machine: Machine, only: tuple[str, ...], reps: int, seconds: float
+) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     calls: dict[str, Call] = {}
-    try:
-        problem = PROBLEMS[case.op](case, machine.device)
-        exact = problem.exact()
-    except Exception as error:
-        return [row_of(case, "all", {"failure": short(error)}, machine.facts())]
+    problem = PROBLEMS[case.op](case, machine.device)
+    exact = problem.exact()
     flush = problem.least_bytes > BANDWIDTH
     sizes = {"least_bytes": problem.least_bytes, "two_pass_bytes": problem.two_pass_bytes}
     for way, call, *check in prepared(problem, machine, only):
@@ -189,8 +197,7 @@ def measure(
             captured = machine.graph(calls["copy"])  # against graphs of its size: no launch to pay
             calls["copy"] = captured if captured is not None else calls["copy"]
     add_times(rows, interleaved(machine, calls, flush=flush, reps=reps, seconds=seconds), problem)
-    facts = machine.facts()
-    return [row_of(case, way, rows[way], facts) for way in WAYS if way in rows]
+    return rows
 
 
 def row_of(case: Case, way: str, found: Row, facts: Row) -> Row:
