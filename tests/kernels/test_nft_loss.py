@@ -215,8 +215,7 @@ def of_kernels(**shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-@pytest.mark.parametrize("b", [1.0, 0.1])
+@pytest.mark.parametrize(("reduction", "b"), [("batch", 1.0), ("gated", 0.1)])
 def test_kernels_are_the_reference(shape, dtype, reduction, b):
     """Sums of fp32 squares in trees: a few 2^-24 of their size."""
     inputs, options = of_kernels(shape=shape, dtype=dtype)
