@@ -74,7 +74,7 @@ SPECS = [
 
 
 def policy_loss_specs(name: str, pointer: str) -> list[Spec]:
-    """The two kernels that touch every element; the third is a single program."""
+    """The two kernels that touch every element."""
     velocities = {f"{n}_ptr": pointer for n in ("v", "v_old", "u", "v_ref")}
     others = ("gate", "sums", "rows", "upstream")
     types = {**velocities, **{f"{n}_ptr": "*fp32" for n in others}, "grad_ptr": pointer,
@@ -171,6 +171,37 @@ def nearest_cosine_specs() -> list[Spec]:
 SPECS += nearest_cosine_specs()
 SPECS += nft_loss_specs("bf16", "*bf16") + nft_loss_specs("fp32", "*fp32")
 SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
+
+
+def few_specs() -> list[Spec]:
+    """The kernels that see one value a row: what is left out is None, a gate may be booleans."""
+    row_values = ("advantage", "h", "B", "w", "t", "r", "weight", "gate", "kl_scale", "leader")
+    written = ("sums", "rows", "loss", "parts", "zero", "nearest", "mean")
+    numbers = ("clip_low", "clip_high", "beta", "ema_beta", "adv_clip", "power", "policy_scale",
+               "floor", "b")  # fmt: skip
+    types = {**{f"{n}_ptr": "*fp32" for n in row_values + written}, "flags_ptr": "*i1",
+             "leader_ptr": "*i32", "bounds_ptr": "*i32", **dict.fromkeys(numbers, "fp32"),
+             **dict.fromkeys(("rows", "elements", "chunks"), "i32")}  # fmt: skip
+    loss, nft, awm, near = (
+        import_module(f"gardo_kernels.{n}")
+        for n in ("policy_loss", "nft_loss", "awm_loss", "nearest_cosine")
+    )
+    rows = {"GATED": True, "ROWS": loss.ROWS_AT_A_TIME}
+    plain = {"weight_ptr": None, "kl_scale_ptr": None, **rows}
+    means = {"ROWS": near.ROWS, "SPLITS": near.SPLITS, "BLOCK": near.MEANS_BLOCK}
+    count = loss.ROWS_AT_A_TIME
+    return [
+        Spec("policy_loss_rows", loss._policy_loss_rows_kernel, types, rows, count),
+        Spec("policy_loss_rows_plain", loss._policy_loss_rows_kernel,
+             {n: t for n, t in types.items() if n not in plain} | {"gate_ptr": "*i1"}, plain,
+             count),
+        Spec("nft_loss_rows", nft._nft_loss_rows_kernel, types, rows, count),
+        Spec("awm_loss_rows", awm._awm_loss_rows_kernel, types, {**rows, "CURVED": True}, count),
+        Spec("nearest_cosine_means", near._means_kernel, types, means, near.MEANS_BLOCK),
+    ]  # fmt: skip
+
+
+SPECS += few_specs()
 
 
 def compiled(spec: Spec, architecture: int) -> Code:
