@@ -2,7 +2,7 @@
 
     ./run bench kernels [--op OP ...] [--quick] [--json] [--budget-seconds 480]
 
-On a GPU: every case of benchmarks/kernels/shapes.py, competitors in turn within one process, then
+On a GPU: every case of benchmarks/core_ops/shapes.py, competitors in turn within one process, then
 the targets with what was measured; writes results/kernels_gpu.csv and .png. On a CPU: the torch
 paths of small cases (no claim about speed), what each path launches and moves, and the machine code
 of every kernel for sm_90 and sm_100; writes kernels_cpu.csv, kernels_counts.csv (.png) and
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels import report
-from kernels.cases import Case
-from kernels.counting import Counter, memory, tensors
-from kernels.machine import Machine, this_machine
-from kernels.measure import WAYS, measure, row_of, short
-from kernels.shapes import OPS, PROBLEMS, counted_cases, cpu_cases, gpu_cases
-from kernels.targets import verdicts
+from core_ops import report
+from core_ops.cases import Case
+from core_ops.counting import Counter, memory, tensors
+from core_ops.machine import Machine, this_machine
+from core_ops.measure import WAYS, measure, row_of, short
+from core_ops.shapes import OPS, PROBLEMS, counted_cases, cpu_cases, gpu_cases
+from core_ops.targets import verdicts
 from pages import ROOT, fill
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     names = ("cases", "counting", "machine", "measure", "released", "report", "shapes", "targets")
-    modules = {name: import_module(f"kernels.{name}") for name in names}
+    modules = {name: import_module(f"core_ops.{name}") for name in names}
     bench = import_module("bench_kernels")
 finally:
     sys.path.pop(0)

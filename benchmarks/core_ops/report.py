@@ -102,7 +102,10 @@ def counts_table(rows: Sequence[Row]) -> str:
 def compiled_table(rows: Sequence[Row]) -> str:
     names = ("name", "architecture", "registers", "stack", "spills", "wide", "per_element")
     head = ("kernel", "sm", "registers", "stack", "spills", "128-bit accesses", "SASS / element")
-    lines = [[row[name] for name in names] for row in rows]
+    # what has no wide access sees one value a row, not elements
+    lines = [
+        [row[n] if n != "per_element" or row["wide"] != "0" else "" for n in names] for row in rows
+    ]
     return f"{markdown(head, lines)}\n\ntriton {rows[0]['triton']}, revision {rows[0]['revision']}."
 
 

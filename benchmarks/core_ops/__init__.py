@@ -1,4 +1,7 @@
-"""What `./run bench kernels` is made of; see benchmarks/README.md."""
+"""What `./run bench kernels` is made of; see benchmarks/README.md.
+
+Not called `kernels`: diffusers and transformers look for a package of that name.
+"""
 
 import os
 
