@@ -689,7 +689,11 @@ def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_schema_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(SECTIONS) == set(schema["required"])
-    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {"checkpoint", "rollout"}
+    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {
+        "checkpoint",
+        "rollout",
+        "kernels",
+    }
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
     sampler = schema["$defs"]["SamplerSettings"]["properties"]
