@@ -471,8 +471,9 @@ def test_refl_formula_and_margin():
     ctx = Stated(torch.zeros(3, 2), torch.tensor([mean, mean + std, mean + 3 * std]))
     index = torch.zeros(3, dtype=torch.int64)
     points = Points(
-        sample_R=index, prompt_R=index, step_R=index, sigma_R=torch.ones(3), x_RX=torch.ones(3, 2)
-    )
+        sample_R=index, prompt_R=index, step_R=index, sigma_R=torch.ones(3), x_RX=torch.ones(3, 2),
+        extra={"sigma": torch.ones(3)},
+    )  # fmt: skip
     batch = Batch(points=points, advantage_R=torch.zeros(3), gate_R=index.bool())
     loss, metrics = build(ReFL, ReFLSettings()).loss(ctx, batch)
     assert loss.item() == pytest.approx(1e-3 * (2 + 1 + 0) / 3, rel=1e-5)

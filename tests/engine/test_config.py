@@ -203,7 +203,7 @@ BAD_VALUES = {
     "run outside its folder": ((NAME, "name: ../elsewhere"), "run.name: '../elsewhere'", "A-Z"),
     # plug-ins
     "unknown algorithm": (("name: gardo\n", "name: grado\n"), "algorithm.name: 'grado' is none of",
-                          "diffusion_nft, flow_grpo, gardo, refl"),
+                          "diffusion_nft, flow_grpo, "),
     "unknown base": ((BASE, "name: grpo"), "algorithm.base.name: 'grpo'", "flow_grpo"),
     "no base": (("  base:\n", "  bass:\n"), "algorithm.base.name: missing", "flow_grpo"),
     "unknown reward": (("tiny_count:", "tiny_cuont:"), "rewards.tiny_cuont.kind: 'tiny_cuont'",
@@ -506,7 +506,7 @@ def test_overrides_leave_the_rest_alone(good: Path) -> None:
         ("=3", "--set =3: expected FIELD=VALUE, such as"),
         ("run.steps.more=1", "--set run.steps.more: 'steps' is a value, not a section"),
         ("model.size=[32", "--set model.size: not valid YAML"),
-        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of diffusion_nft, "),
+        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of dance_grpo, ddpo, "),
         ("sampler.train_steps=8", "--set sampler.train_steps: 8 of 8 steps"),
         ("data.prompts=nowhere.txt", "--set data.prompts: no such file: "),
         ("model.path=builtin:none", "--set model.path: no such folder: 'builtin:none'"),
@@ -683,13 +683,15 @@ def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> N
     built_in = {n for package in packages for n in config.plugins.names(package)}
     assert {"gardo", "flow_grpo", "diffusion_nft", "refl", "flux", "sd3"} <= built_in
     assert built_in <= names
-    assert names - built_in == {"lora", "full"}
+    windows = {"progressive", "random", "decay", "exp_decay", "frozen"}
+    assert names - built_in == {"lora", "full"} | windows
 
 
 def test_the_schema_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(SECTIONS) == set(schema["required"])
-    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {"checkpoint", "rollout"}
+    optional = {"checkpoint", "kernels", "rollout"}
+    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - optional
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
     sampler = schema["$defs"]["SamplerSettings"]["properties"]
