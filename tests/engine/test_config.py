@@ -245,7 +245,8 @@ BAD_VALUES = {
                                      "sampler.train_steps: 9 of 8", "at most 7"),
     "log-probabilities of an ODE": (("sde: flow", "sde: ode"), "sampler.sde: 'ode'",
                                     "'flow', 'dance' or 'cps'"),
-    "an SDE without noise": (("noise_level: 0.7", "noise_level: 0"), "sampler.noise_level:", "greater than 0"),
+    "an SDE without noise": (("noise_level: 0.7", "noise_level: 0"), "sampler.noise_level:",
+                             "greater than 0"),
     "more noise than CPS can add": (("sde: flow, noise_level: 0.7", "sde: cps, noise_level: 1.5"),
                                     "sampler.noise_level: 1.5", "up to 1"),
     "shift of the model's schedule": (("noise_level: 0.7", "noise_level: 0.7, shift: 3"),
@@ -298,7 +299,7 @@ def test_bad_values_are_explained(case: str, tmp_path: Path) -> None:
         (
             "mix_grpo",
             ["algorithm.base.window={kind: frozen, start: 4}"],
-            "--set algorithm.base.window: algorithm.base.window.start: unknown field. Known here: at, ",
+            "--set algorithm.base.window: algorithm.base.window.start: unknown field. Known here: ",
         ),
         (
             "mix_grpo",
