@@ -109,9 +109,18 @@ def constant_samples(dtype: torch.dtype | None, *tensors: Tensor | None) -> list
 
 
 def constant_rows(v: Tensor, dtype: torch.dtype, *values: Tensor | None) -> list[Tensor]:
-    """[R] each, without gradient, contiguous, in dtype; None is ones."""
+    """[R] each, without gradient, in dtype, as the references take them; None is ones."""
     ones_R = torch.ones(v.shape[0], dtype=dtype, device=v.device)
-    return [ones_R if x is None else x.detach().to(dtype).contiguous() for x in values]
+    return [ones_R if x is None else x.detach().to(dtype) for x in values]
+
+
+def kernel_rows(*values: Tensor | None) -> list[Tensor | None]:
+    """[R] each, without gradient, contiguous; what a kernel can read as it is, is not copied."""
+    readable = (torch.float32, torch.bool)
+    return [
+        None if x is None else (x if x.dtype in readable else x.float()).detach().contiguous()
+        for x in values
+    ]
 
 
 # ---- pieces of kernels ---------------------------------------------------------------------------
@@ -123,9 +132,27 @@ def load_fp32(ptr, at, inside):
 
 
 @triton.jit
+def load_rows(ptr, row, inside):
+    """The values of these rows, fp32: 1 where there is no tensor, 0 outside."""
+    values = inside.to(tl.float32)
+    if ptr is not None:
+        values = tl.load(ptr + row, mask=inside, other=0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def is_on(value, BLOCK: tl.constexpr):
     """A row's value is not 0, as a mask of a block (the interpreter masks none with a scalar)."""
     return tl.zeros((BLOCK,), tl.float32) + value != 0
+
+
+@triton.jit
+def is_gated(gate_ptr, row, BLOCK: tl.constexpr):
+    """The row has a reference, as a mask of a block: without a gate every row has."""
+    gate = 1.0
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + row).to(tl.float32)
+    return is_on(gate, BLOCK)
 
 
 @triton.jit
@@ -136,12 +163,14 @@ def error_where(v, other_ptr, at, mask):
 
 @triton.jit
 def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
-    """One column of sums[row, chunk, column], added over the chunks in their order."""
-    total = tl.zeros(row.shape, tl.float32)
-    for chunk in range(chunks):
-        at = (row.to(tl.int64) * chunks + chunk) * COLUMNS + COLUMN
-        total += tl.load(sums_ptr + at, mask=inside, other=0.0)
-    return total
+    """One column of sums[row, column, chunk], added over the chunks, always in the same order."""
+    AT_A_TIME: tl.constexpr = 16
+    at = sums_ptr + (row.to(tl.int64) * COLUMNS + COLUMN)[:, None] * chunks
+    total = tl.zeros((row.shape[0], AT_A_TIME), tl.float32)
+    for first in range(0, chunks, AT_A_TIME):
+        chunk = first + tl.arange(0, AT_A_TIME)[None, :]
+        total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -150,7 +179,7 @@ def count_kl_rows(gate_ptr, rows, GATED: tl.constexpr, ROWS: tl.constexpr):
     gated = 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
-        gated += tl.sum((tl.load(gate_ptr + row, mask=row < rows, other=0.0) != 0).to(tl.float32))
+        gated += tl.sum((load_rows(gate_ptr, row, row < rows) != 0).to(tl.float32))
     return tl.maximum(gated, 1.0) if GATED else rows * 1.0
 
 
@@ -174,30 +203,40 @@ def clipped_term(advantage, ratio, clip_low, clip_high):
 # ---- registration --------------------------------------------------------------------------------
 
 
+def empty_results(v_RN: Tensor, statistics: int, flags: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss op returns, not yet written."""
+    R = v_RN.shape[0]
+    return (
+        v_RN.new_empty((), dtype=torch.float32),
+        v_RN.new_empty(statistics, R, dtype=torch.float32),
+        v_RN.new_empty(flags, R, dtype=torch.bool),
+    )
+
+
 def register_row_loss(
-    loss_op: Any, grad_op: Any, *, statistics: int, tensors: int, constants: int = 0
+    loss_op: Any, grad_op: Any, *, statistics: int, flags: int, tensors: int, constants: int = 0
 ) -> None:
-    """Shapes and gradient of a loss op that returns (loss [], rows [statistics, R]).
+    """Shapes and gradient of a loss op: (loss [], rows [statistics, R], flags [flags, R] bool).
 
     Its gradient goes to its first input, v [R, N]. `grad_op` takes the first `tensors` inputs of
     the loss op, the rows, the gradient of the loss, and the last `constants` inputs of the loss op.
     Nothing else is kept for the backward pass.
     """
 
-    def fake_loss(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        rows_SR = v_RN.new_empty(statistics, v_RN.shape[0], dtype=torch.float32)
-        return v_RN.new_empty((), dtype=torch.float32), rows_SR
+    def fake_loss(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        return empty_results(v_RN, statistics, flags)
 
     def fake_grad(v_RN: Tensor, *_: object) -> Tensor:
         return torch.empty_like(v_RN)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:tensors], output[1])
         ctx.constants = inputs[len(inputs) - constants :]
         ctx.without_gradient = len(inputs) - 1
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # of rows and flags: two launches for nothing
 
-    def backward(ctx: Any, upstream: Tensor, _rows: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         grad_RN = grad_op(*ctx.saved_tensors, upstream.float(), *ctx.constants)
         return grad_RN, *[None] * ctx.without_gradient
 

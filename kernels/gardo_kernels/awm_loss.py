@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -65,11 +65,15 @@ from gardo_kernels._row_loss import (
     constant_rows,
     constant_samples,
     count_kl_rows,
+    empty_results,
     error_where,
     exp_near_0,
     gated_kl_ref,
+    is_gated,
     is_on,
+    kernel_rows,
     load_fp32,
+    load_rows,
     register_row_loss,
     sum_chunks,
 )
@@ -147,7 +151,8 @@ def awm_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-STATISTICS = 10  # policy, ratio, log-ratio, KL, EMA, clipped high and low, the gradient's scalars
+STATISTICS = 8  # policy, ratio, log-ratio, KL, EMA, and the gradient's three scalars
+FLAGS = 2  # clipped high, clipped low
 
 
 @triton.jit
@@ -156,10 +161,12 @@ def _awm_loss_sums_kernel(
     HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, CURVED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2, and for p not 1
-    those of l_old and l: u^2, (v - target)^2."""
+    """sums[row, :, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2.
+
+    For p not 1 also those of l_old and l: u^2, (v - target)^2.
+    """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    gated = is_on(tl.load(gate_ptr + row), BLOCK)
+    gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     reference_2 = tl.zeros((BLOCK,), tl.float32)
     ema_2 = tl.zeros((BLOCK,), tl.float32)
@@ -183,12 +190,12 @@ def _awm_loss_sums_kernel(
         if HAS_EMA:
             ema = v - load_fp32(v_ema_ptr, at, inside)
             ema_2 += ema * ema
-    at = sums_ptr + (row * chunks + chunk) * 5
+    at = sums_ptr + row * 5 * chunks + chunk
     tl.store(at, tl.sum(gain))
-    tl.store(at + 1, tl.sum(reference_2))
-    tl.store(at + 2, tl.sum(ema_2))
-    tl.store(at + 3, tl.sum(u_2))
-    tl.store(at + 4, tl.sum(error_2))
+    tl.store(at + chunks, tl.sum(reference_2))
+    tl.store(at + 2 * chunks, tl.sum(ema_2))
+    tl.store(at + 3 * chunks, tl.sum(u_2))
+    tl.store(at + 4 * chunks, tl.sum(error_2))
 
 
 @triton.jit
@@ -207,7 +214,7 @@ def _curved_gain(gain, l, l_old, power):
 
 @triton.jit
 def _awm_loss_rows_kernel(
-    sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks,
+    sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
     power, clip_low, clip_high, beta, ema_beta, adv_clip,
     GATED: tl.constexpr, CURVED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -217,10 +224,10 @@ def _awm_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        advantage = load_fp32(advantage_ptr, row, inside)
+        advantage = load_rows(advantage_ptr, row, inside)
         advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
-        w = load_fp32(w_ptr, row, inside)
-        gate = load_fp32(gate_ptr, row, inside)
+        w = load_rows(w_ptr, row, inside)
+        gate = load_rows(gate_ptr, row, inside)
         gain = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
         if CURVED:
             l_old = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements
@@ -245,11 +252,11 @@ def _awm_loss_rows_kernel(
         tl.store(at + 2 * rows, log_ratio, mask=inside)
         tl.store(at + 3 * rows, kl, mask=inside)
         tl.store(at + 4 * rows, ema, mask=inside)
-        tl.store(at + 5 * rows, high.to(tl.float32), mask=inside)
-        tl.store(at + 6 * rows, low.to(tl.float32), mask=inside)
-        tl.store(at + 7 * rows, moves * w * curve * scale, mask=inside)
-        tl.store(at + 8 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
-        tl.store(at + 9 * rows, ema_beta * scale, mask=inside)
+        tl.store(at + 5 * rows, moves * w * curve * scale, mask=inside)
+        tl.store(at + 6 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
+        tl.store(at + 7 * rows, ema_beta * scale, mask=inside)
+        tl.store(flags_ptr + row, high, mask=inside)
+        tl.store(flags_ptr + rows + row, low, mask=inside)
     tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows + ema_beta * ema_sum / rows)
 
 
@@ -264,14 +271,14 @@ def _awm_loss_bwd_kernel(
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
-    policy_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
+    policy_weight = upstream * tl.load(rows_ptr + 5 * rows + row)
     v = load_fp32(v_ptr, at, inside)
     grad = policy_weight * (v - load_fp32(target_ptr, at, inside))
     if HAS_REF:
-        kl_weight = upstream * tl.load(rows_ptr + 8 * rows + row)
+        kl_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
         grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
     if HAS_EMA:
-        ema_weight = upstream * tl.load(rows_ptr + 9 * rows + row)
+        ema_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
         grad += ema_weight * (v - load_fp32(v_ema_ptr, at, inside))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -282,27 +289,28 @@ def _awm_loss_bwd_kernel(
 @torch.library.custom_op("gardo::awm_loss", mutates_args=())
 def _awm_loss_op(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
-    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor, power: float,
+    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
     clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
     adv_clip: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
     chunks = triton.cdiv(N, CHUNK)
-    sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
-    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
-    loss = v_RN.new_empty((), dtype=torch.float32)
-    _awm_loss_sums_kernel[(chunks, R)](
-        v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_RC5, N, chunks,
+    sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
+    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
+    launch(
+        _awm_loss_sums_kernel, (chunks, R),
+        v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_R5C, N, chunks,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
         CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _awm_loss_rows_kernel[(1,)](
-        sums_RC5, advantage_R, w_R, gate_R, rows_SR, loss, R, N, chunks,
+    launch(
+        _awm_loss_rows_kernel, (1,),
+        sums_R5C, advantage_R, w_R, gate_R, rows_SR, flags_FR, loss, R, N, chunks,
         power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
         GATED=reduction == "gated", CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
-    return loss, rows_SR
+    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::awm_loss_grad", mutates_args=())
@@ -313,14 +321,15 @@ def _awm_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _awm_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _awm_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return grad_RN
 
 
-register_row_loss(_awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, tensors=4)
+register_row_loss(_awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4)
 
 
 def awm_loss(
@@ -379,13 +388,14 @@ def awm_loss(
     weigh, p = TRANSFORMS[transform]
     dtype = compute_dtype(v, v_old, target)
     kernels = choose_backend(op, backend, v, v_old, target) == "triton"
+    values = advantage, weigh(t.to(dtype)), gate
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
-        *constant_rows(v, dtype, advantage, weigh(t.to(dtype)), gate),
+        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
         *(power if p is None else p, clip_low, clip_high, beta, ema_beta, reduction, adv_clip),
     ]
     if not kernels:
         return awm_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR = _awm_loss_op(v.flatten(1).contiguous(), *inputs)
-    policy_R, ratio_R, log_ratio_R, kl_R, ema_R, high_R, low_R, *_ = rows_SR.unbind(0)
-    return AwmLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, ema_R, high_R != 0, low_R != 0)
+    loss, rows_SR, flags_FR = _awm_loss_op(v.flatten(1).contiguous(), *inputs)
+    policy_R, ratio_R, log_ratio_R, kl_R, ema_R, *_ = rows_SR.unbind(0)
+    return AwmLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, ema_R, *flags_FR.unbind(0))

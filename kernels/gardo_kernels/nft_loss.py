@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -44,10 +44,14 @@ from gardo_kernels._row_loss import (
     constant_rows,
     constant_samples,
     count_kl_rows,
+    empty_results,
     error_where,
     gated_kl_ref,
+    is_gated,
     is_on,
+    kernel_rows,
     load_fp32,
+    load_rows,
     register_row_loss,
     sum_chunks,
 )
@@ -118,9 +122,9 @@ def _nft_loss_sums_kernel(
     v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, gate_ptr, sums_ptr, elements, chunks, b,
     HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
+    """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    gated = is_on(tl.load(gate_ptr + row), BLOCK)
+    gated = is_gated(gate_ptr, row, BLOCK)
     t = tl.load(t_ptr + row)
     plus_1 = tl.zeros((BLOCK,), tl.float32)
     plus_2 = tl.zeros((BLOCK,), tl.float32)
@@ -144,12 +148,12 @@ def _nft_loss_sums_kernel(
         if HAS_REF:
             error = error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    at = sums_ptr + (row * chunks + chunk) * 5
+    at = sums_ptr + row * 5 * chunks + chunk
     tl.store(at, tl.sum(plus_1))
-    tl.store(at + 1, tl.sum(plus_2))
-    tl.store(at + 2, tl.sum(minus_1))
-    tl.store(at + 3, tl.sum(minus_2))
-    tl.store(at + 4, tl.sum(error_2))
+    tl.store(at + chunks, tl.sum(plus_2))
+    tl.store(at + 2 * chunks, tl.sum(minus_1))
+    tl.store(at + 3 * chunks, tl.sum(minus_2))
+    tl.store(at + 4 * chunks, tl.sum(error_2))
 
 
 @triton.jit
@@ -163,9 +167,9 @@ def _nft_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        t = load_fp32(t_ptr, row, inside)
-        r = load_fp32(r_ptr, row, inside)
-        gate = load_fp32(gate_ptr, row, inside)
+        t = load_rows(t_ptr, row, inside)
+        r = load_rows(r_ptr, row, inside)
+        gate = load_rows(gate_ptr, row, inside)
         weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
         weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
         weight_plus = tl.maximum(weight_plus, floor)
@@ -222,25 +226,26 @@ def _nft_loss_bwd_kernel(
 @torch.library.custom_op("gardo::nft_loss", mutates_args=())
 def _nft_loss_op(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
-    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, reduction: str,
-    floor: float, b: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+    t_R: Tensor, r_R: Tensor, gate_R: Tensor | None, beta: float, policy_scale: float,
+    reduction: str, floor: float, b: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
     chunks = triton.cdiv(N, CHUNK)
-    sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
-    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
-    loss = v_RN.new_empty((), dtype=torch.float32)
-    _nft_loss_sums_kernel[(chunks, R)](
-        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_RC5, N, chunks, b,
+    sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
+    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, 0)
+    launch(
+        _nft_loss_sums_kernel, (chunks, R),
+        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_R5C, N, chunks, b,
         HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _nft_loss_rows_kernel[(1,)](
-        sums_RC5, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
+    launch(
+        _nft_loss_rows_kernel, (1,),
+        sums_R5C, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
         beta if v_ref_RN is not None else 0.0, policy_scale, floor,
         GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
-    return loss, rows_SR
+    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
@@ -251,14 +256,17 @@ def _nft_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _nft_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _nft_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
         HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return grad_RN
 
 
-register_row_loss(_nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, tensors=6, constants=1)
+register_row_loss(
+    _nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, flags=0, tensors=6, constants=1
+)
 
 
 def nft_loss(
@@ -300,12 +308,13 @@ def nft_loss(
     check_kl_options(op, beta, reduction, gate, v_ref)
     dtype = compute_dtype(v, v_old, x_t, x0)
     kernels = choose_backend(op, backend, v, v_old, x_t, x0) == "triton"
+    values = row_values.values()
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
-        *constant_rows(v, dtype, *row_values.values()),
+        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
         *(beta, policy_scale, reduction, floor, b),
     ]
     if not kernels:
         return nft_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR = _nft_loss_op(v.flatten(1).contiguous(), *inputs)
+    loss, rows_SR, _ = _nft_loss_op(v.flatten(1).contiguous(), *inputs)
     return NftLoss(loss, *rows_SR.unbind(0)[:6])

@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -63,13 +63,17 @@ from gardo_kernels._row_loss import (
     constant_rows,
     constant_samples,
     count_kl_rows,
+    empty_results,
     error_where,
     exp_near_0,
     gated_difference,
     gated_kl_ref,
+    is_gated,
     is_on,
+    kernel_rows,
     kl_rows,
     load_fp32,
+    load_rows,
     register_row_loss,
     sum_chunks,
 )
@@ -153,7 +157,8 @@ def policy_loss_grad_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-STATISTICS = 8  # policy, ratio, log-ratio, KL, clipped high, clipped low, and the two scalars
+STATISTICS = 6  # policy, ratio, log-ratio, KL, and the gradient's two scalars
+FLAGS = 2  # clipped high, clipped low
 
 
 @triton.jit
@@ -161,9 +166,9 @@ def _policy_loss_sums_kernel(
     v_ptr, v_old_ptr, u_ptr, v_ref_ptr, gate_ptr, sums_ptr, elements, chunks,
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, chunk] = sums of delta (2 u - q delta) and (v - v_ref)^2 over a chunk of a row."""
+    """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    gated = is_on(tl.load(gate_ptr + row), BLOCK)
+    gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK, BLOCK):
@@ -179,15 +184,15 @@ def _policy_loss_sums_kernel(
         if HAS_REF:
             error = error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    at = sums_ptr + (row * chunks + chunk) * 2
+    at = sums_ptr + row * 2 * chunks + chunk
     tl.store(at, tl.sum(gain))
-    tl.store(at + 1, tl.sum(error_2))
+    tl.store(at + chunks, tl.sum(error_2))
 
 
 @triton.jit
 def _policy_loss_rows_kernel(
-    sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, loss_ptr,
-    rows, elements, chunks, clip_low, clip_high, beta, adv_clip,
+    sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
+    loss_ptr, rows, elements, chunks, clip_low, clip_high, beta, adv_clip,
     GATED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
@@ -196,13 +201,13 @@ def _policy_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        advantage = load_fp32(advantage_ptr, row, inside)
+        advantage = load_rows(advantage_ptr, row, inside)
         advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
-        B = load_fp32(B_ptr, row, inside)
-        strength = load_fp32(h_ptr, row, inside) * B * B
-        weight = load_fp32(weight_ptr, row, inside)
-        gate = load_fp32(gate_ptr, row, inside)
-        kl_scale = load_fp32(kl_scale_ptr, row, inside)
+        B = load_rows(B_ptr, row, inside)
+        strength = load_rows(h_ptr, row, inside) * B * B
+        weight = load_rows(weight_ptr, row, inside)
+        gate = load_rows(gate_ptr, row, inside)
+        kl_scale = load_rows(kl_scale_ptr, row, inside)
         log_ratio = strength * (sum_chunks(sums_ptr, row, inside, chunks, 0, 2) / elements)
         ratio = exp_near_0(log_ratio)
         term, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
@@ -216,10 +221,10 @@ def _policy_loss_rows_kernel(
         tl.store(at + rows, ratio, mask=inside)
         tl.store(at + 2 * rows, log_ratio, mask=inside)
         tl.store(at + 3 * rows, kl, mask=inside)
-        tl.store(at + 4 * rows, high.to(tl.float32), mask=inside)
-        tl.store(at + 5 * rows, low.to(tl.float32), mask=inside)
-        tl.store(at + 6 * rows, moves * (2.0 * strength / (rows * 1.0 * elements)), mask=inside)
-        tl.store(at + 7 * rows, beta * gate / kl_rows * 2.0 * kl_scale / elements, mask=inside)
+        tl.store(at + 4 * rows, moves * (2.0 * strength / (rows * 1.0 * elements)), mask=inside)
+        tl.store(at + 5 * rows, beta * gate / kl_rows * 2.0 * kl_scale / elements, mask=inside)
+        tl.store(flags_ptr + row, high, mask=inside)
+        tl.store(flags_ptr + rows + row, low, mask=inside)
     tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
 
 
@@ -234,8 +239,8 @@ def _policy_loss_bwd_kernel(
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
-    policy_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
-    kl_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
+    policy_weight = upstream * tl.load(rows_ptr + 4 * rows + row)
+    kl_weight = upstream * tl.load(rows_ptr + 5 * rows + row)
     v = load_fp32(v_ptr, at, inside)
     direction = load_fp32(u_ptr, at, inside)
     if QUADRATIC:
@@ -252,26 +257,27 @@ def _policy_loss_bwd_kernel(
 @torch.library.custom_op("gardo::policy_loss", mutates_args=())
 def _policy_loss_op(
     v_RN: Tensor, v_old_RN: Tensor, u_RN: Tensor, v_ref_RN: Tensor | None,
-    advantage_R: Tensor, h_R: Tensor, B_R: Tensor, weight_R: Tensor, gate_R: Tensor,
-    kl_scale_R: Tensor, clip_low: float, clip_high: float, beta: float, reduction: str,
-    adv_clip: float, quadratic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss [] and the rows [STATISTICS, R], fp32; rows contiguous, row values fp32."""
+    advantage_R: Tensor, h_R: Tensor, B_R: Tensor, weight_R: Tensor | None,
+    gate_R: Tensor | None, kl_scale_R: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, reduction: str, adv_clip: float, quadratic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
     chunks = triton.cdiv(N, CHUNK)
-    sums_RC2 = v_RN.new_empty(R, chunks, 2, dtype=torch.float32)
-    rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
-    loss = v_RN.new_empty((), dtype=torch.float32)
-    _policy_loss_sums_kernel[(chunks, R)](
-        v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_RC2, N, chunks,
+    sums_R2C = v_RN.new_empty(R, 2, chunks, dtype=torch.float32)
+    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
+    launch(
+        _policy_loss_sums_kernel, (chunks, R),
+        v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_R2C, N, chunks,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _policy_loss_rows_kernel[(1,)](
-        sums_RC2, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, loss, R, N, chunks,
-        clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
+    launch(
+        _policy_loss_rows_kernel, (1,),
+        sums_R2C, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, flags_FR, loss,
+        R, N, chunks, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
         GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
-    return loss, rows_SR
+    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::policy_loss_grad", mutates_args=())
@@ -282,7 +288,8 @@ def _policy_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _policy_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _policy_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, BLOCK=BLOCK,
     )  # fmt: skip
@@ -290,7 +297,12 @@ def _policy_loss_grad_op(
 
 
 register_row_loss(
-    _policy_loss_op, _policy_loss_grad_op, statistics=STATISTICS, tensors=4, constants=1
+    _policy_loss_op,
+    _policy_loss_grad_op,
+    statistics=STATISTICS,
+    flags=FLAGS,
+    tensors=4,
+    constants=1,
 )
 
 
@@ -340,13 +352,14 @@ def policy_loss(
     check_kl_options(op, beta, reduction, gate, v_ref)
     dtype = compute_dtype(v, v_old, u)
     kernels = choose_backend(op, backend, v, v_old, u) == "triton"
+    values = row_values.values()
     inputs = [
         *constant_samples(None if kernels else dtype, v_old, u, v_ref),
-        *constant_rows(v, dtype, *row_values.values()),
+        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
         *(clip_low, clip_high, beta, reduction, adv_clip, quadratic),
     ]
     if not kernels:
         return policy_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR = _policy_loss_op(v.flatten(1).contiguous(), *inputs)
-    policy_R, ratio_R, log_ratio_R, kl_R, high_R, low_R, *_ = rows_SR.unbind(0)
-    return PolicyLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, high_R != 0, low_R != 0)
+    loss, rows_SR, flags_FR = _policy_loss_op(v.flatten(1).contiguous(), *inputs)
+    policy_R, ratio_R, log_ratio_R, kl_R, *_ = rows_SR.unbind(0)
+    return PolicyLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, *flags_FR.unbind(0))

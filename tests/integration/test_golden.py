@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 from gardo.report.metrics_log import read_metrics
 from tests.integration.test_parity import launch
 
@@ -21,9 +23,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_flux_gardo.json"
 CASE = "gardo-lora-local"
 
 
-def curve(folder: Path) -> list[dict]:
-    launch(0, str(folder), CASE)
-    records = read_metrics(folder / CASE / "metrics.jsonl")
+def curve(folder: Path, case: str = CASE) -> list[dict]:
+    launch(0, str(folder), case)
+    records = read_metrics(folder / case.replace("+", ".") / "metrics.jsonl")
     return [
         {"step": r["step"], "events": r["events"], "metrics": r["metrics"],
          "rewards": {n: v["mean"] for n, v in r["rewards"].items()}}
@@ -31,9 +33,11 @@ def curve(folder: Path) -> list[dict]:
     ]  # fmt: skip
 
 
-def test_the_golden_curve_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [CASE, f"{CASE}+triton"])
+def test_the_golden_curve_holds(tmp_path: Path, case: str) -> None:
+    """By plain torch, and by every kernel that the engine calls, here in Triton's interpreter."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    now = curve(tmp_path)
+    now = curve(tmp_path, case)
     assert len(golden) == len(now) == 5
     for old, new in zip(golden, now, strict=True):
         assert old["events"] == new["events"]

@@ -83,7 +83,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"stage{n}": {"engine": "zero", "stage": n} for n in range(3)},
 }
 # Tiny models fit under DeepSpeed's limits, and then nothing is ever released: `tight` releases all.
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "tight": {"distributed": {"live_parameters": 1000, "reuse_distance": 0, "prefetch_bucket": 0}},
     "once": {"rollout": {"gather": "iteration"}},
     "each": {"rollout": {"gather": "step"}},
@@ -102,6 +102,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "hpz": {"distributed": {"hpz": 2}},
     "saving": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
     "behind": {"checkpoint": {"background": True}},
+    "triton": {"kernels": "triton"},
 }
 
 
@@ -165,7 +166,8 @@ def recipe(case: Case, folder: Path, steps: int = 5) -> dict[str, Any]:
     }  # fmt: skip
     for option in case.options:
         for section, values in OPTIONS[option].items():
-            sections[section] = {**sections[section], **values}
+            merge = isinstance(values, dict)
+            sections[section] = {**sections[section], **values} if merge else values
     return sections
 
 
