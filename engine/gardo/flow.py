@@ -35,7 +35,7 @@ Shapes: T steps, K columns, R rows of a micro-batch (each at its own step).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ COLUMNS = (
     # sigma s, where the step starts; A, B, C; std; u_scale = std / B: u = u_scale z is the noise in
     # velocity units
     *STEP_COLUMNS,
+    "model_sigma",  # the time that the model is told: s, or a rounded one (MODEL_TIMES)
     "sigma_next",  # s', where it ends
     "dt",  # s' - s < 0
     "h",  # log-probability scale
@@ -115,6 +116,31 @@ def shifted_linear_sigmas(steps: int, shift: float = 3.0) -> Tensor:
     return _shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift)
 
 
+def compress_tail(sigmas: Tensor, start: int, steps: int) -> Tensor:
+    """A schedule whose steps from `start` on are replaced by `steps` steps, its other steps kept.
+
+    sigmas [T + 1] float64, decreasing to 0. The new steps lie evenly in the schedule's own index:
+    1 / s is interpolated linearly in 1 / (T - index). That is exact for any schedule that shifts a
+    linear one, such as Flux's and `shifted_linear_sigmas`, whatever its shift.
+
+    Returns [start + steps + 1] float64. ValueError unless 1 <= steps <= T - start.
+    """
+    T = len(sigmas) - 1
+    if not 1 <= steps <= T - start:
+        raise ValueError(
+            f"compress_tail: {steps} steps cannot replace the {T - start} from step {start} on"
+        )
+    schedule = sigmas.double().tolist()
+    tail = []
+    for n in range(steps):
+        place = start + n * (T - start) / steps  # at most T - 1, as steps <= T - start
+        before, after = int(place), min(int(place) + 1, T - 1)
+        share = (place - before) * (T - 1 - before) / (T - place)  # of 1 / (T - index)
+        inverse = (1.0 - share) / schedule[before] + share / schedule[after]
+        tail.append(1.0 / inverse)
+    return torch.tensor([*schedule[:start], *tail, schedule[-1]], dtype=torch.float64)
+
+
 class Affine(NamedTuple):
     """One sampler step x' = A x + B v + C m_prev + std z with what its log-probability needs."""
 
@@ -177,12 +203,12 @@ def _dpm2_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
     """x' = (s'/s) x - (1 - s')(e^-h - 1)(m + q (m - m_prev) / 2), m = x - s v, q = h / h_prev.
 
     h is the step in lambda = log((1 - s) / s). As e^-h = s' (1 - s) / (s (1 - s')), the middle
-    factor is just -dt / s, finite also where lambda is not. Steps 0 and 1 (lambda(1) = -inf) and
-    the last are first order, which is Euler.
+    factor is just -dt / s, finite also where lambda is not. The first step, one that follows
+    sigma 1 (lambda(1) = -inf) and the last are first order, which is Euler.
     """
     s, s_next = sigmas[t], sigmas[t + 1]
     dt = s_next - s
-    if t < 2 or t == len(sigmas) - 2:
+    if t == 0 or sigmas[t - 1] == 1.0 or t == len(sigmas) - 2:
         return Affine(A=1.0, B=dt)
     before, here, after = (math.log((1.0 - sigmas[i]) / sigmas[i]) for i in (t - 1, t, t + 1))
     half_q = 0.5 * (after - here) / (here - before)
@@ -196,7 +222,11 @@ VARIANTS: dict[str, Callable[[Sequence[float], int, float], Affine]] = {
     "ode": _ode_row,
     "dpm2": _dpm2_row,
 }
-_DETERMINISTIC = frozenset({"ode", "dpm2"})
+MODEL_TIMES: dict[str, Callable[[float], float]] = {
+    "exact": lambda s: s,
+    # whole thousandths, cut off: DanceGRPO, MixGRPO. What is whole up to rounding counts as whole.
+    "integer": lambda s: int(round(1000.0 * s, 6)) / 1000.0,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,15 +259,19 @@ class Transitions:
 
 
 def transitions(
-    sigmas: Tensor, variant: str, noise_level: float = 0.0, stochastic: Tensor | None = None
+    sigmas: Tensor,
+    variant: str | Sequence[str],
+    noise_level: float = 0.0,
+    *,
+    model_time: str = "exact",
 ) -> Transitions:
     """The table of a sampler over a schedule (formulas at the top of this file).
 
-    sigmas [T + 1], strictly decreasing within [0, 1]; `variant` is a name of VARIANTS;
-    `noise_level` is a of Flow-SDE, eta of Dance-SDE or the CPS level in [0, 1] (unused by `ode` and
-    `dpm2`). `stochastic` [T] bool: False turns a step into the Euler row (MixGRPO's and
-    Flow-GRPO-Fast's windows); the deterministic variants have no noise to take away and stay as
-    they are.
+    sigmas [T + 1], strictly decreasing within [0, 1]; `variant` is a name of VARIANTS, or one name
+    for each step (a window of SDE steps among ODE steps). A run of equal names is a sampler of its
+    own: `dpm2` begins it at first order. `noise_level` is a of Flow-SDE, eta of Dance-SDE or the
+    CPS level in [0, 1] (unused by `ode` and `dpm2`). `model_time`, a name of MODEL_TIMES, is what
+    the model is told of sigma; the coefficients are those of the exact one.
 
     At s' = 0 the SDEs still add a finite noise, which sampling uses; training leaves the last step
     out. CPS adds none.
@@ -245,35 +279,32 @@ def transitions(
     Computed in float64, stored in fp32 on the device of `sigmas`. ValueError names the argument and
     the mend.
     """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"transitions: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}"
-        )
+    schedule = _checked_schedule(sigmas)
+    steps = len(schedule) - 1
+    variants = [variant] * steps if isinstance(variant, str) else list(variant)
+    _check_names(variants, steps, model_time)
     if not (math.isfinite(noise_level) and noise_level >= 0.0):
         raise ValueError(
             f"transitions: noise_level is {noise_level}; it must be finite and not negative"
         )
-    schedule = _checked_schedule(sigmas)
-    steps = len(schedule) - 1
-    noisy = [True] * steps
-    if stochastic is not None and variant not in _DETERMINISTIC:
-        if tuple(stochastic.shape) != (steps,):
-            raise ValueError(
-                f"transitions: stochastic has shape {tuple(stochastic.shape)}; "
-                f"pass one boolean for each of the {steps} steps"
+    table, first = [], 0
+    for name, run in groupby(variants):
+        count = len(list(run))
+        part = schedule[first : first + count + 1]
+        for t in range(count):
+            told = MODEL_TIMES[model_time](part[t])
+            table.append(
+                _table_row(part[t], part[t + 1], told, VARIANTS[name](part, t, noise_level))
             )
-        noisy = stochastic.bool().tolist()
-    table = []
-    for t in range(steps):
-        row = (VARIANTS[variant] if noisy[t] else _ode_row)(schedule, t, noise_level)
-        table.append(_table_row(schedule[t], schedule[t + 1], row))
+        first += count
     return Transitions(torch.tensor(table, dtype=torch.float64).to(sigmas.device, torch.float32))
 
 
-def _table_row(s: float, s_next: float, row: Affine) -> list[float]:
+def _table_row(s: float, s_next: float, told: float, row: Affine) -> list[float]:
     noise = row.std > 0.0
     values = {
         "sigma": s,
+        "model_sigma": told,
         "sigma_next": s_next,
         "dt": s_next - s,
         "A": row.A,
@@ -298,6 +329,23 @@ def _column_index(name: str) -> int:
     if name not in _INDEX:
         raise ValueError(f"transitions: no column {name!r}; the columns are {', '.join(COLUMNS)}")
     return _INDEX[name]
+
+
+def _check_names(variants: list[str], steps: int, model_time: str) -> None:
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown:
+        raise ValueError(
+            f"transitions: variant {unknown[0]!r} is unknown; choose one of {', '.join(VARIANTS)}"
+        )
+    if len(variants) != steps:
+        raise ValueError(
+            f"transitions: {len(variants)} variants for {steps} steps; name one, or one for each"
+        )
+    if model_time not in MODEL_TIMES:
+        raise ValueError(
+            f"transitions: model_time {model_time!r} is unknown; choose one of "
+            f"{', '.join(MODEL_TIMES)}"
+        )
 
 
 def _checked_schedule(sigmas: Tensor) -> list[float]:

@@ -15,9 +15,6 @@ class RecipeError(Exception):
     """A recipe that cannot be used; the message is for the user."""
 
 
-_WEIGHTS = ("lora", "full")  # the tags of train.weights, which pydantic puts into locations
-
-
 def where(location: tuple[str, ...], source: str, origin: Origin) -> str:
     """The --set that a field came from, or the file and the field."""
     field = ".".join(location)
@@ -37,12 +34,13 @@ def placed(error: Exception, source: str, origin: Origin) -> str:
 
 def explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) -> str:
     """One line of a pydantic error: file (or --set), field, value, mend."""
-    location = tuple(str(part) for part in error["loc"] if part not in _WEIGHTS)
+    location, variants = _walk(schema, error["loc"])
     place = where(location, source, origin)
     if error["type"] == "union_tag_not_found":
-        return f"{place}: kind is missing; one of {', '.join(_WEIGHTS)}"
+        tags = [tag for variant in variants for tag in _tags(variant)]
+        return f"{place}: kind is missing; one of {', '.join(tags)}"
     if error["type"] == "extra_forbidden":
-        known = _fields_at(schema, error["loc"][:-1])
+        known = [n for variant in _walk(schema, error["loc"][:-1])[1] for n in variant.model_fields]
         close = difflib.get_close_matches(location[-1], known, 1, 0.6)
         mend = (
             f"Did you mean {'.'.join((*location[:-1], close[0]))}?"
@@ -58,15 +56,25 @@ def explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) ->
     return f"{place}: {shown}{message[0].lower()}{message[1:]}"
 
 
-def _fields_at(schema: Any, location: Sequence[str]) -> list[str]:
-    options: list[Any] = [schema]
-    for part in location:
-        if part in _WEIGHTS:
-            options = [o for o in options if part in get_args(o.model_fields["kind"].annotation)]
+def _walk(
+    schema: type[BaseModel], location: Sequence[Any]
+) -> tuple[tuple[str, ...], list[type[BaseModel]]]:
+    """The fields of a location, and the settings classes that can stand there.
+
+    Pydantic puts the `kind` of a union's variant into locations; it is no field.
+    """
+    fields: list[str] = []
+    variants = [schema]
+    for part in map(str, location):
+        if len(variants) > 1:
+            variants = [v for v in variants if part in _tags(v)]
             continue
-        field = options[0].model_fields.get(part)
-        annotation = field.annotation if field else None
-        options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
-        if not options:
-            return []
-    return list(options[0].model_fields)
+        fields.append(part)
+        field = variants[0].model_fields.get(part) if variants else None
+        annotation: Any = field.annotation if field else None
+        variants = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
+    return tuple(fields), variants
+
+
+def _tags(variant: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(variant.model_fields["kind"].annotation)

@@ -27,6 +27,7 @@ TIMES = 1 << 22  # which times a sample trains on
 SHARES = 1 << 23  # which update a sample belongs to
 LATE = 1 << 24  # ReFL's late step
 EVALUATION = 1 << 25  # the first latents of evaluation
+WINDOW = 1 << 26  # where a window of trained steps stands
 
 
 def noise_id(step: int, sample_B: Tensor) -> Tensor:
@@ -137,7 +138,8 @@ def _denoise(
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(table.steps):
         step_B = torch.full((batch,), t, dtype=torch.int64, device=sample_B.device)
-        v, unprompted = policy.branches(model_input, table.rows(step_B, "sigma"), conditioning)
+        told_B = table.rows(step_B, "model_sigma")
+        v, unprompted = policy.branches(model_input, told_B, conditioning)
         recorded = t in plan.record
         out = sde_step(
             x,
@@ -207,7 +209,10 @@ def teach(
 
 
 def recorded_points(rollout: Rollout) -> Points:
-    """The recorded steps of every sample as rows, a sample's steps side by side: R = B T."""
+    """The recorded steps of every sample as rows, a sample's steps side by side: R = B T.
+
+    `sigma_R` is what the sampler told the model; `extra` has the rows of the transition table.
+    """
     B, T = rollout.state_BTX.shape[:2]
     step_R = rollout.step_T.repeat(B)
     sample_R = torch.arange(B, device=step_R.device).repeat_interleave(T)
@@ -215,11 +220,11 @@ def recorded_points(rollout: Rollout) -> Points:
         sample_R=sample_R,
         prompt_R=rollout.prompt_B[sample_R],
         step_R=step_R,
-        sigma_R=rollout.transitions.rows(step_R, "sigma"),
+        sigma_R=rollout.transitions.rows(step_R, "model_sigma"),
         x_RX=rollout.state_BTX.flatten(0, 1),
         extra={
             "u": rollout.u_BTX.flatten(0, 1),
-            **{n: rollout.transitions.rows(step_R, n) for n in ("h", "B", "A", "std")},
+            **{n: rollout.transitions.rows(step_R, n) for n in ("sigma", "dt", "h", "B", "std")},
         },
         velocities={"rollout": rollout.velocity_BTX.flatten(0, 1)},
     )

@@ -303,7 +303,7 @@ def open_session(
     progress.take_seconds()
     world_of_algorithm = World(
         sampler=recipe.sampler,
-        sigmas=policy.sigmas(recipe.sampler.steps),
+        sigmas=recipe.sampler.sigmas(policy.sigmas),
         seed=recipe.run.seed,
         kernels=recipe.kernels,
     )

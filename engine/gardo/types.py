@@ -96,7 +96,7 @@ class Points:
     sample_R: Tensor  # int64, index into this rank's B samples
     prompt_R: Tensor  # int64, row of the conditioning
     step_R: Tensor  # int64, denoise step; -1 where the row has none
-    sigma_R: Tensor  # fp32
+    sigma_R: Tensor  # fp32, the time that the model is told
     x_RX: Tensor  # fp32, the model's input
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # what the algorithm needs, [R, ...]
     velocities: Mapping[str, Tensor] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from gardo.algorithms.advantage import AdvantageSettings, group_advantage, group_statistics
 
-STDS = ("none", "global", "group")
+STDS = ("none", "global", "group", "group_unbiased")
 GOLDEN = torch.tensor([0.1, 0.4, 0.4, 0.9, 0.5, 0.5, 0.5, 0.5])
 TWO_GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
 
@@ -28,6 +28,7 @@ def close(actual, expected, tolerance=1e-6):
     [
         ("global", [-1.70953681, -0.24421954, -0.24421954, 2.1979759]),
         ("group", [-1.2181195, -0.17401707, -0.17401707, 1.56615364]),
+        ("group_unbiased", [-1.05528967, -0.15075567, -0.15075567, 1.35680101]),
         ("none", [-0.35, -0.05, -0.05, 0.45]),
     ],
 )

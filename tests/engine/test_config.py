@@ -203,7 +203,7 @@ BAD_VALUES = {
     "run outside its folder": ((NAME, "name: ../elsewhere"), "run.name: '../elsewhere'", "A-Z"),
     # plug-ins
     "unknown algorithm": (("name: gardo\n", "name: grado\n"), "algorithm.name: 'grado' is none of",
-                          "diffusion_nft, flow_grpo, gardo, refl"),
+                          "diffusion_nft, flow_grpo, "),
     "unknown base": ((BASE, "name: grpo"), "algorithm.base.name: 'grpo'", "flow_grpo"),
     "no base": (("  base:\n", "  bass:\n"), "algorithm.base.name: missing", "flow_grpo"),
     "unknown reward": (("tiny_count:", "tiny_cuont:"), "rewards.tiny_cuont.kind: 'tiny_cuont'",
@@ -243,6 +243,14 @@ BAD_VALUES = {
                            "at most 7"),
     "more steps trained than made": (("train_steps: 6", "train_steps: 9"),
                                      "sampler.train_steps: 9 of 8", "at most 7"),
+    "log-probabilities of an ODE": (("sde: flow", "sde: ode"), "sampler.sde: 'ode'",
+                                    "'flow', 'dance' or 'cps'"),
+    "an SDE without noise": (("noise_level: 0.7", "noise_level: 0"), "sampler.noise_level:",
+                             "greater than 0"),
+    "more noise than CPS can add": (("sde: flow, noise_level: 0.7", "sde: cps, noise_level: 1.5"),
+                                    "sampler.noise_level: 1.5", "up to 1"),
+    "shift of the model's schedule": (("noise_level: 0.7", "noise_level: 0.7, shift: 3"),
+                                      "sampler: shift 3.0 has no effect", "schedule: shifted"),
     "gate without a KL": (("beta: 3.0", "beta: 0.0"), "algorithm.base.beta: flow_grpo has no KL",
                           "a beta above 0"),
     "group of one": (("images_per_prompt: 12", "images_per_prompt: 1"), "data.images_per_prompt: 1",
@@ -271,6 +279,47 @@ def test_bad_values_are_explained(case: str, tmp_path: Path) -> None:
     message = refusal(path)
     assert message.startswith(f"{path}: {field}"), message
     assert mend in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("grpo_guard", ["sampler.sde=cps"], "--set sampler.sde: cps has no ratio that grpo_guard"),
+        (
+            "flow_grpo_fast",
+            [],
+            "{path}: sampler.train_steps: a window of 6 does not fit into the first half of 8",
+        ),
+        (
+            "mix_grpo",
+            ["algorithm.base.window={kind: frozen, at: 4}"],
+            "{path}: sampler.train_steps: a frozen window of 6 has no place before the last of 8",
+        ),
+        (
+            "mix_grpo",
+            ["algorithm.base.window={kind: frozen, start: 4}"],
+            "--set algorithm.base.window: algorithm.base.window.start: unknown field. Known here: ",
+        ),
+        (
+            "mix_grpo",
+            ["algorithm.base.window={at: 4}"],
+            "--set algorithm.base.window: kind is missing; one of progressive, random, decay, exp",
+        ),
+        (
+            "mix_grpo",
+            ["algorithm.base.window={kind: decay, most: 0}"],
+            "--set algorithm.base.window: algorithm.base.window.most: 0: input should be greater",
+        ),
+        ("ddpo", [], "{path}: algorithm.base.clip_range: unknown field"),
+        ("dance_grpo", ["sampler.train_steps=8"], "--set sampler.train_steps: 8 of 8 steps"),
+    ],
+)
+def test_the_policy_gradient_family_is_explained(
+    name: str, overrides: list[str], expected: str, good: Path
+) -> None:
+    message = refusal(good, f"algorithm.base.name={name}", *overrides)
+    assert message.startswith(expected.format(path=good)), message
     assert "\n" not in message
 
 
@@ -506,7 +555,7 @@ def test_overrides_leave_the_rest_alone(good: Path) -> None:
         ("=3", "--set =3: expected FIELD=VALUE, such as"),
         ("run.steps.more=1", "--set run.steps.more: 'steps' is a value, not a section"),
         ("model.size=[32", "--set model.size: not valid YAML"),
-        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of diffusion_nft, "),
+        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of dance_grpo, ddpo, "),
         ("sampler.train_steps=8", "--set sampler.train_steps: 8 of 8 steps"),
         ("data.prompts=nowhere.txt", "--set data.prompts: no such file: "),
         ("model.path=builtin:none", "--set model.path: no such folder: 'builtin:none'"),
@@ -683,17 +732,15 @@ def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> N
     built_in = {n for package in packages for n in config.plugins.names(package)}
     assert {"gardo", "flow_grpo", "diffusion_nft", "refl", "flux", "sd3"} <= built_in
     assert built_in <= names
-    assert names - built_in == {"lora", "full"}
+    windows = {"progressive", "random", "decay", "exp_decay", "frozen"}
+    assert names - built_in == {"lora", "full"} | windows
 
 
 def test_the_schema_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(SECTIONS) == set(schema["required"])
-    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {
-        "checkpoint",
-        "rollout",
-        "kernels",
-    }
+    optional = {"checkpoint", "kernels", "rollout"}
+    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - optional
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
     sampler = schema["$defs"]["SamplerSettings"]["properties"]

@@ -8,6 +8,7 @@ import torch
 from gardo.flow import (
     COLUMNS,
     VARIANTS,
+    compress_tail,
     flux_sigmas,
     sd3_sigmas,
     shifted_linear_sigmas,
@@ -223,14 +224,66 @@ def test_marginals_are_kept(variant):
 def test_a_window_is_stochastic_and_the_rest_euler():
     sigmas = shifted_linear_sigmas(6)
     window = torch.tensor([False, True, True, False, False, False])
-    table = transitions(sigmas, "flow", 0.7, stochastic=window)
+    names = ["ode", "flow", "flow", "ode", "ode", "ode"]
+    table = transitions(sigmas, names, 0.7)
     assert torch.equal(table.scored, window)
     full, euler = transitions(sigmas, "flow", 0.7), transitions(sigmas, "ode")
     assert torch.equal(table.table_TK[window], full.table_TK[window])
     assert torch.equal(table.table_TK[~window], euler.table_TK[~window])
-    # deterministic variants have no noise to switch off
-    dpm2 = transitions(sigmas, "dpm2", stochastic=torch.zeros(6, dtype=torch.bool))
-    assert torch.equal(dpm2.table_TK, transitions(sigmas, "dpm2").table_TK)
+    assert torch.equal(transitions(sigmas, ["flow"] * 6, 0.7).table_TK, full.table_TK)
+
+
+def test_a_dpm2_tail_begins_at_first_order():
+    """After an SDE window the solver has no earlier prediction of its own."""
+    sigmas = shifted_linear_sigmas(7)
+    table = transitions(sigmas, ["ode", "flow", "dpm2", "dpm2", "dpm2", "dpm2", "dpm2"], 0.7)
+    whole, euler = transitions(sigmas, "dpm2"), transitions(sigmas, "ode")
+    assert (table.column("C") != 0).tolist() == [False] * 3 + [True] * 3 + [False]
+    assert torch.equal(table.table_TK[3:6], whole.table_TK[3:6])
+    for step in (0, 2, 6):
+        assert torch.equal(table.table_TK[step], euler.table_TK[step])
+    late = transitions(sigmas[2:], "dpm2")  # only after sigma 1 is the second step Euler's
+    assert torch.equal(late.table_TK[1:4], whole.table_TK[3:6])
+
+
+def test_what_the_model_is_told():
+    """DanceGRPO's T = 16, shift 3: s = 3 k / (16 + 2 k) for k = 16 .. 1, cut to thousandths."""
+    sigmas = shifted_linear_sigmas(16)
+    exact, whole = (transitions(sigmas, "ode", model_time=m) for m in ("exact", "integer"))
+    assert torch.equal(exact.column("model_sigma"), exact.column("sigma"))
+    told = [1000 * 3 * k // (16 + 2 * k) / 1000 for k in range(16, 0, -1)]
+    assert told[:5] == [1.0, 0.978, 0.954, 0.928, 0.9]
+    close(whole.column("model_sigma"), told, rtol=1e-7)
+    for name in set(COLUMNS) - {"model_sigma"}:
+        assert torch.equal(whole.column(name), exact.column(name))
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, 5), (3, 4), (4, 8), (11, 1), (4, 3)])
+def test_a_compressed_tail_keeps_the_schedules_shift(start, steps):
+    """The tail is linear before the shift, from the window's end to 0, whatever the shift."""
+    T = 12
+
+    def expected(shift):
+        u = torch.cat([
+            torch.linspace(1, 0, T + 1, dtype=torch.float64)[:start],
+            torch.linspace(1 - start / T, 0, steps + 1, dtype=torch.float64),
+        ])  # fmt: skip
+        return shift * u / (1 + (shift - 1) * u)
+
+    close(compress_tail(shifted_linear_sigmas(T), start, steps), expected(3.0), atol=1e-12)
+    flux = compress_tail(flux_sigmas(T, 1024), start, steps)
+    close(flux, expected(math.exp(0.63)), atol=1e-12)
+
+
+def test_a_compressed_tail_by_hand():
+    """Every second step of a linear schedule, and a schedule that shifts nothing linear."""
+    linear = shifted_linear_sigmas(10, 1.0)
+    close(compress_tail(linear, 4, 3), [1, 0.9, 0.8, 0.7, 0.6, 0.4, 0.2, 0], atol=1e-12)
+    close(compress_tail(sd3_sigmas(10), 4, 6), SD3_10, rtol=0, atol=5e-9)
+    close(compress_tail(sd3_sigmas(10), 4, 3), [*SD3_10[:5], *SD3_10[6:10:2], 0], rtol=0, atol=5e-9)
+    sd3 = compress_tail(sd3_sigmas(25), 7, 7)
+    assert len(sd3) == 15 and (sd3.diff() < 0).all() and sd3[-1] == 0
+    close(compress_tail(torch.tensor([1.0, 0.0]), 0, 1), [1, 0])
 
 
 def test_rows_and_columns():
@@ -349,9 +402,13 @@ def test_dpm2_is_second_order():
         (lambda: transitions(SIGMAS[:1], "ode"), r"shape \(1,\)"),
         (lambda: transitions(SIGMAS[None], "ode"), r"shape \(1, 5\)"),
         (
-            lambda: transitions(SIGMAS, "flow", 0.7, stochastic=torch.ones(5)),
-            r"stochastic has shape \(5,\)",
+            lambda: transitions(SIGMAS, ["flow", "ode", "ddim", "ode"], 0.7),
+            "'ddim' is unknown; choose one of flow, dance, cps",
         ),
+        (lambda: transitions(SIGMAS, ["flow"] * 5, 0.7), "5 variants for 4 steps"),
+        (lambda: transitions(SIGMAS, "ode", model_time="float"), "'float' is unknown; .* exact"),
+        (lambda: compress_tail(SIGMAS, 2, 0), "0 steps cannot replace the 2 from step 2 on"),
+        (lambda: compress_tail(SIGMAS, 2, 3), "3 steps cannot replace the 2 from step 2 on"),
         (lambda: sd3_sigmas(0), "steps is 0"),
         (lambda: flux_sigmas(0, 1024), "steps is 0"),
         (lambda: flux_sigmas(4, 0), "image_tokens is 0"),

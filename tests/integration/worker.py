@@ -46,7 +46,22 @@ BASES: dict[str, dict[str, Any]] = {
     "flow_grpo": {"name": "flow_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian"},
     "diffusion_nft": {"name": "diffusion_nft", "beta": 0.04, "decay": {"slope": 0.1}},
     "refl": {"name": "refl", "weight": 1.0, "margin": 0.0, "late": 0.5},
-}
+    "fast": {"name": "flow_grpo_fast", "clip_range": 1.0e-3, "beta": 0.1},
+    "mix": {"name": "mix_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian",
+            "window": {"kind": "random"}},
+    "flash": {"name": "mix_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian",
+              "window": {"kind": "progressive", "iterations": 1}, "flash": 0.5},
+    "dance": {"name": "dance_grpo", "clip_range": 1.0e-3, "beta": 0.1, "kl": "velocity"},
+    "guard": {"name": "grpo_guard", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian"},
+    "ddpo": {"name": "ddpo", "beta": 1.0, "kl": "gaussian"},
+}  # fmt: skip
+SAMPLERS: dict[str, dict[str, Any]] = {  # where it is not the usual one
+    "fast": {"steps": 6, "sde": "cps", "noise_level": 0.8},
+    "mix": {"steps": 6},
+    "flash": {"steps": 8, "schedule": "shifted_linear"},
+    "dance": {"sde": "dance", "noise_level": 0.3, "schedule": "shifted_linear",
+              "model_time": "integer", "same_initial_noise": True},
+}  # fmt: skip
 MECHANISMS = {
     "gate": {"fraction": 0.25, "limits": [0.1, 0.5], "warmup": 2},
     "diversity": {"features": "dinov3"},
@@ -56,6 +71,7 @@ ALGORITHMS = {
     **BASES,
     "gardo": {"name": "gardo", "base": BASES["flow_grpo"], **MECHANISMS},
     "gardo_nft": {"name": "gardo", "base": BASES["diffusion_nft"], **MECHANISMS},
+    "gardo_flash": {"name": "gardo", "base": BASES["flash"], **MECHANISMS},
 }
 WEIGHTS = {
     "lora": ({"kind": "lora", "rank": 4, "alpha": 8}, 2e-3),
@@ -130,7 +146,10 @@ def recipe(case: Case, folder: Path, steps: int = 5) -> dict[str, Any]:
             "prompts_per_step": 4,
             "images_per_prompt": 4,
         },
-        "sampler": {"steps": 4, "train_steps": 2, "noise_level": 0.7},
+        "sampler": {
+            "steps": 4, "train_steps": 2, "noise_level": 0.7,
+            **SAMPLERS.get(case.algorithm.removeprefix("gardo_"), {}),
+        },
         "algorithm": ALGORITHMS[case.algorithm],
         "rewards": {
             "tiny_shape": {"role": "proxy"},

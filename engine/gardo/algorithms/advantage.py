@@ -16,19 +16,28 @@ from torch import Tensor
 from gardo.settings import Strict
 from gardo.types import Credit, Scores
 
-Std = Literal["none", "global", "group"]
+Std = Literal["none", "global", "group", "group_unbiased"]
 EPS = 1e-4
+EPS_UNBIASED = 1e-8
 
 
 class AdvantageSettings(Strict):
-    """`std: none` is GARDO's, `global` Flow-GRPO's default; `scale` multiplies the result."""
+    """`std: none` is GARDO's, `global` Flow-GRPO's default, `group_unbiased` DanceGRPO's.
+
+    `scale` multiplies the result.
+    """
 
     std: Std = "global"
     scale: float = Field(1.0, gt=0)
 
 
-def group_statistics(value_B: Tensor, valid_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std of each sample's group over its valid samples, both fp64 [B]."""
+def group_statistics(
+    value_B: Tensor, valid_B: Tensor, group_B: Tensor, *, unbiased: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of each sample's group over its valid samples, both fp64 [B].
+
+    The std is the population's; `unbiased` divides by the count less one (0 for a group of one).
+    """
     _, index_B = group_B.unique(return_inverse=True)
     weight_B = valid_B.double()
     zeros = torch.zeros(int(index_B.max()) + 1, dtype=torch.float64, device=value_B.device)
@@ -36,17 +45,24 @@ def group_statistics(value_B: Tensor, valid_B: Tensor, group_B: Tensor) -> tuple
     value = value_B.double()
     mean_B = (zeros.index_add(0, index_B, value * weight_B) / count)[index_B]
     square_B = (value - mean_B) ** 2 * weight_B
-    return mean_B, (zeros.index_add(0, index_B, square_B) / count).sqrt()[index_B]
+    degrees = (count - 1).clamp(min=1) if unbiased else count
+    return mean_B, (zeros.index_add(0, index_B, square_B) / degrees).sqrt()[index_B]
 
 
 def group_advantage(
     reward_B: Tensor, valid_B: Tensor, group_B: Tensor, settings: AdvantageSettings
 ) -> Tensor:
-    """(r - group mean) / (std + 1e-4) x scale, fp32 [B]; `std: none` leaves the division out."""
+    """(r - group mean) / (std + 1e-4) x scale, fp32 [B]; `std: none` leaves the division out.
+
+    `group_unbiased` adds 1e-8, not 1e-4, as DanceGRPO does.
+    """
     mean_B, group_std_B = group_statistics(reward_B, valid_B, group_B)
     advantage_B = (reward_B.double() - mean_B) * valid_B
     if settings.std == "group":
         advantage_B = advantage_B / (group_std_B + EPS)
+    elif settings.std == "group_unbiased":
+        unbiased_B = group_statistics(reward_B, valid_B, group_B, unbiased=True)[1]
+        advantage_B = advantage_B / (unbiased_B + EPS_UNBIASED)
     elif settings.std == "global":
         everyone = torch.zeros_like(group_B)
         advantage_B = advantage_B / (group_statistics(reward_B, valid_B, everyone)[1] + EPS)

@@ -7,14 +7,15 @@ Shapes: B samples (of all ranks in `credit`, of this rank elsewhere), R training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gardo.contract import NoRatio, RatioContract
+from gardo.flow import Transitions, shifted_linear_sigmas, transitions
 from gardo.settings import Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import Backend
@@ -24,10 +25,36 @@ class SamplerSettings(Strict):
     """How training samples are drawn."""
 
     steps: int = Field(ge=2, description="denoise steps T")
-    train_steps: int = Field(ge=1, description="steps that are trained, from the first")
+    train_steps: int = Field(
+        ge=1, description="steps of a sample that are trained; the algorithm says which"
+    )
     sde: Literal["flow", "dance", "cps"] = "flow"
     noise_level: float = Field(0.7, gt=0, description="the sampler's a or eta")
     same_initial_noise: bool = False
+    schedule: Literal["model", "shifted_linear"] = Field(
+        "model", description="the model family's sigmas, or linear ones that are shifted once"
+    )
+    shift: float | None = Field(None, gt=0, description="of shifted_linear; 3 if left out")
+    model_time: Literal["exact", "integer"] = Field(
+        "exact", description="what the model is told of sigma: all of it, or whole thousandths"
+    )
+
+    @model_validator(mode="after")
+    def _shift_has_an_effect(self) -> Self:
+        if self.shift is not None and self.schedule == "model":
+            raise ValueError(
+                f"shift {self.shift} has no effect on schedule model; give schedule: "
+                "shifted_linear, or leave shift out"
+            )
+        return self
+
+    def sigmas(self, of_model: Callable[[int], Tensor]) -> Tensor:
+        """The schedule, [T + 1] float64; `of_model` makes the model family's own."""
+        schedules = {"model": of_model, "shifted_linear": self._shifted_linear}
+        return schedules[self.schedule](self.steps)
+
+    def _shifted_linear(self, steps: int) -> Tensor:
+        return shifted_linear_sigmas(steps, self.shift or 3.0)
 
 
 class AlgorithmSettings(Strict):
@@ -42,6 +69,17 @@ class World:
     sigmas: Tensor  # [T + 1] float64
     seed: int
     kernels: Backend = "auto"
+
+    def transitions(
+        self, variant: str | Sequence[str], sigmas: Tensor | None = None
+    ) -> Transitions:
+        """The sampler's table, with its noise level and model time, for its schedule or another."""
+        return transitions(
+            self.sigmas if sigmas is None else sigmas,
+            variant,
+            self.sampler.noise_level,
+            model_time=self.sampler.model_time,
+        )
 
 
 class Context(Protocol):

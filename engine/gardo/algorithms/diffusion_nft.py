@@ -26,7 +26,6 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
-from gardo.flow import transitions
 from gardo.rollout import FRESH, TIMES, noise_id
 from gardo.settings import Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
@@ -59,7 +58,7 @@ class DiffusionNFT(Algorithm):
 
     def __init__(self, settings: DiffusionNFTSettings, world: World) -> None:
         super().__init__(settings, world)
-        self.table = transitions(world.sigmas, settings.solver)
+        self.table = world.transitions(settings.solver)
         self.updates = 0
 
     @classmethod

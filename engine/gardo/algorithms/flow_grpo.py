@@ -1,5 +1,8 @@
 """Flow-GRPO (arXiv 2505.05470): clipped policy gradient over the recorded steps of an SDE sampler.
 
+The family's other members change two things, each a method: which steps are stochastic and
+recorded (`transitions`, `recorded`), and what the ratio is made of (`ratio_terms`).
+
 With a KL to a reference. Without `beta` there is no reference at all. With it the KL acts on every
 sample (DPOK-like, to the initial policy), unless GARDO wraps this and gates it. While the reference
 equals the sampling policy (at the start, and in the iteration after a reset), the rollout's own
@@ -8,7 +11,7 @@ velocities are the reference's: no teacher runs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -22,40 +25,52 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
-from gardo.contract import OldVelocity, RatioContract
-from gardo.flow import transitions
+from gardo.contract import NoRatio, OldVelocity, RatioContract
+from gardo.flow import Transitions
 from gardo.rollout import recorded_points
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import policy_loss
+from gardo_kernels import PolicyLoss, policy_loss
 
 
-class FlowGRPOSettings(AlgorithmSettings):
-    name: Literal["flow_grpo"] = "flow_grpo"
-    clip_range: float = Field(1e-4, gt=0, lt=1)
+class PolicyGradientSettings(AlgorithmSettings):
+    """What every policy gradient over recorded steps has."""
+
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
     kl_reduction: Literal["batch", "gated"] = "batch"
     advantage: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(5.0, gt=0)
+
+
+class ClippedSettings(PolicyGradientSettings):
+    """With a ratio that is clipped to 1 +- clip_range."""
+
+    clip_range: float = Field(1e-4, gt=0, lt=1)
     old_velocity: OldVelocity = "auto"
 
 
-class FlowGRPO(Algorithm):
-    Settings = FlowGRPOSettings
+class FlowGRPOSettings(ClippedSettings):
+    name: Literal["flow_grpo"] = "flow_grpo"
 
-    def __init__(self, settings: FlowGRPOSettings, world: World) -> None:
+
+class FlowGRPO(Algorithm):
+    Settings: ClassVar[type[AlgorithmSettings]] = FlowGRPOSettings
+
+    def __init__(self, settings: Any, world: World) -> None:
         super().__init__(settings, world)
-        sampler = world.sampler
-        self.table = transitions(world.sigmas, sampler.sde, sampler.noise_level)
-        self.contract = RatioContract(settings.old_velocity, settings.clip_range)
+        self.contract = self.contract_of(settings)
         self._reference_is_sampler = True
 
     @classmethod
-    def slots_of(cls, settings: FlowGRPOSettings) -> tuple[str, ...]:
+    def contract_of(cls, settings: Any) -> RatioContract | NoRatio:
+        return RatioContract(settings.old_velocity, settings.clip_range)
+
+    @classmethod
+    def slots_of(cls, settings: PolicyGradientSettings) -> tuple[str, ...]:
         return ("reference",) if settings.beta else ()
 
     @classmethod
-    def check(cls, settings: FlowGRPOSettings, sampler: SamplerSettings) -> None:
+    def check(cls, settings: Any, sampler: SamplerSettings) -> None:
         if sampler.sde == "cps" and sampler.noise_level > 1:
             raise ValueError(
                 f"sampler.noise_level: {sampler.noise_level}; sde cps takes a level up to 1"
@@ -70,10 +85,24 @@ class FlowGRPO(Algorithm):
     def has_kl(self) -> bool:
         return self.settings.beta > 0
 
+    def transitions(self, step: int) -> Transitions:
+        """The sampler of iteration `step`: here every step is stochastic."""
+        return self.world.transitions(self.world.sampler.sde)
+
+    def recorded(self, step: int) -> range:
+        """The denoise steps that iteration `step` may train, all of them stochastic."""
+        return range(self.world.sampler.train_steps)
+
     def plan(self, step: int) -> SamplePlan:
+        table, record = self.transitions(step), tuple(self.recorded(step))
+        if not all(table.scored[list(record)]):
+            raise ValueError(
+                f"{self.settings.name}: steps {list(record)} are recorded, but of "
+                f"{table.scored.tolist()} some have no noise, and so no log-probability"
+            )
         return SamplePlan(
-            transitions=self.table,
-            record=tuple(range(self.world.sampler.train_steps)),
+            transitions=table,
+            record=record,
             same_initial_noise=self.world.sampler.same_initial_noise,
         )
 
@@ -106,21 +135,28 @@ class FlowGRPO(Algorithm):
             metrics.mean("kl", out.kl_R, gate_R).mean("gate_share", gate_R)
         return out.loss, metrics
 
-    def _policy_loss(self, batch: Batch, velocity_RX: Tensor):  # type: ignore[no-untyped-def]
+    def ratio_terms(self, batch: Batch, velocity_RX: Tensor) -> dict[str, Any]:
+        """What the ratio is made of: arguments of `policy_loss`."""
+        points, clip = batch.points, self.settings.clip_range
+        return {
+            "v_old": points.velocities.get("train", points.velocities["rollout"]),
+            "u": points.extra["u"],
+            "h": points.extra["h"],
+            "clip_low": clip,
+            "clip_high": clip,
+        }
+
+    def _policy_loss(self, batch: Batch, velocity_RX: Tensor) -> PolicyLoss:
         points, settings = batch.points, self.settings
-        old = points.velocities.get("train", points.velocities["rollout"])
+        sampler = points.velocities.get("train", points.velocities["rollout"])
         return policy_loss(
             velocity_RX,
-            old,
-            points.extra["u"],
+            **self.ratio_terms(batch, velocity_RX),
             advantage=batch.advantage_R,
-            h=points.extra["h"],
             B=points.extra["B"],
             gate=batch.gate_R if self.has_kl else None,
-            v_ref=points.velocities.get("reference", old) if self.has_kl else None,
+            v_ref=points.velocities.get("reference", sampler) if self.has_kl else None,
             kl_scale=points.extra.get("kl_scale"),
-            clip_low=settings.clip_range,
-            clip_high=settings.clip_range,
             beta=settings.beta,
             reduction=settings.kl_reduction,
             adv_clip=settings.advantage_clip,

@@ -20,7 +20,6 @@ from gardo.algorithms.base import (
     SamplerSettings,
     World,
 )
-from gardo.flow import transitions
 from gardo.rollout import LATE, noise_id, recorded_points
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import random_uniform
@@ -43,7 +42,7 @@ class ReFL(Algorithm):
 
     def __init__(self, settings: ReFLSettings, world: World) -> None:
         super().__init__(settings, world)
-        self.table = transitions(world.sigmas, "ode")
+        self.table = world.transitions("ode")
 
     @classmethod
     def rows_per_sample(cls, settings: ReFLSettings, sampler: SamplerSettings) -> int:
@@ -72,7 +71,7 @@ class ReFL(Algorithm):
 
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings
-        sigma_R = points.sigma_R.view(-1, *[1] * (points.x_RX.dim() - 1))
+        sigma_R = points.extra["sigma"].view(-1, *[1] * (points.x_RX.dim() - 1))
         x0_RX = points.x_RX - sigma_R * ctx.velocity(batch)
         reward_R = ctx.score(ctx.decode(x0_RX), batch)
         standard_R = (reward_R - settings.reward_mean) / settings.reward_std
