@@ -506,7 +506,7 @@ def test_overrides_leave_the_rest_alone(good: Path) -> None:
         ("=3", "--set =3: expected FIELD=VALUE, such as"),
         ("run.steps.more=1", "--set run.steps.more: 'steps' is a value, not a section"),
         ("model.size=[32", "--set model.size: not valid YAML"),
-        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of diffusion_nft, "),
+        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of awm, diffusion_nft, "),
         ("sampler.train_steps=8", "--set sampler.train_steps: 8 of 8 steps"),
         ("data.prompts=nowhere.txt", "--set data.prompts: no such file: "),
         ("model.path=builtin:none", "--set model.path: no such folder: 'builtin:none'"),
@@ -689,7 +689,11 @@ def test_the_schema_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_schema_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(SECTIONS) == set(schema["required"])
-    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {"checkpoint", "rollout"}
+    assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - {
+        "checkpoint",
+        "rollout",
+        "kernels",
+    }
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
     sampler = schema["$defs"]["SamplerSettings"]["properties"]
