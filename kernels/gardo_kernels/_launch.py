@@ -1,6 +1,7 @@
 """What every op does before its arithmetic: choose a backend, refuse inputs that do not fit."""
 
-from typing import Literal
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 import triton
@@ -12,6 +13,14 @@ Backend = Literal["auto", "triton", "torch"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Of every launch; written out because Triton's default is to change.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Runs the kernel over the grid, on the GPU that the first argument, a tensor, is on."""
+    tensor = arguments[0]
+    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with guard:
+        kernel[grid](*arguments, **constants, **OPTIONS)
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -292,12 +292,14 @@ def _awm_loss_op(
     sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
     rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
     loss = v_RN.new_empty((), dtype=torch.float32)
-    _awm_loss_sums_kernel[(chunks, R)](
+    launch(
+        _awm_loss_sums_kernel, (chunks, R),
         v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_RC5, N, chunks,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
         CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _awm_loss_rows_kernel[(1,)](
+    launch(
+        _awm_loss_rows_kernel, (1,),
         sums_RC5, advantage_R, w_R, gate_R, rows_SR, loss, R, N, chunks,
         power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
         GATED=reduction == "gated", CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
@@ -313,7 +315,8 @@ def _awm_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _awm_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _awm_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip

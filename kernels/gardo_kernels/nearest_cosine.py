@@ -4,62 +4,328 @@
     nearest_i       = min over j != i in the group of i of d_ij
     mean_pairwise_i = mean over all pairs j < k of that group of d_jk
 
-The squared chord is exactly 0 for identical rows, where 1 - cos would leave 1e-7 of rounding of
-either sign. A row of zeros has no direction: its cosine with any row is taken as 0, its distance as
-1. A group of one has distance 0.
+Identical rows have distance exactly 0, where 1 - cos would leave 1e-7 of rounding of either sign.
+A row of zeros has no direction: its cosine with any row is taken as 0, its distance as 1. A group
+of one has distance 0. A feature that is not finite makes its whole group NaN.
 
 nearest is d_i of GARDO (arXiv 2512.24138, eq. 8); 100 times mean_pairwise is the diversity the
 paper reports.
 
-Least traffic: the features once. Called once an iteration, under no_grad, by GARDO's diversity and
-by the evaluation.
+Least traffic: the features once, n written and read again. Called once an iteration, under no_grad,
+by GARDO's diversity and by the evaluation.
+
+Groups take three launches: n, and where each group lies; squared chords in fp32, which keep the
+digits of small distances; the groups' means. One group of many rows takes n, its Gram matrix g in
+tiles on and above the diagonal, on tensor cores, and two reductions of torch. There
+
+    d_ij = (g_ii + g_jj) / 2 - g_ij            g_ij = n_i . n_j, with an error of about 1e-6
+
+and g is made by the same arithmetic everywhere, so that identical rows have equal g. The matrix of
+all distances is never in memory. No atomics, no host synchronisation, the same bits every time.
 
 Shapes: B samples, D features, G samples of one group (groups may differ in size and lie anywhere in
-the batch).
+the batch), S splits of a group's columns, T tiles of the batch.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, check_floating, check_rows, choose_backend
+from gardo_kernels._launch import Backend, check_floating, check_rows, choose_backend, launch
 
 
 @torch.no_grad()
-def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula in plain torch, one group after the other."""
-    largest_B1 = e_BD.abs().amax(1, keepdim=True).to(torch.float32)
-    zero_B = largest_B1[:, 0] == 0
-    # Scaled first, so that no square under- or overflows.
-    scaled_BD = e_BD.float() / largest_B1.masked_fill(zero_B[:, None], 1.0)
-    n_BD = torch.nn.functional.normalize(scaled_BD, dim=1)
-    nearest_B = torch.zeros(e_BD.shape[0], dtype=torch.float32, device=e_BD.device)
-    mean_B = torch.zeros_like(nearest_B)
+def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """1 - cos in fp64, one group after the other, rows in blocks; rounding, 1e-15, becomes 0."""
+    n_BD = torch.nn.functional.normalize(e_BD.double(), dim=1, eps=1e-300)
+    nearest_B = 0.0 * n_BD.sum(1).abs().float()  # for groups of one: 0, or NaN
+    mean_B = nearest_B.clone()
+    if group_B is None:
+        group_B = torch.zeros_like(nearest_B, dtype=torch.int32)
     order_B = group_B.argsort(stable=True)
     sizes = torch.unique_consecutive(group_B[order_B], return_counts=True)[1].tolist()
     for index_G in order_B.split(sizes):
         G = len(index_G)
         if G == 1:
             continue
-        n_GD, zero_G = n_BD[index_G], zero_B[index_G]
-        chord_GG = torch.cdist(n_GD, n_GD, compute_mode="donot_use_mm_for_euclid_dist")
-        distance_GG = torch.where(zero_G[:, None] | zero_G[None, :], 1.0, chord_GG.square() / 2)
-        distance_GG = distance_GG.clamp(max=2.0).fill_diagonal_(0.0)
-        mean_B[index_G] = distance_GG.sum() / (G * (G - 1))
-        nearest_B[index_G] = distance_GG.fill_diagonal_(torch.inf).amin(1)
+        n_GD, total = n_BD[index_G], n_BD.new_zeros(())
+        for first in range(0, G, 1024):
+            row_R = torch.arange(first, min(first + 1024, G), device=e_BD.device)
+            distance_RG = (1 - n_GD[row_R] @ n_GD.T).clamp(max=2.0)
+            distance_RG.masked_fill_(distance_RG < 1e-14, 0.0)
+            distance_RG[row_R - first, row_R] = 0.0
+            total = total + distance_RG.sum()
+            distance_RG[row_R - first, row_R] = torch.inf
+            nearest_B[index_G[row_R]] = distance_RG.amin(1).float()
+        mean_B[index_G] = (total / (G * (G - 1))).float()
     return nearest_B, mean_B
 
 
+# ---- kernels -------------------------------------------------------------------------------------
+
+WHOLE = 64  # n is filled up to a multiple of this many features, which needs no masks
+# A program of chords is one warp, which waits for no other: LANES along a row, each with four
+# features, one 128-bit load. SPLITS programs share a tile of rows.
+ROWS, COLUMNS, SPLITS, LANES, STAGES = 8, 8, 4, 16, 2
+_FEATURES = tl.constexpr(4)
+BLOCK, MEANS_BLOCK = 1024, 256  # features or group ids at a time; distances of a group at a time
+TILE, DEPTH = 64, 32  # rows and columns of a Gram tile, and features at a time
+MANY = 128  # rows of one group above which tiles are taken, not chords
+
+
+@triton.jit
+def _extent(group_ptr, group, rows, BLOCK: tl.constexpr):
+    """The first and the last row of each of these groups."""
+    first, last = tl.zeros(group.shape, tl.int32) + rows, tl.zeros(group.shape, tl.int32)
+    for start in range(0, rows, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        other = tl.load(group_ptr + column, mask=column < rows, other=0)
+        same = (other[None, :] == group[:, None]) & (column < rows)[None, :]
+        first = tl.minimum(first, tl.min(tl.where(same, column[None, :], rows), 1))
+        last = tl.maximum(last, tl.max(tl.where(same, column[None, :], 0), 1))
+    return first, last
+
+
+@triton.jit
+def _normalise_kernel(
+    e_ptr, group_ptr, n_ptr, zero_ptr, leader_ptr, bounds_ptr, rows, features, width,
+    HAS_GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """n of ROWS rows, filled up with zeros from `features` to `width`, and where their groups lie.
+
+    zero is 1 for a row of zeros, NaN for one that is not finite, else 0. leader is the first row of
+    a row's group: the group's number from here on. bounds are the first and the last row of all
+    these groups.
+    """
+    tile = tl.program_id(0)
+    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)  # the last row again, at the end
+    row_ptr = e_ptr + row.to(tl.int64)[:, None] * features
+    largest = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, features, BLOCK):
+        feature = start + tl.arange(0, BLOCK)[None, :]
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(e))
+    scale = tl.max(largest, 1)[:, None]  # divided by it, no square under- or overflows
+    scale = tl.where(scale == 0, 1.0, scale)
+    square = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, features, BLOCK):
+        feature = start + tl.arange(0, BLOCK)[None, :]
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
+        square += e * e
+    squares = tl.sum(square, 1)  # 0 for zeros, NaN where not finite, else 1 or more
+    tl.store(zero_ptr + row, tl.where(squares == 0, 1.0, 0.0 * squares))
+    inverse = (1.0 / tl.sqrt(tl.where(squares == 0, 1.0, squares)))[:, None]
+    at = row.to(tl.int64)[:, None] * width
+    for start in range(0, width, BLOCK):
+        feature = start + tl.arange(0, BLOCK)[None, :]
+        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
+        tl.store(n_ptr + at + feature, e * inverse, mask=feature < width)
+    first, last = row * 0, row * 0 + rows - 1
+    if HAS_GROUPS:
+        first, last = _extent(group_ptr, tl.load(group_ptr + row), rows, BLOCK)
+    tl.store(leader_ptr + row, first)
+    tl.store(bounds_ptr + 2 * tile, tl.min(first))
+    tl.store(bounds_ptr + 2 * tile + 1, tl.max(last))
+
+
+@triton.jit
+def _chords_kernel(
+    n_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, sums_ptr, rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """nearest, sums[split, row]: least distance and sum over every SPLITS-th tile of columns."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)
+    leader, zero = tl.load(leader_ptr + row), tl.load(zero_ptr + row)
+    row_ptr = n_ptr + row.to(tl.int64)[:, None, None, None] * width
+    lane = tl.arange(0, LANES)[None, None, :, None] * _FEATURES
+    lane += tl.arange(0, _FEATURES)[None, None, None, :]
+    first, last = tl.load(bounds_ptr + 2 * tile), tl.load(bounds_ptr + 2 * tile + 1)
+    nearest = tl.full((ROWS,), float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(first + split * COLUMNS, last + 1, SPLITS * COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        other = tl.load(leader_ptr + column, mask=column < rows, other=-1)
+        pair = (other[None, :] == leader[:, None]) & (column[None, :] != row[:, None])
+        if tl.max(tl.max(pair.to(tl.int32), 1)) > 0:
+            column = tl.minimum(column, rows - 1)
+            column_ptr = n_ptr + column.to(tl.int64)[None, :, None, None] * width
+            chord = tl.zeros((ROWS, COLUMNS, LANES), tl.float32)
+            for depth in tl.range(0, width, LANES * _FEATURES, num_stages=STAGES):
+                difference = tl.load(row_ptr + depth + lane) - tl.load(column_ptr + depth + lane)
+                chord += tl.sum(difference * difference, 3)  # within a thread
+            distance = 0.5 * tl.sum(chord, 2)
+            distance = tl.where(distance > 2, 2.0, distance)  # NaN stays
+            either = zero[:, None] + tl.load(zero_ptr + column)[None, :]
+            distance = tl.where(either > 0, 1.0, distance)
+            total += tl.sum(tl.where(pair, distance, 0.0), 1)
+            least = tl.min(tl.where(pair, distance, float("inf")), 1)
+            nearest = tl.minimum(nearest, least)
+    tl.store(nearest_ptr + split * rows + row, nearest)
+    tl.store(sums_ptr + split * rows + row, total)
+
+
+@triton.jit
+def _means_kernel(
+    parts_ptr, sums_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, mean_ptr, rows,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """nearest[row], the least of parts[split, row]; mean[row], over the pairs of the row's group.
+
+    The blocks start at multiples of BLOCK and are added in order: all rows of a group get the same
+    bits.
+    """
+    tile = tl.program_id(0)
+    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)
+    leader = tl.load(leader_ptr + row)
+    first, last = tl.load(bounds_ptr + 2 * tile), tl.load(bounds_ptr + 2 * tile + 1)
+    total, size = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < rows
+        other = tl.load(leader_ptr + column, mask=inside, other=-1)
+        of_row = tl.zeros((BLOCK,), tl.float32)
+        for split in range(SPLITS):
+            of_row += tl.load(sums_ptr + split * rows + column, mask=inside, other=0.0)
+        same = other[None, :] == leader[:, None]
+        total += tl.sum(tl.where(same, of_row[None, :], 0.0), 1)
+        size += tl.sum(same.to(tl.float32), 1)
+    nearest = tl.full((ROWS,), float("inf"), tl.float32)
+    for split in range(SPLITS):
+        nearest = tl.minimum(nearest, tl.load(parts_ptr + split * rows + row))
+    nearest += 0.0 * total  # NaN where a row of the group is not finite, which a minimum drops
+    alone = 0.0 * tl.load(zero_ptr + row)
+    tl.store(nearest_ptr + row, tl.where(size == 1, alone, nearest))
+    mean = total / tl.maximum(size * (size - 1.0), 1.0)
+    tl.store(mean_ptr + row, tl.where(size == 1, alone, mean))
+
+
+@triton.jit
+def _gram(n_ptr, row, column, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """n_i . n_j of TILE rows and TILE columns; equal bits for equal pairs of rows."""
+    row = tl.minimum(row, rows - 1).to(tl.int64)
+    column = tl.minimum(column, rows - 1).to(tl.int64)
+    gram = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, width, DEPTH):
+        feature = start + tl.arange(0, DEPTH)
+        a = tl.load(n_ptr + row[:, None] * width + feature[None, :])
+        b = tl.load(n_ptr + column[None, :] * width + feature[:, None])
+        gram = tl.dot(a, b, gram, input_precision="tf32x3")
+    return gram
+
+
+@triton.jit
+def _squares_kernel(n_ptr, square_ptr, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """square[row] = n_i . n_i, by the arithmetic of the tiles."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    gram = _gram(n_ptr, row, row, rows, width, TILE, DEPTH)
+    square = tl.sum(tl.where(row[:, None] == row[None, :], gram, 0.0), 1)
+    tl.store(square_ptr + row, square, mask=row < rows)
+
+
+@triton.jit
+def _tiles_kernel(
+    n_ptr, square_ptr, nearest_ptr, sums_ptr, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
+    """nearest, sums[tile, row]: least distance from a row to those of a tile, and the sum of all.
+
+    A program on or above the diagonal fills its rows' part and, the distance being symmetric, its
+    columns'.
+    """
+    row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if column_tile < row_tile:
+        return
+    row = (row_tile * TILE).to(tl.int32) + tl.arange(0, TILE)
+    column = (column_tile * TILE).to(tl.int32) + tl.arange(0, TILE)
+    gram = _gram(n_ptr, row, column, rows, width, TILE, DEPTH)
+    row_square = tl.load(square_ptr + row, mask=row < rows, other=1.0)[:, None]
+    column_square = tl.load(square_ptr + column, mask=column < rows, other=1.0)[None, :]
+    distance = 0.5 * (row_square + column_square) - gram
+    distance = tl.where(row_square * column_square == 0, 1.0, distance)
+    distance = tl.where(distance < 0, 0.0, distance)  # not minimum and maximum: NaN stays
+    distance = tl.where(distance > 2, 2.0, distance)
+    pair = (row[:, None] != column[None, :]) & (row < rows)[:, None] & (column < rows)[None, :]
+    least, term = tl.where(pair, distance, float("inf")), tl.where(pair, distance, 0.0)
+    sums = tl.sum(term, 1)  # NaN where one is, which tl.min drops
+    tl.store(nearest_ptr + column_tile * rows + row, tl.min(least, 1) + 0.0 * sums, mask=row < rows)
+    tl.store(sums_ptr + column_tile * rows + row, sums, mask=row < rows)
+    if column_tile > row_tile:
+        sums = tl.sum(term, 0)
+        at = row_tile * rows + column
+        tl.store(nearest_ptr + at, tl.min(least, 0) + 0.0 * sums, mask=column < rows)
+        tl.store(sums_ptr + at, sums, mask=column < rows)
+
+
+# ---- op ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("gardo::nearest_cosine", mutates_args=())
+def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
+    B, D = e_BD.shape
+    tiles = triton.cdiv(B, ROWS)
+    width = triton.cdiv(D, WHOLE) * WHOLE
+    n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
+    zero_B = e_BD.new_empty(B, dtype=torch.float32)
+    leader_B = e_BD.new_empty(B, dtype=torch.int32)
+    bounds_T2 = e_BD.new_empty(tiles, 2, dtype=torch.int32)
+    launch(
+        _normalise_kernel, (tiles,),
+        e_BD, group_B, n_BD, zero_B, leader_B, bounds_T2, B, D, width,
+        HAS_GROUPS=group_B is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    if group_B is None and B > MANY:
+        return _one_group(n_BD)
+    parts_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
+    sums_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
+    nearest_B = e_BD.new_empty(B, dtype=torch.float32)
+    mean_B = e_BD.new_empty(B, dtype=torch.float32)
+    launch(
+        _chords_kernel, (tiles, SPLITS),
+        n_BD, zero_B, leader_B, bounds_T2, parts_SB, sums_SB, B, width,
+        ROWS=ROWS, COLUMNS=COLUMNS, SPLITS=SPLITS, LANES=LANES, STAGES=STAGES, num_warps=1,
+    )  # fmt: skip
+    launch(
+        _means_kernel, (tiles,),
+        parts_SB, sums_SB, zero_B, leader_B, bounds_T2, nearest_B, mean_B, B,
+        ROWS=ROWS, SPLITS=SPLITS, BLOCK=MEANS_BLOCK,
+    )  # fmt: skip
+    return nearest_B, mean_B
+
+
+def _one_group(n_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """The results for one group of many rows."""
+    B, D = n_BD.shape
+    T = triton.cdiv(B, TILE)
+    square_B = n_BD.new_empty(B)
+    nearest_TB = n_BD.new_empty(T, B)
+    sums_TB = n_BD.new_empty(T, B)
+    # the same tile and warps in both, so that equal rows get equal bits; two stages do not spill
+    launch(_squares_kernel, (T,), n_BD, square_B, B, D, TILE=TILE, DEPTH=DEPTH, num_stages=2)
+    launch(_tiles_kernel, (T, T), n_BD, square_B, nearest_TB, sums_TB, B, D, TILE=TILE, DEPTH=DEPTH)
+    mean = sums_TB.sum() / (B * (B - 1))
+    return nearest_TB.amin(0), mean.expand(B).contiguous()
+
+
+@_nearest_cosine_op.register_fake
+def _(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    B = e_BD.shape[0]
+    return e_BD.new_empty(B, dtype=torch.float32), e_BD.new_empty(B, dtype=torch.float32)
+
+
 def nearest_cosine(
-    e_BD: Tensor, group_B: Tensor, *, backend: Backend = "auto"
+    e_BD: Tensor, group_B: Tensor | None = None, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Distance to the nearest other image of the group, and the group's mean pairwise distance.
 
-    e_BD [B, D], any floating dtype; group_B [B] integers, equal for the samples of one group.
-    Returns (nearest_B, mean_pairwise_B), both [B] fp32 in [0, 2]; mean_pairwise_B holds the value
-    of its group in each of the group's rows. No gradient flows.
+    e_BD [B, D], any floating dtype; group_B [B] integers, equal for the samples of one group, None
+    for one group of all. Returns (nearest_B, mean_pairwise_B), both [B] fp32 in [0, 2];
+    mean_pairwise_B holds the value of its group in each of the group's rows. No gradient flows.
 
-    ValueError for an empty batch, features without width, or shapes, dtypes and devices that do not
-    fit.
+    ValueError for an empty batch, features without width, shapes, dtypes and devices that do not
+    fit, or fp64 features for the kernels, which work in fp32.
     """
     op = "nearest_cosine"
     if e_BD.ndim != 2 or e_BD.numel() == 0:
@@ -67,8 +333,11 @@ def nearest_cosine(
             f"{op}: e_BD has shape {tuple(e_BD.shape)}; pass [samples, features], neither empty"
         )
     check_floating(op, "e_BD", e_BD)
-    check_rows(op, "group_B", group_B, "e_BD", e_BD)
-    if group_B.is_floating_point():
-        raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
-    choose_backend(op, backend, e_BD)
+    if group_B is not None:
+        check_rows(op, "group_B", group_B, "e_BD", e_BD)
+        if group_B.is_floating_point():
+            raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
+    if choose_backend(op, backend, e_BD) == "triton":
+        group_B = None if group_B is None else group_B.long().contiguous()
+        return _nearest_cosine_op(e_BD.detach().contiguous(), group_B)
     return nearest_cosine_ref(e_BD, group_B)

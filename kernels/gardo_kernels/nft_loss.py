@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -231,11 +231,13 @@ def _nft_loss_op(
     sums_RC5 = v_RN.new_empty(R, chunks, 5, dtype=torch.float32)
     rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
     loss = v_RN.new_empty((), dtype=torch.float32)
-    _nft_loss_sums_kernel[(chunks, R)](
+    launch(
+        _nft_loss_sums_kernel, (chunks, R),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_RC5, N, chunks, b,
         HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _nft_loss_rows_kernel[(1,)](
+    launch(
+        _nft_loss_rows_kernel, (1,),
         sums_RC5, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
         beta if v_ref_RN is not None else 0.0, policy_scale, floor,
         GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
@@ -251,7 +253,8 @@ def _nft_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _nft_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _nft_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
         HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip

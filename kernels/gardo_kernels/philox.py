@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import INTERPRETED, OPTIONS, Backend, choose_backend
+from gardo_kernels._launch import INTERPRETED, Backend, choose_backend, launch
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -206,9 +206,10 @@ def _random(kind: tl.constexpr, seed: Seed, sample_id_B: Tensor, stream: int, co
     dtype = torch.int64 if kind is BITS else torch.float32
     out = torch.empty(len(sample_id_B), count, dtype=dtype, device=device)
     grid = (triton.cdiv(count, block), len(sample_id_B))
-    _random_kernel[grid](
+    launch(
+        _random_kernel, grid,
         out, seed_tensor(seed, device), sample_id_B.contiguous(), stream, count,
-        KIND=kind, FAST=not INTERPRETED, BLOCK=block, **OPTIONS,
+        KIND=kind, FAST=not INTERPRETED, BLOCK=block,
     )  # fmt: skip
     return out
 

@@ -49,7 +49,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype
+from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -262,11 +262,13 @@ def _policy_loss_op(
     sums_RC2 = v_RN.new_empty(R, chunks, 2, dtype=torch.float32)
     rows_SR = v_RN.new_empty(STATISTICS, R, dtype=torch.float32)
     loss = v_RN.new_empty((), dtype=torch.float32)
-    _policy_loss_sums_kernel[(chunks, R)](
+    launch(
+        _policy_loss_sums_kernel, (chunks, R),
         v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_RC2, N, chunks,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    _policy_loss_rows_kernel[(1,)](
+    launch(
+        _policy_loss_rows_kernel, (1,),
         sums_RC2, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, loss, R, N, chunks,
         clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
         GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
@@ -282,7 +284,8 @@ def _policy_loss_grad_op(
     """dL/dv [R, N] in the dtype of v."""
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
-    _policy_loss_bwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _policy_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
         v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, BLOCK=BLOCK,
     )  # fmt: skip

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from gardo_kernels._launch import (
     INTERPRETED,
-    OPTIONS,
     Backend,
     check_device,
     check_like,
@@ -38,6 +37,7 @@ from gardo_kernels._launch import (
     check_samples,
     choose_backend,
     compute_dtype,
+    launch,
 )
 from gardo_kernels.philox import (
     Seed,
@@ -197,12 +197,12 @@ def _sde_step_op(
     R, N = x_RN.shape
     guided, keep_low = uncond_RN is not None, model_dtype != torch.float32
     outputs = _empty(x_RN, v_RN, guided, model_dtype, keep_u, keep_m, keep_square)
-    _sde_step_fwd_kernel[(triton.cdiv(N, BLOCK), R)](
+    launch(
+        _sde_step_fwd_kernel, (triton.cdiv(N, BLOCK), R),
         x_RN, v_RN, uncond_RN, m_prev_RN, table_TK, step_R, seed, sample_id_R, *outputs,
         N, *table_TK.shape, guidance,
         HAS_NOISE=seed is not None, GUIDED=guided, HAS_M=m_prev_RN is not None, KEEP_LOW=keep_low,
         KEEP_U=keep_u, KEEP_M=keep_m, KEEP_SQUARE=keep_square, FAST=not INTERPRETED, BLOCK=BLOCK,
-        **OPTIONS,
     )  # fmt: skip
     return outputs
 

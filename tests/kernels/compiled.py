@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gardo_kernels import philox
+from gardo_kernels._launch import OPTIONS
 
 ARCHITECTURES = (90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -43,6 +44,7 @@ class Spec:
     constants: dict[str, Any]
     per_program: int  # elements
     warps: int = 4
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,30 @@ def awm_loss_specs(name: str, pointer: str) -> list[Spec]:
 
 
 SPECS += awm_loss_specs("bf16", "*bf16") + awm_loss_specs("fp32", "*fp32")
+
+
+def nearest_cosine_specs() -> list[Spec]:
+    """The kernels that touch every feature; an element is a feature, or that of a pair of rows."""
+    scalars = {"leader_ptr": "*i32", "bounds_ptr": "*i32", "group_ptr": "*i64", "rows": "i32"}
+    floats = ("e", "n", "zero", "nearest", "sums", "square")
+    types = {f"{n}_ptr": "*fp32" for n in floats} | scalars
+    types |= {"features": "i32", "width": "i32"}
+    m = import_module("gardo_kernels.nearest_cosine")
+    rows, tile = {"ROWS": m.ROWS}, {"TILE": m.TILE, "DEPTH": m.DEPTH}
+    chords = {**rows, "COLUMNS": m.COLUMNS, "SPLITS": m.SPLITS, "LANES": m.LANES,
+              "STAGES": m.STAGES}  # fmt: skip
+    return [
+        *(Spec(f"nearest_cosine_normalise_{name}", m._normalise_kernel, {**types, "e_ptr": pointer},
+               {**rows, "HAS_GROUPS": True, "BLOCK": m.BLOCK}, m.ROWS * m.BLOCK, 8)
+          for name, pointer in (("bf16", "*bf16"), ("fp32", "*fp32"))),
+        Spec("nearest_cosine_chords", m._chords_kernel, types, chords,
+             m.ROWS * m.COLUMNS * m.LANES * 4, 1),
+        Spec("nearest_cosine_squares", m._squares_kernel, types, tile, m.TILE**2 * m.DEPTH, 4, 2),
+        Spec("nearest_cosine_tiles", m._tiles_kernel, types, tile, m.TILE**2 * m.DEPTH),
+    ]  # fmt: skip
+
+
+SPECS += nearest_cosine_specs()
 SPECS += nft_loss_specs("bf16", "*bf16") + nft_loss_specs("fp32", "*fp32")
 SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 
@@ -150,7 +176,7 @@ SPECS += policy_loss_specs("bf16", "*bf16") + policy_loss_specs("fp32", "*fp32")
 def compiled(spec: Spec, architecture: int) -> Code:
     names = spec.kernel.arg_names
     signature = {n: spec.types.get(n, "constexpr") for n in names}
-    whole = ("count", "elements")  # of a row: multiples of 16
+    whole = ("count", "elements", "features", "width")  # of a row: multiples of 16
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in whole]
     source = ASTSource(
         spec.kernel,
@@ -159,7 +185,9 @@ def compiled(spec: Spec, architecture: int) -> Code:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     kernel = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": spec.warps}
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": spec.warps, "num_stages": spec.stages, **OPTIONS},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -169,7 +197,7 @@ def compiled(spec: Spec, architecture: int) -> Code:
             for option in ("-sass", "-res-usage")
         )
     found = [name for name in INSTRUCTION.findall(sass) if name != "NOP"]
-    vectors = [n for n in found if re.match(r"(LDG|STG)\.", n)]
+    vectors = [n for n in found if re.match(r"(LDG|STG|LDGSTS)\.", n)]
     wide = [n for n in vectors if ".128" in n]
     return Code(
         name=spec.name,
@@ -182,7 +210,7 @@ def compiled(spec: Spec, architecture: int) -> Code:
         wide=len(wide),
         other=len(vectors) - len(wide),
         doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)", n) is not None for n in found),
-        atomics=sum(n.startswith(("ATOM", "RED")) for n in found),
+        atomics=sum(re.match(r"(ATOM|RED)G?(\.|$)", n) is not None for n in found),
     )
 
 

@@ -31,6 +31,11 @@ BUDGET = {  # instructions an element at most: what a memory-bound kernel can af
     "nft_loss_sums_fp32": 56,
     "nft_loss_bwd_bf16": 32,
     "nft_loss_bwd_fp32": 28,
+    "nearest_cosine_normalise_bf16": 72,
+    "nearest_cosine_normalise_fp32": 72,
+    "nearest_cosine_chords": 12,  # of each of 64 pairs of rows; 2.7 within the loop
+    "nearest_cosine_squares": 1,
+    "nearest_cosine_tiles": 3,
 }
 REGISTERS = {  # where 64 are not enough
     # five running sums of eight elements a thread: 20 warps stay on a multiprocessor
@@ -39,6 +44,10 @@ REGISTERS = {  # where 64 are not enough
     "awm_loss_sums_bf16": 96,
     "awm_loss_sums_fp32": 96,
     "sde_step_guided_bf16": 80,  # four inputs and five outputs: 24 warps stay
+    # tiles of sums in registers; one warp a program, or tensor cores that wait for memory
+    "nearest_cosine_chords": 168,
+    "nearest_cosine_squares": 168,
+    "nearest_cosine_tiles": 168,
 }
 
 

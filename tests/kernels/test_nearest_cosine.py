@@ -1,5 +1,7 @@
 """Distances within groups against a plain double loop, and the degenerate rows."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,5 +114,209 @@ def test_bad_inputs():
         nearest_cosine(e_BD.long(), group_B)
     with pytest.raises(ValueError, match="group_B is on meta"):
         nearest_cosine(e_BD, group_B.to("meta"))
-    with pytest.raises(RuntimeError, match="not built in this version"):
-        nearest_cosine(e_BD, group_B, backend="triton")
+    with pytest.raises(ValueError, match="the kernels work in fp32"):
+        nearest_cosine(e_BD.double(), group_B, backend="triton")
+
+
+def test_reference_in_blocks_and_without_groups():
+    """More rows than a block of the reference, against all distances at once."""
+    e_BD = features(1100, 8)
+    nearest, mean = nearest_cosine(e_BD, backend="torch")
+    expected_nearest, expected_mean = matrix(e_BD, None)
+    torch.testing.assert_close(nearest.double(), expected_nearest, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=1e-9)
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+MODULE = import_module("gardo_kernels.nearest_cosine")
+MANY = MODULE.MANY
+# n is rounded two or three times in each feature, by 2^-24 of it: a distance d by less than
+# sqrt(2 d) 2^-22 or 5e-7. Tensor cores add products of 22 bits with rounding towards 0.
+CHORDS, TILES = 1e-6, 3e-6
+
+
+def features(rows, width, dtype=torch.float32, seed=0):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unequal(rows, seed=0):
+    """One group of half the rows, wider than a tile, and small ones, in any order; any ids."""
+    id_B = torch.arange(rows).clamp(min=rows // 2) * 10**10
+    id_B[-4:-1] = -3
+    return id_B[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
+
+
+def matrix(e_BD, group_B):
+    """All distances at once in fp64; rows without a direction are not for it."""
+    e = e_BD.double()
+    distance = 1.0 - (e @ e.T) / (e.norm(dim=1)[:, None] * e.norm(dim=1))
+    group_B = torch.zeros(len(e)) if group_B is None else group_B
+    pair = (group_B[:, None] == group_B).fill_diagonal_(False)
+    size = pair.sum(1) + 1
+    own = torch.where(pair, distance, 0.0).sum(1)
+    total = torch.stack([own[group_B == g].sum() for g in group_B])
+    nearest = torch.where(pair, distance, torch.inf).amin(1)
+    nearest = torch.where(size == 1, 0.0, nearest)
+    return nearest, total / (size * (size - 1)).clamp(min=1)
+
+
+def kernels(e_BD, group_B=None):
+    group_B = None if group_B is None else group_B.to(DEVICE)
+    return tuple(x.cpu() for x in nearest_cosine(e_BD.to(DEVICE), group_B, backend="triton"))
+
+
+def assert_close(ours, exact, tolerance):
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 5, 33, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [38, MANY + 12])
+def test_kernels_are_the_formula(width, dtype, rows):
+    """Groups of any size and order, as chords; or one group of three tiles."""
+    e_BD = features(rows, width, dtype)
+    group_B, tolerance = (None, TILES) if rows > MANY else (unequal(rows), CHORDS)
+    assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), tolerance)
+
+
+def test_kernels_go_over_blocks_of_features_of_ids_and_of_means(monkeypatch):
+    monkeypatch.setattr(MODULE, "BLOCK", 32)
+    monkeypatch.setattr(MODULE, "MEANS_BLOCK", 16)
+    e_BD, group_B = features(38, 70), unequal(38)
+    assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), CHORDS)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    groups=st.lists(st.integers(-3, 3), min_size=1, max_size=20),
+    width=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_kernels_match_the_loop_for_groups_of_any_size_and_order(groups, width, seed):
+    e_BD = features(len(groups), width, seed=seed)
+    expected = (x.double() for x in by_hand(e_BD, groups))
+    assert_close(kernels(e_BD, torch.tensor(groups)), expected, CHORDS)
+
+
+def test_tiles_and_chords_agree(monkeypatch):
+    monkeypatch.setattr(MODULE, "MANY", 60)
+    e_BD = features(70, 20)
+    tiles, chords = kernels(e_BD), kernels(e_BD, torch.full((70,), 7))
+    assert not torch.equal(tiles[0], chords[0])  # two ways to the same
+    assert_close(tiles, [x.double() for x in chords], TILES)
+
+
+# Rows of chords, and of tiles where one group of all has them.
+COUNTS = pytest.mark.parametrize("rows", [20, MANY + 2])
+
+
+@COUNTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_identical_rows_exactly_zero(rows, dtype):
+    e_BD = features(rows, 70, dtype)
+    nearest, mean = kernels(e_BD[:1].expand(rows, -1))
+    assert torch.equal(nearest, torch.zeros(rows)) and torch.equal(mean, torch.zeros(rows))
+    e_BD[3] = e_BD[rows - 1]
+    nearest, _ = kernels(e_BD)
+    assert (nearest == 0).nonzero()[:, 0].tolist() == [3, rows - 1]
+
+
+def test_chords_keep_the_digits_of_small_distances():
+    e_BD = features(1, 1024) + 1e-3 * features(6, 1024, seed=1)
+    ours, exact = kernels(e_BD), matrix(e_BD, None)
+    assert float(exact[0].max()) < 2e-6
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=0)
+
+
+@COUNTS
+def test_kernels_give_zero_rows_cosine_zero(rows):
+    e_BD = features(rows, 9).abs()  # cosines above 0, distances below 1
+    e_BD[[2, rows - 2]] = 0
+    ours = kernels(e_BD)
+    assert_close(ours, [x.double() for x in nearest_cosine(e_BD, backend="torch")], TILES)
+    assert (ours[0] == 1).nonzero()[:, 0].tolist() == [2, rows - 2]
+
+
+@COUNTS
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
+def test_kernels_do_not_mind_the_scale(rows, scale):
+    e_BD = features(rows, 9) * scale
+    assert_close(kernels(e_BD), matrix(e_BD, None), TILES)
+
+
+@COUNTS
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_what_is_not_finite_never_looks_plausible(rows, bad, backend):
+    e_BD = features(rows, 9)
+    e_BD[0] = 0
+    e_BD[3, 8] = bad
+    for x in nearest_cosine(e_BD.to(DEVICE), backend=backend):
+        assert x.isnan().all()
+    group_B = torch.tensor([5, 5, 9, 5, 9]), torch.tensor([5, 7, 9, 4, 9])
+    for groups, nan in zip(group_B, ([0, 1, 3], [3]), strict=True):
+        for x in nearest_cosine(e_BD[:5].to(DEVICE), groups.to(DEVICE), backend=backend):
+            assert x.isnan().nonzero()[:, 0].tolist() == nan
+
+
+def test_a_group_shares_the_bits_of_its_mean_wherever_its_rows_lie():
+    group_B = unequal(38)
+    nearest, mean = kernels(features(38, 33), group_B)
+    for g in group_B.unique():
+        assert mean[group_B == g].unique().numel() == 1
+    order = torch.randperm(38, generator=torch.Generator().manual_seed(4))
+    moved_nearest, moved_mean = kernels(features(38, 33)[order], group_B[order])
+    assert torch.equal(moved_nearest, nearest[order])
+    torch.testing.assert_close(moved_mean, mean[order], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_kernels_copy_what_is_strided_and_repeat_their_bits(grouped):
+    rows = 21 if grouped else MANY + 2
+    e_BD, group_B = features(rows, 40), unequal(rows).int() if grouped else None
+    plain = kernels(e_BD.contiguous(), group_B)
+    strided = e_BD.T.contiguous().T
+    apart = None if group_B is None else group_B.repeat_interleave(2)[::2]
+    assert not strided.is_contiguous()
+    for _ in range(2):
+        again = kernels(strided, apart)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@COUNTS
+def test_kernels_do_not_read_what_they_did_not_write(monkeypatch, rows):
+    """Poisoned outputs: every `empty` comes full of NaN, or of what is no row."""
+    expected = kernels(features(rows, 20))
+
+    def poisoned(self, *size, dtype=None, device=None):
+        dtype = dtype or self.dtype
+        value = torch.nan if dtype.is_floating_point else -(10**6)
+        return torch.full(size, value, dtype=dtype, device=device or self.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for mine, theirs in zip(kernels(features(rows, 20)), expected, strict=True):
+        assert torch.equal(mine, theirs) and not mine.isnan().any()
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_opcheck(grouped):
+    group_B = torch.tensor([1, 0, 1], device=DEVICE) if grouped else None
+    arguments = (features(3, 4).to(DEVICE), group_B)
+    torch.library.opcheck(torch.ops.gardo.nearest_cosine.default, arguments)
+
+
+def test_a_compiler_sees_one_graph_without_a_gradient():
+    e_BD, group_B = features(6, 5).to(DEVICE), torch.tensor([1, 0, 1, 0, 0, 2], device=DEVICE)
+
+    def distances(e_BD):
+        return nearest_cosine(e_BD, group_B, backend="triton")
+
+    compiled = torch.compile(distances, fullgraph=True, backend="aot_eager")
+    traced = compiled(e_BD.clone().requires_grad_())
+    for mine, theirs in zip(traced, distances(e_BD), strict=True):
+        assert torch.equal(mine, theirs) and not mine.requires_grad

@@ -4,6 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.row_losses import (
+    DEVICE,
+    GATES,
+    SHAPES,
+    answer,
+    both,
+    check_gradient,
+    check_one_graph,
+    check_poisoned,
+    check_repeats,
+    check_statistics,
+    numbers,
+)
 
 from gardo_kernels import nft_loss, nft_preference
 
@@ -193,77 +206,110 @@ def test_bad_inputs():
 
 # ---- the kernels ---------------------------------------------------------------------------------
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
+
+def of_kernels(**shape):
+    """(samples and times, options) with row values in fp32, whatever the dtype of the samples."""
+    (*samples, t), options = problem(**shape)
+    return (*samples, t.float()), options | {"r": options["r"].float()}
 
 
-def both(inputs, options, **more):
-    """(result, gradient) of the kernels, and of the reference in fp64 on the same numbers."""
-    answers = []
-    for backend, widen in (("triton", False), ("torch", True)):
-
-        def move(x, widen=widen):
-            return x.to(DEVICE).double() if widen and x.is_floating_point() else x.to(DEVICE)
-
-        v, *rest = (move(x) for x in inputs)
-        trained = v.detach().requires_grad_()
-        out = nft_loss(
-            trained, *rest, **{k: move(x) for k, x in options.items()}, **more, backend=backend
-        )
-        (3.0 * out.loss).backward()
-        answers.append((out, trained.grad))
-    return answers
-
-
-def rows_in_fp32(inputs, options):
-    *latents, t = inputs
-    return (*latents, t.float()), {k: x.float() if k == "r" else x for k, x in options.items()}
-
-
-@pytest.mark.parametrize("shape", [(1,), (3, 4), (64, 16), (5, 1000), (4097,)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-@pytest.mark.parametrize("b", [1.0, 0.1])
+@pytest.mark.parametrize(("reduction", "b"), [("batch", 1.0), ("gated", 0.1)])
 def test_kernels_are_the_reference(shape, dtype, reduction, b):
     """Sums of fp32 squares in trees: a few 2^-24 of their size."""
-    inputs, options = rows_in_fp32(*problem(shape=shape, dtype=dtype))
+    inputs, options = of_kernels(shape=shape, dtype=dtype)
     for left_out in ((), ("gate", "v_ref")):
         chosen = {k: x for k, x in options.items() if k not in left_out}
-        beta = 0.0 if left_out else 1.5
-        (ours, grad), (exact, exact_grad) = both(inputs, chosen, b=b, beta=beta,
-                                                 reduction=reduction)  # fmt: skip
-        for name in ("loss", "policy_R", "kl_R", "weight_plus_R", "weight_minus_R", "loss_plus_R",
-                     "loss_minus_R"):  # fmt: skip
-            mine, theirs = getattr(ours, name), getattr(exact, name)
-            assert mine.dtype == torch.float32 and mine.shape == theirs.shape
-            torch.testing.assert_close(mine.double(), theirs, rtol=5e-6, atol=5e-6)
-        assert grad.dtype == dtype and not grad.isnan().any()
-        relative = (grad.double() - exact_grad).norm() / exact_grad.norm()
-        # written in the velocities' dtype: bf16 keeps 8 bits (the interpreter cuts, a GPU rounds)
-        bf16 = 2.0**-7 if DEVICE == "cpu" else 2.0**-8
-        bound = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: bf16}[dtype]
-        assert relative < bound
+        (ours, grad), (exact, exact_grad) = both(
+            nft_loss, inputs, chosen, b=b, beta=0.0 if left_out else 1.5, reduction=reduction
+        )
+        check_statistics(ours, exact, 5e-6)
+        check_gradient(grad, exact_grad, dtype)
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
+       seed=st.integers(0, 1000), b=numbers(0.0625, 1), beta=numbers(0, 2), scale=numbers(0.5, 8),
+       floor=numbers(2.0**-10, 1), reduction=st.sampled_from(["batch", "gated"]))  # fmt: skip
+def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floor, reduction):
+    (v, v_old, x_t, x0, _), _ = of_kernels(rows=rows, shape=(n,), dtype=torch.float32, seed=seed)
+    lists = {"t": numbers(0, 1), "r": numbers(0, 1), "gate": GATES}
+    t, r, gate = (
+        torch.tensor(data.draw(st.lists(values, min_size=rows, max_size=rows)))
+        for values in lists.values()
+    )
+    v_ref = torch.where(gate[:, None] != 0, -v_old, torch.nan)
+    (ours, grad), (exact, exact_grad) = both(
+        nft_loss, (v, v_old, x_t, x0, t), {"r": r, "gate": gate, "v_ref": v_ref}, b=b, beta=beta,
+        policy_scale=scale, reduction=reduction, floor=floor,
+    )  # fmt: skip
+    check_statistics(ours, exact, 5e-6 * max(1.0, float(exact.policy_R.max())))
+    # the gradient's two branches pull against each other: their sizes, not their difference, are
+    # what the rounding is relative to
+    alone = sum(
+        answer(nft_loss, (v, v_old, x_t, x0, t), {"r": torch.full((rows,), branch)}, "torch",
+               widen=True, b=b, policy_scale=scale, floor=floor)[1].norm()
+        for branch in (0.0, 1.0)
+    )  # fmt: skip
+    assert (grad.double() - exact_grad).norm() <= 1e-5 * (exact_grad.norm() + alone)
+
+
+def test_kernels_take_each_tensor_in_its_own_dtype():
+    (v, v_old, x_t, x0, t), options = of_kernels(shape=(5, 300), dtype=torch.float32)
+    inputs = (v, v_old.bfloat16(), x_t, x0.half(), t)
+    options["v_ref"] = options["v_ref"].bfloat16()
+    (ours, grad), (exact, exact_grad) = both(nft_loss, inputs, options, b=0.5, beta=1.5)
+    check_statistics(ours, exact, 5e-6)
+    check_gradient(grad, exact_grad, torch.float32)
+
+
+def test_errors_keep_their_digits_at_small_times():
+    """x_t - x0 is t (noise - x0) up to the rounding of x_t, which is the same for both."""
+    v_old, noise, x0, step = torch.randn(4, 3, 2048, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor([0.001, 0.01, 0.1])
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * noise
+    inputs = (v_old + 0.1 * step, v_old, x_t, x0, t)
+    (ours, grad), (exact, exact_grad) = both(nft_loss, inputs, {"r": torch.full((3,), 0.7)}, b=0.1)
+    for name, theirs in vars(exact).items():
+        torch.testing.assert_close(getattr(ours, name).double(), theirs, rtol=2e-6, atol=0)
+    check_gradient(grad, exact_grad, torch.float32)
 
 
 def test_kernels_copy_what_is_strided_and_repeat_their_bits():
-    inputs, options = problem(dtype=torch.float32, shape=(33, 70))
-    (plain, grad), _ = both(inputs, options, b=0.5, beta=1.0)
+    inputs, options = of_kernels(dtype=torch.float32, shape=(33, 70))
     *latents, t = inputs
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in latents]
-    for _ in range(3):
-        (again, same), _ = both((*strided, t), options, b=0.5, beta=1.0)
-        assert torch.equal(plain.loss, again.loss) and torch.equal(grad, same)
+    strided = (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in latents), t)
+    assert not strided[0].is_contiguous()
+    check_repeats(nft_loss, inputs, options, 3, again=strided, b=0.5, beta=1.0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_its_bits():
+    inputs, options = of_kernels(rows=64, dtype=torch.bfloat16, shape=(64, 1024))
+    check_repeats(nft_loss, inputs, options, 10, b=0.5, beta=1.0)
+
+
+def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
+    inputs, options = of_kernels(dtype=torch.float32, shape=(5, 1000))
+    check_poisoned(monkeypatch, nft_loss, inputs, options, 5e-6, b=0.5, beta=1.0)
 
 
 def test_opcheck():
-    (v, v_old, x_t, x0, t), options = problem(rows=3, dtype=torch.float32, shape=(40,))
+    (v, v_old, x_t, x0, t), options = of_kernels(rows=3, dtype=torch.float32, shape=(40,))
     tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["r"], options["gate"])
     rows = [x.float().to(DEVICE) for x in tensors]
-    trained = v.to(DEVICE).detach().requires_grad_()
-    arguments = (trained, *rows, 1.5, 5.0, "gated", 1e-5, 0.5)
+    arguments = (v.to(DEVICE).requires_grad_(), *rows, 1.5, 5.0, "gated", 1e-5, 0.5)
     torch.library.opcheck(torch.ops.gardo.nft_loss.default, arguments)
+
+
+def test_a_compiler_sees_one_graph():
+    inputs, options = of_kernels(dtype=torch.float32, shape=(64, 16))
+    check_one_graph(nft_loss, inputs, options, b=0.5, beta=1.0)
 
 
 def test_kernels_refuse_fp64():
     inputs, options = problem()
     with pytest.raises(ValueError, match="the kernels work in fp32"):
         nft_loss(*inputs, **options, b=1.0, backend="triton")
+    assert nft_loss(*inputs, **options, b=1.0, backend="auto").loss.dtype == torch.float64

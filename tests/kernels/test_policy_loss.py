@@ -4,8 +4,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.kernels.row_losses import (
+    DEVICE,
+    GATES,
+    SHAPES,
+    both,
+    check_gradient,
+    check_one_graph,
+    check_poisoned,
+    check_repeats,
+    check_statistics,
+    numbers,
+    on_device,
+)
 
 from gardo_kernels import policy_loss, policy_loss_grad_ref
 
@@ -48,6 +61,12 @@ def problem(rows=5, shape=(3, 4), dtype=torch.float64, size=0.3, seed=0):
 
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.1}
+GUARD = {"quadratic": False, "weight": torch.tensor([10.0, 4.0, 25.0, 1.0, 12.5, 3.0, 8.0, 2.0])}
+PLAIN = {"quadratic": True, "weight": None}
+
+
+def of_rows(variant, rows):
+    return {k: x[:rows] if isinstance(x, torch.Tensor) else x for k, x in variant.items()}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +77,38 @@ def test_golden_ratio(sampler, ratio):
     out = policy_loss(v, v_old, u, advantage=torch.tensor([1.5]), **row)
     assert out.ratio_R.item() == pytest.approx(ratio, rel=1e-6)
     assert out.loss.item() == pytest.approx(-1.5 * ratio, rel=1e-6)
+
+
+def test_golden_guard_ratio():
+    v, v_old, u, row = golden(FLOW)
+    row["h"] = torch.tensor([1 / (2 * FLOW[2])])  # h B^2 is half of Guard's B^2 / std
+    weight = torch.tensor([10.0])  # 1 / -dt
+    out = policy_loss(
+        v, v_old, u, advantage=torch.tensor([1.5]), quadratic=False, weight=weight, **row
+    )
+    assert out.ratio_R.item() == pytest.approx(0.99898895, rel=1e-7)
+    assert out.loss.item() == pytest.approx(-1.5 * 10 * 0.99898895, rel=1e-6)
+
+
+def test_guard_is_the_normalised_ratio_of_the_means():
+    # ratio = exp(mean(z (mu - mu_old))), mu = A x + B v; the term weighed, the KL not
+    generator = torch.Generator().manual_seed(3)
+    x, v_old, z, step, v_ref = torch.randn(5, 3, 64, generator=generator, dtype=torch.float64)
+    A, B, std, dt = (
+        torch.tensor(row, dtype=torch.float64)
+        for row in ([1.1, 1.2, 1.0], [-0.1, -0.2, -0.05], [0.7, 0.4, 0.2], [-0.1, -0.15, -0.05])
+    )
+    v = v_old + 0.1 * step
+    mean, old = (A[:, None] * x + B[:, None] * velocity for velocity in (v, v_old))
+    advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    rows = {"advantage": advantage, "h": 1 / (2 * std), "B": B, "v_ref": v_ref, "beta": 0.5}
+    u = (std / B)[:, None] * z
+    out = policy_loss(v, v_old, u, quadratic=False, weight=-1 / dt, **rows)
+    torch.testing.assert_close(out.ratio_R, (z * (mean - old)).mean(1).exp())
+    unweighted = policy_loss(v, v_old, u, quadratic=False, **rows)
+    torch.testing.assert_close(out.loss_R, unweighted.loss_R / -dt)
+    assert torch.equal(out.kl_R, unweighted.kl_R)
+    torch.testing.assert_close(out.loss, out.loss_R.mean() + 0.5 * out.kl_R.mean())
 
 
 @pytest.mark.parametrize(("kind", "kl"), [("flow_grpo", 2.30658e-7), ("gaussian", 2.30658e-6)])
@@ -129,8 +180,8 @@ def test_clip_by_hand():
 
 @pytest.mark.parametrize("reduction", ["batch", "gated"])
 @pytest.mark.parametrize("gate", ["some", "none", "all", "weights", "absent"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_closed_form_gradient_is_autograds(reduction, gate, seed):
+@pytest.mark.parametrize(("seed", "variant"), [(0, PLAIN), (1, PLAIN), (0, GUARD)])
+def test_closed_form_gradient_is_autograds(reduction, gate, seed, variant):
     v, v_old, u, options = problem(rows=8, seed=seed)
     if gate != "some":
         options["v_ref"] = torch.randn_like(v_old)
@@ -140,7 +191,7 @@ def test_closed_form_gradient_is_autograds(reduction, gate, seed):
             "weights": torch.linspace(0, 2, 8, dtype=torch.float64),
             "absent": None,
         }[gate]
-    options |= CLIP | {"beta": 0.7, "reduction": reduction}
+    options |= CLIP | {"beta": 0.7, "reduction": reduction} | variant
     v.requires_grad_()
     out = policy_loss(v, v_old, u, **options)
     clipped = out.clipped_high_R | out.clipped_low_R
@@ -150,13 +201,15 @@ def test_closed_form_gradient_is_autograds(reduction, gate, seed):
     torch.testing.assert_close(closed, grad, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("variant", [PLAIN, GUARD], ids=["plain", "guard"])
 @pytest.mark.parametrize("reduction", ["batch", "gated"])
-def test_gradcheck(reduction):
+def test_gradcheck(reduction, variant):
     v, v_old, u, options = problem(rows=4, shape=(3,))
     v.requires_grad_()
+    options |= CLIP | {"beta": 0.7, "reduction": reduction} | of_rows(variant, 4)
 
     def loss(v):
-        return policy_loss(v, v_old, u, **options, **CLIP, beta=0.7, reduction=reduction).loss
+        return policy_loss(v, v_old, u, **options).loss
 
     assert torch.autograd.gradcheck(loss, (v,))
 
@@ -251,7 +304,8 @@ def test_bad_inputs():
     v, v_old, u, options = problem()
     with pytest.raises(ValueError, match=r"v_old has shape \(4, 3, 4\) but v has \(5, 3, 4\)"):
         policy_loss(v, v_old[:4], u, **options)
-    for name in ("advantage", "h", "B", "gate", "kl_scale"):
+    options["weight"] = options["h"]
+    for name in ("advantage", "h", "B", "weight", "gate", "kl_scale"):
         with pytest.raises(ValueError, match=rf"{name} has shape \(2,\)"):
             policy_loss(v, v_old, u, **(options | {name: options[name][:2]}))
     with pytest.raises(ValueError, match="v_ref has shape"):
@@ -275,131 +329,128 @@ def test_bad_inputs():
 
 # ---- the kernels ---------------------------------------------------------------------------------
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
-SHAPES = [(1,), (3, 4), (64, 16), (5, 1000), (4097,)]  # within, at and past a block and a chunk
 
-
-def on_device(*tensors):
-    return [t.to(DEVICE) for t in tensors]
-
-
-def both(v, v_old, u, options, **more):
-    """(result, gradient) of the kernels, and of the reference in fp64 on the same numbers."""
-    answers = []
-    for backend, widen in (("triton", False), ("torch", True)):
-
-        def move(t, widen=widen):
-            return t.to(DEVICE).double() if widen and t.is_floating_point() else t.to(DEVICE)
-
-        trained = move(v).detach().requires_grad_()
-        named = {k: move(t) for k, t in options.items()}
-        out = policy_loss(trained, move(v_old), move(u), **named, **more, backend=backend)
-        (3.0 * out.loss).backward()
-        answers.append((out, trained.grad))
-    return answers
+def of_kernels(**shape):
+    """(samples, options) with row values in fp32, whatever the dtype of the samples."""
+    v, v_old, u, options = problem(**shape)
+    options = {k: x.float() if x.ndim == 1 and x.is_floating_point() else x
+               for k, x in options.items()}  # fmt: skip
+    return (v, v_old, u), options
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-@pytest.mark.parametrize("reference", [True, False])
-def test_kernels_are_the_reference(shape, dtype, reduction, reference):
+@pytest.mark.parametrize(("reduction", "variant"), [("batch", PLAIN), ("gated", PLAIN),
+                                                    ("batch", GUARD)])  # fmt: skip
+def test_kernels_are_the_reference(shape, dtype, reduction, variant):
     """Sums of fp32 products in trees: a few 2^-24 of their size, here below 30."""
-    v, v_old, u, options = problem(shape=shape, dtype=dtype)
-    options = {k: t.float() if t.ndim == 1 and t.is_floating_point() else t
-               for k, t in options.items() if reference or k != "v_ref"}  # fmt: skip
-    (ours, grad), (exact, exact_grad) = both(v, v_old, u, options, **CLIP, beta=1.5,
-                                             reduction=reduction)  # fmt: skip
-    for name in ("loss", "loss_R", "ratio_R", "log_ratio_R", "kl_R"):
-        mine, theirs = getattr(ours, name), getattr(exact, name)
-        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
-        torch.testing.assert_close(mine.double(), theirs, rtol=3e-6, atol=3e-6)
-    assert torch.equal(ours.clipped_high_R, exact.clipped_high_R)
-    assert torch.equal(ours.clipped_low_R, exact.clipped_low_R)
-    assert grad.dtype == dtype and not grad.isnan().any()
-    relative = (grad.double() - exact_grad).norm() / exact_grad.norm()
-    # written in the velocities' dtype: bf16 keeps 8 bits (the interpreter cuts, a GPU rounds), fp16
-    # 11, the gradient itself 1e-5
-    bf16 = 2.0**-7 if DEVICE == "cpu" else 2.0**-8
-    assert relative < {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: bf16}[dtype]
+    inputs, options = of_kernels(shape=shape, dtype=dtype)
+    for left_out in ((), ("v_ref",)):
+        chosen = {k: x for k, x in (options | of_rows(variant, 5)).items() if k not in left_out}
+        (ours, grad), (exact, exact_grad) = both(policy_loss, inputs, chosen, **CLIP, beta=1.5,
+                                                 reduction=reduction)  # fmt: skip
+        check_statistics(ours, exact, 3e-6)
+        check_gradient(grad, exact_grad, dtype)
 
 
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
+       seed=st.integers(0, 1000), low=numbers(0, 0.5), high=numbers(0, 0.5), beta=numbers(0, 2),
+       adv_clip=numbers(0, 6), reduction=st.sampled_from(["batch", "gated"]),
+       quadratic=st.booleans())  # fmt: skip
+def test_kernels_with_any_coefficients(
+    data, n, rows, seed, low, high, beta, adv_clip, reduction, quadratic
+):
+    """|log-ratio| stays below 4, so what fp32 sums lose of it is a few 1e-6 of the ratio."""
+    (v, v_old, u), _ = of_kernels(rows=rows, shape=(n,), dtype=torch.float32, size=0.2, seed=seed)
+    ranges = {"advantage": (-8, 8), "h": (0, 1), "B": (-1, 1), "weight": (0, 20),
+              "kl_scale": (0, 4)}  # fmt: skip
+    options = {
+        name: torch.tensor(data.draw(st.lists(numbers(*r), min_size=rows, max_size=rows)))
+        for name, r in ranges.items()
+    }
+    gate = torch.tensor(data.draw(st.lists(GATES, min_size=rows, max_size=rows)))
+    v_ref = torch.where(gate[:, None] != 0, -u, torch.nan)
+    (ours, grad), (exact, exact_grad) = both(
+        policy_loss, (v, v_old, u), options | {"gate": gate, "v_ref": v_ref}, clip_low=low,
+        clip_high=high, beta=beta, adv_clip=adv_clip, reduction=reduction, quadratic=quadratic,
+    )  # fmt: skip
+    for bound in (1 - low, 1 + high):  # at a bound the gradient jumps
+        assume(((exact.ratio_R - bound).abs() > 1e-5).all())
+    # the loss adds terms of both signs and of weight 20 at most
+    check_statistics(ours, exact, 1e-5 * max(1.0, float(exact.loss_R.abs().max())))
+    assert (grad.double() - exact_grad).norm() <= 1e-5 * exact_grad.norm() + 1e-12
+
+
+def test_kernels_take_each_tensor_in_its_own_dtype():
+    (v, v_old, u), options = of_kernels(shape=(5, 300), dtype=torch.float32)
+    v_old, options["v_ref"] = v_old.bfloat16(), options["v_ref"].half()
+    (ours, grad), (exact, exact_grad) = both(policy_loss, (v, v_old, u), options, **CLIP, beta=1.5)
+    check_statistics(ours, exact, 3e-6)
+    check_gradient(grad, exact_grad, torch.float32)
+
+
+@pytest.mark.parametrize("quadratic", [True, False])
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-7])
-def test_small_log_ratios_keep_their_digits(size):
+def test_small_log_ratios_keep_their_digits(size, quadratic):
     generator = torch.Generator().manual_seed(5)
     v_old, u, step = torch.randn(3, 4, 4096, generator=generator)
     v = v_old + size * step * u.sign()  # u delta > 0 everywhere: log-ratio of about `size`
     rows = {n: torch.full((4,), x) for n, x in (("advantage", 1.0), ("h", 1.2), ("B", -0.5))}
-    (ours, _), (exact, _) = both(v, v_old, u, rows)
+    (ours, _), (exact, _) = both(policy_loss, (v, v_old, u), rows, quadratic=quadratic)
     error = (ours.log_ratio_R.double() - exact.log_ratio_R).abs() / exact.log_ratio_R.abs()
     # what delta itself lost when v was rounded to fp32 is not the kernel's: same inputs to both
     assert float(error.max()) < 1e-4
     assert float(exact.log_ratio_R.abs().max()) < 2 * size
 
 
-def test_kernels_on_identical_velocities_give_exactly_one():
-    v, _, u, options = problem(dtype=torch.float32, shape=(64, 16))
+@pytest.mark.parametrize("quadratic", [True, False])
+def test_kernels_on_identical_velocities_give_exactly_one(quadratic):
+    (v, _, u), options = of_kernels(dtype=torch.float32, shape=(64, 16))
     v, u = on_device(v, u)
-    options = {k: t.to(DEVICE) for k, t in options.items()}
+    options = {k: t.to(DEVICE) for k, t in options.items()} | {"quadratic": quadratic}
     out = policy_loss(v, v.clone(), u, **options, backend="triton")
     assert torch.equal(out.log_ratio_R, torch.zeros_like(out.log_ratio_R))
     assert torch.equal(out.ratio_R, torch.ones_like(out.ratio_R))
 
 
 def test_kernels_copy_what_is_strided_and_repeat_their_bits():
-    v, v_old, u, options = problem(dtype=torch.float32, shape=(33, 70))
-    (plain, grad), _ = both(v, v_old, u, options, **CLIP, beta=1.0)
-    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (v, v_old, u)]
+    inputs, options = of_kernels(dtype=torch.float32, shape=(33, 70))
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
     assert not strided[0].is_contiguous()
-    for _ in range(3):
-        (again, same), _ = both(*strided, options, **CLIP, beta=1.0)
-        assert torch.equal(plain.loss, again.loss) and torch.equal(grad, same)
-        assert torch.equal(plain.log_ratio_R, again.log_ratio_R)
+    check_repeats(policy_loss, inputs, options, 3, again=strided, **CLIP, beta=1.0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_its_bits():
+    inputs, options = of_kernels(rows=64, dtype=torch.bfloat16, shape=(64, 1024))
+    check_repeats(policy_loss, inputs, options, 10, **CLIP, beta=1.0)
 
 
 def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
-    """Poisoned outputs: every `empty` comes full of NaN."""
-
-    def poisoned(self, *size, **options):
-        return torch.full(size if isinstance(size[0], int) else size[0], torch.nan, **options)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
-    v, v_old, u, options = problem(dtype=torch.float32, shape=(5, 1000))
-    (out, grad), (exact, _) = both(v, v_old, u, options, **CLIP, beta=1.0)
-    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-6, atol=1e-6)
-    assert not grad.isnan().any() and not out.kl_R.isnan().any()
+    inputs, options = of_kernels(dtype=torch.float32, shape=(5, 1000))
+    check_poisoned(monkeypatch, policy_loss, inputs, options, 3e-6, **CLIP, beta=1.0)
 
 
-def op_arguments():
-    v, v_old, u, options = problem(rows=3, dtype=torch.float32, shape=(40,))
+@pytest.mark.parametrize("quadratic", [True, False])
+def test_opcheck(quadratic):
+    (v, v_old, u), options = of_kernels(rows=3, dtype=torch.float32, shape=(40,))
     names = ("advantage", "h", "B", "h", "gate", "kl_scale")  # h serves as the weight too
-    rows = [options[n].float().to(DEVICE) for n in names]
-    trained = v.to(DEVICE).detach().requires_grad_()
-    return (trained, *on_device(v_old, u, options["v_ref"].nan_to_num()), *rows,
-            0.2, 0.1, 1.5, "batch", 5.0, True)  # fmt: skip
-
-
-def test_opcheck():
-    torch.library.opcheck(torch.ops.gardo.policy_loss.default, op_arguments())
+    rows = on_device(*(options[name].float() for name in names))
+    trained = v.to(DEVICE).requires_grad_()
+    samples = on_device(v_old, u, options["v_ref"].nan_to_num())
+    arguments = (trained, *samples, *rows, 0.2, 0.1, 1.5, "batch", 5.0, quadratic)
+    torch.library.opcheck(torch.ops.gardo.policy_loss.default, arguments)
 
 
 def test_a_compiler_sees_one_graph():
-    v, v_old, u, options = problem(dtype=torch.float32, shape=(64, 16))
-    v, v_old, u = on_device(v, v_old, u)
-    options = {k: t.to(DEVICE) for k, t in options.items()}
-
-    def loss(trained):
-        return policy_loss(trained, v_old, u, **options, **CLIP, backend="triton").loss
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    eager, traced = (v.clone().requires_grad_() for _ in range(2))
-    loss(eager).backward()
-    compiled(traced).backward()
-    assert torch.equal(eager.grad, traced.grad)
+    inputs, options = of_kernels(dtype=torch.float32, shape=(64, 16))
+    check_one_graph(policy_loss, inputs, options | of_rows({"weight": GUARD["weight"]}, 5),
+                    quadratic=False, **CLIP)  # fmt: skip
 
 
 def test_kernels_refuse_fp64():
     v, v_old, u, options = problem()
     with pytest.raises(ValueError, match="the kernels work in fp32"):
         policy_loss(v, v_old, u, **options, backend="triton")
+    assert policy_loss(v, v_old, u, **options, backend="auto").loss.dtype == torch.float64
