@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from gardo.distributed.base import gather_record
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
-from gardo.rollout import batch_of, minibatches, sample, teach
+from gardo.rollout import batch_of, minibatches, recorded_points, sample, teach
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
 
 
 def sampled(s: Session, step: int) -> Rollout:
-    """This rank's images of the step, drawn with the weights that the algorithm samples from."""
+    """This rank's images of the step, drawn with the weights that the algorithm samples from.
+
+    With what its teachers, if credit needs any, say at the recorded steps.
+    """
     recipe, plan = s.recipe, s.algorithm.plan(step)
     with s.engine.reading(plan.weights):
-        return sample(
+        rollout = sample(
             s.policy,
             step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
             plan,
@@ -37,6 +41,18 @@ def sampled(s: Session, step: int) -> Rollout:
             micro_batch=recipe.rollout.batch,
             kernels=recipe.kernels,
         )
+    return taught_before_credit(s, rollout, plan.teachers)
+
+
+def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) -> Rollout:
+    """The rollout with the teachers' velocities at all its recorded steps."""
+    if not teachers:
+        return rollout
+    points = recorded_points(rollout)
+    everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
+    points = taught(s, points, rollout, dict.fromkeys(teachers, everywhere))
+    shape = rollout.velocity_BTX.shape
+    return replace(rollout, velocities={n: points.velocities[n].view(shape) for n in teachers})
 
 
 def scored(s: Session, rollout: Rollout) -> Scores:
@@ -44,6 +60,7 @@ def scored(s: Session, rollout: Rollout) -> Scores:
     scores = s.panel(
         rollout.images_B3HW, rollout.prompts, sample_B=rollout.sample_B, group_B=rollout.group_B
     )
+    scores = replace(scores, kl_B=s.algorithm.trajectory_kl(rollout))
     return gather_record(s.engine, scores)
 
 

@@ -226,8 +226,55 @@ def recorded_points(rollout: Rollout) -> Points:
             "u": rollout.u_BTX.flatten(0, 1),
             **{n: rollout.transitions.rows(step_R, n) for n in ("sigma", "dt", "h", "B", "std")},
         },
-        velocities={"rollout": rollout.velocity_BTX.flatten(0, 1)},
+        velocities={
+            "rollout": rollout.velocity_BTX.flatten(0, 1),
+            **{name: v_BTX.flatten(0, 1) for name, v_BTX in rollout.velocities.items()},
+        },
     )
+
+
+def fresh_points(
+    rollout: Rollout, step_BK: Tensor, *, kernels: Backend = "auto"
+) -> tuple[Points, Tensor, Tensor]:
+    """The images noised anew at K of the sampler's times, a sample's times side by side: R = B K.
+
+    x_t = (1 - t) x0 + t noise. Returns the points, x0 [R, X] and the noise [R, X].
+    """
+    B, K = step_BK.shape
+    identity_B = noise_id(rollout.step, rollout.sample_B)
+    shape = rollout.final_BX.shape[1:]
+    noise_BKX = torch.stack(
+        [random_normal(rollout.seed, identity_B, FRESH + k, shape, backend=kernels)
+         for k in range(K)],
+        1,
+    )  # fmt: skip
+    step_R = step_BK.flatten()
+    sample_R = torch.arange(B, device=step_R.device).repeat_interleave(K)
+    sigma_R = rollout.transitions.rows(step_R, "sigma")
+    x0_RX, noise_RX = rollout.final_BX[sample_R], noise_BKX.flatten(0, 1)
+    share = sigma_R.view(-1, *[1] * (x0_RX.dim() - 1))
+    points = Points(
+        sample_R=sample_R,
+        prompt_R=rollout.prompt_B[sample_R],
+        step_R=step_R,
+        sigma_R=sigma_R,
+        x_RX=(1 - share) * x0_RX + share * noise_RX,
+    )
+    return points, x0_RX, noise_RX
+
+
+def update_of(
+    sample_B: Tensor, updates: int, *, seed: int, step: int, kernels: Backend = "auto"
+) -> Tensor:
+    """The gradient step, 0 .. updates - 1, that each sample trains in: int64 [B].
+
+    An update takes one of every `updates` neighbouring samples, drawn anew each step: the same
+    samples on any number of ranks.
+    """
+    block_B = sample_B // updates
+    draw = random_uniform(seed, noise_id(step, block_B), SHARES, updates, backend=kernels)
+    order = draw.argsort(dim=1, stable=True)
+    return order.gather(1, (sample_B % updates)[:, None])[:, 0]
 
 
 def minibatches(
@@ -243,13 +290,9 @@ def minibatches(
 ) -> Iterator[Batch]:
     """Micro-batches of an iteration, update after update; `credit` is this rank's.
 
-    An update takes one of every `updates` neighbouring samples, drawn anew each step, and all of a
-    sample's rows: the same samples on any number of ranks.
+    An update takes the samples that `update_of` says, and all of a sample's rows.
     """
-    block_B = sample_B // updates
-    draw = random_uniform(seed, noise_id(step, block_B), SHARES, updates, backend=kernels)
-    order = draw.argsort(dim=1, stable=True)
-    share_B = order.gather(1, (sample_B % updates)[:, None])[:, 0]
+    share_B = update_of(sample_B, updates, seed=seed, step=step, kernels=kernels)
     share_R = share_B[points.sample_R]
     for update in range(updates):
         rows = (share_R == update).nonzero().flatten()

@@ -306,6 +306,7 @@ def open_session(
         sigmas=recipe.sampler.sigmas(policy.sigmas),
         seed=recipe.run.seed,
         kernels=recipe.kernels,
+        updates=recipe.train.updates_per_step,
     )
     algorithm = build_algorithm(recipe.algorithm, world_of_algorithm)
     engine.make_slots(algorithm.slots)

@@ -37,6 +37,7 @@ class SamplePlan:
     transitions: Any
     record: tuple[int, ...]  # denoise steps whose state, noise and velocity are kept
     weights: str = "train"  # whose weights sample: "train" or a slot
+    teachers: tuple[str, ...] = ()  # whose velocities at the recorded steps credit needs
     same_initial_noise: bool = False  # one draw for all images of a prompt
 
 
@@ -58,6 +59,7 @@ class Rollout:
     transitions: Any
     seed: int
     step: int
+    velocities: Mapping[str, Tensor] = field(default_factory=dict)  # of teachers: [B, T, X]
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class Scores:
     valid_B: Tensor  # bool, False where a reward failed
     rewards: Mapping[str, Tensor] = field(default_factory=dict)  # name -> fp32 [B], every role
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # name -> bool [B]
+    proxies: Mapping[str, float] = field(default_factory=dict)  # name -> weight in proxy_B
     auxiliaries: tuple[str, ...] = ()
     features_BD: Tensor | None = None
+    kl_B: Tensor | None = None  # fp32, KL of the sampled trajectory, where credit needs it
 
 
 @dataclass(frozen=True)

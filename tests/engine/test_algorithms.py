@@ -23,8 +23,9 @@ from tests.engine.linear_policy import (
 from torch import nn
 
 from gardo.algorithms.advantage import AdvantageSettings
-from gardo.algorithms.base import SamplerSettings
-from gardo.algorithms.diffusion_nft import DecaySettings, DiffusionNFT, DiffusionNFTSettings
+from gardo.algorithms.awm import AWM, AWMSettings
+from gardo.algorithms.base import DecaySettings, SamplerSettings
+from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.algorithms.refl import ReFL, ReFLSettings
 from gardo.contract import NoRatio, RatioContract, RatioContractBroken
@@ -285,6 +286,50 @@ def test_nft_gate_and_beta():
     assert loss.item() == pytest.approx(0.35162308, rel=1e-5) and "kl" not in metrics
 
 
+def test_nft_may_penalise_all_rows_where_none_is_gated():
+    """GARDO's release: a micro-batch without a gated row has the KL of all its rows."""
+    batch, velocity = golden_batch(2.0)
+    none = dataclasses.replace(batch, gate_R=torch.zeros(1, dtype=torch.bool))
+    settings = DiffusionNFTSettings(beta=0.3, ungated_micro_batch="all_rows", kl_reduction="gated")
+    algorithm = build(DiffusionNFT, settings)
+    for one in (batch, none):
+        loss, metrics = algorithm.loss(Stated(velocity), one)
+        assert loss.item() == pytest.approx(0.35162308 + 0.3 * 0.012725, rel=1e-5)
+        assert metrics["gate_share"] == 1
+    credit = dataclasses.replace(algorithm.credit(SCORE_OF_ONE), gate_B=none.gate_R)
+    assert algorithm.teachers(batch.points, credit)["reference"].all()
+    usual = build(DiffusionNFT, DiffusionNFTSettings(beta=0.3))
+    assert not usual.teachers(batch.points, credit)["reference"].any()
+
+
+def test_nft_kl_over_the_gated_rows():
+    losses = {}
+    for reduction in ("batch", "gated"):
+        settings = DiffusionNFTSettings(beta=0.3, kl_reduction=reduction)
+        algorithm, policy = build(DiffusionNFT, settings), LinearPolicy()
+        rollout = roll(policy, algorithm)
+        credit = dataclasses.replace(
+            algorithm.credit(scores_of(rollout)), gate_B=torch.arange(COUNT) < 2
+        )
+        points = algorithm.points(rollout, credit)
+        v = Trained(policy, rollout).velocity(whole(points, credit)).detach()
+        points = points.with_velocity("old", v).with_velocity("reference", v + 1)
+        loss, metrics = algorithm.loss(Trained(policy, rollout), whole(points, credit))
+        losses[reduction] = loss.item() - metrics["policy_loss"]
+    assert losses["gated"] == pytest.approx(0.3, rel=1e-4)
+    assert losses["batch"] == pytest.approx(0.3 * 2 / 8, rel=1e-4)
+
+
+def test_nft_trains_at_a_random_nine_of_ten_times():
+    algorithm = build(DiffusionNFT, DiffusionNFTSettings(), steps=10, train_steps=9)
+    points = algorithm.points(roll(LinearPolicy(), algorithm), None)
+    left_out = [set(range(10)) - set(row) for row in points.step_R.view(COUNT, 9).tolist()]
+    assert all(len(rest) == 1 for rest in left_out) and len(set().union(*left_out)) > 2
+    algorithm = build(DiffusionNFT, DiffusionNFTSettings(), steps=10, train_steps=10)
+    points = algorithm.points(roll(LinearPolicy(), algorithm), None)
+    assert all(set(row) == set(range(10)) for row in points.step_R.view(COUNT, 10).tolist())
+
+
 SCORE_OF_ONE = Scores(
     sample_B=torch.zeros(1, dtype=torch.int64),
     group_B=torch.zeros(1, dtype=torch.int64),
@@ -432,9 +477,10 @@ def test_samplers_that_do_not_serve_are_refused():
     [
         (FlowGRPO, FlowGRPOSettings(beta=0.1)),
         (DiffusionNFT, DiffusionNFTSettings(beta=0.1)),
+        (AWM, AWMSettings(times=(0, 4), beta=0.1)),
         (ReFL, ReFLSettings(weight=1.0)),
     ],
-    ids=["flow_grpo", "diffusion_nft", "refl"],
+    ids=["flow_grpo", "diffusion_nft", "awm", "refl"],
 )
 def test_micro_batches_add_up_to_the_update(plugin, settings):
     """Mean gradient and metrics over micro-batches are those of all rows at once."""

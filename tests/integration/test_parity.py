@@ -33,6 +33,7 @@ TWO_RANKS = [
     "flow_grpo-lora-zero+tight+once+broken",
     "flow_grpo-full-zero+tight+once+failing",
     "diffusion_nft-lora-zero+tight+once+selective+host",
+    "kl_in_reward-lora-zero+once",
     "refl-lora-zero+tight+persistent",
     "gardo_nft-full-zero+offload_all",
     "gardo_flash-lora-zero+once",
@@ -52,15 +53,17 @@ EXTRAS = [
     "refl-full-zero+hpz",
 ]
 ALGORITHMS = [f"{a}-{w}-zero+tight" for w in ("lora", "full")
-              for a in ("flow_grpo", "diffusion_nft", "gardo", "gardo_nft", "refl", "fast", "mix",
-                        "flash", "gardo_flash", "dance", "guard", "ddpo")]  # fmt: skip
+              for a in ("flow_grpo", "kl_in_reward", "diffusion_nft", "awm", "gardo", "gardo_nft",
+                        "gardo_awm", "refl", "fast", "mix", "flash", "gardo_flash", "dance",
+                        "guard", "ddpo")]  # fmt: skip
 MATRIX = [f"gardo-{w}-{s}" for w in ("lora", "full") for s in SETTINGS] + EXTRAS + ALGORITHMS
 BF16 = ["gardo-lora-zero+tight+once+bf16", "flow_grpo-full-zero+tight+each+bf16",
         "flow_grpo-full-stage1+bf16", "diffusion_nft-lora-stage2+bf16",
         "flow_grpo-full-zero+bf16_masters"]  # fmt: skip
 PARTS = {"one_rank": (1, ONE_RANK), "two_ranks": (2, TWO_RANKS)}
 WHOLE = {"one_rank": (1, ALGORITHMS), "two_ranks": (2, MATRIX)}
-COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0", "clip_fraction")
+COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0", "clip_fraction",
+            "ema_kl", "kl_in_reward")  # fmt: skip
 
 
 def environment(accelerator: str = "cpu") -> dict[str, str]:

@@ -45,6 +45,8 @@ ROOT = Path(__file__).parents[2]
 BASES: dict[str, dict[str, Any]] = {
     "flow_grpo": {"name": "flow_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian"},
     "diffusion_nft": {"name": "diffusion_nft", "beta": 0.04, "decay": {"slope": 0.1}},
+    "awm": {"name": "awm", "times": [0, 3], "beta": 0.1, "ema_decay": {"slope": 0.1}},
+    "kl_in_reward": {"name": "flow_grpo", "clip_range": 1.0e-3, "kl_in_reward": 0.1},
     "refl": {"name": "refl", "weight": 1.0, "margin": 0.0, "late": 0.5},
     "fast": {"name": "flow_grpo_fast", "clip_range": 1.0e-3, "beta": 0.1},
     "mix": {"name": "mix_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian",
@@ -70,6 +72,7 @@ MECHANISMS = {
 ALGORITHMS = {
     **BASES,
     "gardo": {"name": "gardo", "base": BASES["flow_grpo"], **MECHANISMS},
+    "gardo_awm": {"name": "gardo", "base": BASES["awm"], **MECHANISMS},
     "gardo_nft": {"name": "gardo", "base": BASES["diffusion_nft"], **MECHANISMS},
     "gardo_flash": {"name": "gardo", "base": BASES["flash"], **MECHANISMS},
 }

@@ -29,6 +29,9 @@ class AdvantageSettings(Strict):
 
     std: Std = "global"
     scale: float = Field(1.0, gt=0)
+    combine: Literal["score", "advantage"] = Field(
+        "score", description="several proxies: their weighted sum, or that of their advantages"
+    )
 
 
 def group_statistics(
@@ -69,9 +72,24 @@ def group_advantage(
     return (advantage_B * settings.scale).float()
 
 
+def combined_advantage(scores: Scores, settings: AdvantageSettings) -> Tensor:
+    """The weighted sum of every proxy's own group advantage, fp32 [B].
+
+    Each proxy then counts by its weight, whatever the spread of its values. Without a division by
+    std this is the advantage of the weighted sum.
+    """
+    total_B = torch.zeros_like(scores.proxy_B)
+    for name, weight in scores.proxies.items():
+        reward_B = torch.where(scores.valid_B, scores.rewards[name], 0.0)
+        advantage_B = group_advantage(reward_B, scores.valid_B, scores.group_B, settings)
+        total_B = total_B + weight * advantage_B
+    return total_B
+
+
 def group_credit(scores: Scores, settings: AdvantageSettings, *, gate: bool) -> Credit:
     """Group advantages of the proxy, with the same gate for every sample."""
-    return Credit(
-        advantage_B=group_advantage(scores.proxy_B, scores.valid_B, scores.group_B, settings),
-        gate_B=torch.full_like(scores.valid_B, gate),
-    )
+    if settings.combine == "advantage":
+        advantage_B = combined_advantage(scores, settings)
+    else:
+        advantage_B = group_advantage(scores.proxy_B, scores.valid_B, scores.group_B, settings)
+    return Credit(advantage_B=advantage_B, gate_B=torch.full_like(scores.valid_B, gate))

@@ -61,14 +61,29 @@ class AlgorithmSettings(Strict):
     name: str
 
 
+class DecaySettings(Strict):
+    """How slowly a slot follows the weights after n gradient steps.
+
+    slot <- d slot + (1 - d) train with d = min(slope max(n - start, 0), limit).
+    """
+
+    slope: float = Field(0.001, ge=0)
+    start: int = Field(0, ge=0)
+    limit: float = Field(0.5, ge=0, lt=1)
+
+    def rate(self, n: int) -> float:
+        return min(self.slope * max(n - self.start, 0), self.limit)
+
+
 @dataclass(frozen=True)
 class World:
-    """What an algorithm may know of the run: the sampler, its schedule, the seed, the kernels."""
+    """What an algorithm may know of the run: its sampler, schedule, seed, kernels and updates."""
 
     sampler: SamplerSettings
     sigmas: Tensor  # [T + 1] float64
     seed: int
     kernels: Backend = "auto"
+    updates: int = 1  # gradient steps an iteration
 
     def transitions(
         self, variant: str | Sequence[str], sigmas: Tensor | None = None
@@ -121,7 +136,7 @@ class Algorithm:
 
     @classmethod
     def slots_of(cls, settings: Any) -> tuple[str, ...]:
-        """Copies of the trained weights that it needs: "reference", "old"."""
+        """Copies of the trained weights that it needs: "reference", "old", "ema"."""
         return ()
 
     @classmethod
@@ -135,6 +150,10 @@ class Algorithm:
 
     def plan(self, step: int) -> SamplePlan:
         raise NotImplementedError  # pragma: no cover
+
+    def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
+        """[B], for `Scores.kl_B`; None where credit does not look at it."""
+        return None
 
     def credit(self, scores: Scores) -> Credit:
         """Advantages and gates of the gathered batch."""

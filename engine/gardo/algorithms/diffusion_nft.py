@@ -6,6 +6,10 @@ With r = clamp(clamp(A) / 10 + 1/2, 0, 1) the loss pulls v towards good images a
 ones around v_old. After each iteration old <- d old + (1 - d) train. The KL to the reference is a
 velocity error.
 
+Two decays were released, d after n gradient steps: min(.001 n, .5) (`decay` left out), and 0 until
+75, then min(.0075 (n - 75), .999) (`decay: {slope: 0.0075, start: 75, limit: 0.999}`). NFT trains
+at 9 of 10 times (`sampler.train_steps: 9`), GARDO around it at all 10.
+
 Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one latent.
 """
 
@@ -22,31 +26,26 @@ from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
     Context,
+    DecaySettings,
     SamplerSettings,
     SlotMoves,
     World,
 )
-from gardo.rollout import FRESH, TIMES, noise_id
-from gardo.settings import Strict
+from gardo.rollout import TIMES, fresh_points, noise_id
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import nft_loss, nft_preference, random_normal, random_uniform
-
-
-class DecaySettings(Strict):
-    """How slowly `old` follows after n gradient steps: min(slope max(n - start, 0), limit)."""
-
-    slope: float = Field(0.001, ge=0)
-    start: int = Field(0, ge=0)
-    limit: float = Field(0.5, ge=0, lt=1)
-
-    def rate(self, n: int) -> float:
-        return min(self.slope * max(n - self.start, 0), self.limit)
+from gardo_kernels import nft_loss, nft_preference, random_uniform
 
 
 class DiffusionNFTSettings(AlgorithmSettings):
     name: Literal["diffusion_nft"] = "diffusion_nft"
     guidance_strength: float = Field(1.0, gt=0, le=1, description="b: 1 (GenEval) or 0.1 (OCR)")
     beta: float = Field(1e-4, ge=0, description="weight of the velocity error to the reference")
+    kl_reduction: Literal["batch", "gated"] = "batch"
+    ungated_micro_batch: Literal["no_kl", "all_rows"] = Field(
+        "no_kl",
+        description="KL of a micro-batch without a gated row; all_rows is GARDO's release, and "
+        "runs the reference on every row",
+    )
     solver: Literal["ode", "dpm2"] = "dpm2"
     advantage: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(5.0, gt=0)
@@ -90,41 +89,29 @@ class DiffusionNFT(Algorithm):
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
-        count, device = self.world.sampler.train_steps, rollout.final_BX.device
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        seed, kernels = rollout.seed, self.world.kernels
-        order = random_uniform(seed, identity_B, TIMES, self.table.steps, backend=kernels)
-        step_BK = order.argsort(dim=1, stable=True)[:, :count]
-        shape = rollout.final_BX.shape[1:]
-        noise_BKX = torch.stack(
-            [
-                random_normal(seed, identity_B, FRESH + k, shape, backend=kernels)
-                for k in range(count)
-            ],
-            1,
-        )
-        step_R = step_BK.flatten()
-        sample_R = torch.arange(len(identity_B), device=device).repeat_interleave(count)
-        sigma_R = rollout.transitions.rows(step_R, "sigma")
-        x0_RX = rollout.final_BX[sample_R]
-        share = sigma_R.view(-1, *[1] * (x0_RX.dim() - 1))
-        return Points(
-            sample_R=sample_R,
-            prompt_R=rollout.prompt_B[sample_R],
-            step_R=step_R,
-            sigma_R=sigma_R,
-            x_RX=(1 - share) * x0_RX + share * noise_BKX.flatten(0, 1),
-            extra={"x0": x0_RX},
-        )
+        kernels = self.world.kernels
+        order = random_uniform(rollout.seed, identity_B, TIMES, self.table.steps, backend=kernels)
+        step_BK = order.argsort(dim=1, stable=True)[:, : self.world.sampler.train_steps]
+        points, x0_RX, _ = fresh_points(rollout, step_BK, kernels=kernels)
+        return points.with_extra(x0=x0_RX)
 
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
-        wanted = {"old": torch.ones_like(points.sample_R, dtype=torch.bool)}
-        if self.has_kl:
-            wanted["reference"] = credit.gate_B[points.sample_R]
-        return wanted
+        everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
+        if not self.has_kl:
+            return {"old": everywhere}
+        all_rows = self.settings.ungated_micro_batch == "all_rows"
+        gated_R = everywhere if all_rows else credit.gate_B[points.sample_R]
+        return {"old": everywhere, "reference": gated_R}
+
+    def _gate(self, gate_R: Tensor) -> Tensor:
+        if self.settings.ungated_micro_batch == "all_rows":
+            return gate_R | ~gate_R.any()
+        return gate_R
 
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings
+        gate_R = self._gate(batch.gate_R)
         out = nft_loss(
             ctx.velocity(batch),
             points.velocities["old"],
@@ -133,16 +120,17 @@ class DiffusionNFT(Algorithm):
             points.sigma_R,
             r=nft_preference(batch.advantage_R, settings.advantage_clip),
             b=settings.guidance_strength,
-            gate=batch.gate_R if self.has_kl else None,
+            gate=gate_R if self.has_kl else None,
             v_ref=points.velocities["reference"] if self.has_kl else None,
             beta=settings.beta,
+            reduction=settings.kl_reduction,
             policy_scale=settings.advantage_clip,
             backend=self.world.kernels,
         )
         metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.policy_R)
         if self.has_kl:
-            gate_R = batch.gate_R.float()
-            metrics.mean("kl", out.kl_R, gate_R).mean("gate_share", gate_R)
+            weight_R = gate_R.float()
+            metrics.mean("kl", out.kl_R, weight_R).mean("gate_share", weight_R)
         return out.loss, metrics
 
     def after_update(self, slots: SlotMoves) -> None:

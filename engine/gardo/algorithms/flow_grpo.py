@@ -7,13 +7,19 @@ With a KL to a reference. Without `beta` there is no reference at all. With it t
 sample (DPOK-like, to the initial policy), unless GARDO wraps this and gates it. While the reference
 equals the sampling policy (at the start, and in the iteration after a reset), the rollout's own
 velocities are the reference's: no teacher runs.
+
+`kl_in_reward` is another KL: that of the sampled trajectory to the reference, taken from the proxy
+before advantages, without a gradient of its own. It needs the reference's velocities at all
+recorded steps before credit; the KL in the loss, if there is one, uses the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gardo.algorithms.advantage import AdvantageSettings, group_credit
@@ -38,8 +44,20 @@ class PolicyGradientSettings(AlgorithmSettings):
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
     kl_reduction: Literal["batch", "gated"] = "batch"
+    kl_in_reward: float = Field(
+        0.0, ge=0, description="weight of the trajectory's KL that is taken from the proxy"
+    )
     advantage: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> Self:
+        if self.kl_in_reward and self.advantage.combine == "advantage":
+            raise ValueError(
+                "kl_in_reward is taken from the weighted sum of the proxies, which "
+                "advantage.combine: advantage does not form; use combine: score, or beta"
+            )
+        return self
 
 
 class ClippedSettings(PolicyGradientSettings):
@@ -67,7 +85,7 @@ class FlowGRPO(Algorithm):
 
     @classmethod
     def slots_of(cls, settings: PolicyGradientSettings) -> tuple[str, ...]:
-        return ("reference",) if settings.beta else ()
+        return ("reference",) if settings.beta or settings.kl_in_reward else ()
 
     @classmethod
     def check(cls, settings: Any, sampler: SamplerSettings) -> None:
@@ -103,11 +121,35 @@ class FlowGRPO(Algorithm):
         return SamplePlan(
             transitions=table,
             record=record,
+            teachers=self._teachers_before_credit(),
             same_initial_noise=self.world.sampler.same_initial_noise,
         )
 
+    def _teachers_before_credit(self) -> tuple[str, ...]:
+        wanted = self.settings.kl_in_reward > 0 and not self._reference_is_sampler
+        return ("reference",) if wanted else ()
+
+    def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
+        """Sum over the recorded steps of the steps' KLs, fp32 [B].
+
+        The sum, because the KL of two chains is the sum of the KLs of their steps.
+        """
+        if not self.settings.kl_in_reward:
+            return None
+        reference_BTX = rollout.velocities.get("reference")
+        if reference_BTX is None:  # the sampler is the reference
+            return torch.zeros_like(rollout.sample_B, dtype=torch.float32)
+        difference_BTX = rollout.velocity_BTX.float() - reference_BTX.float()
+        scale_T = rollout.transitions.rows(rollout.step_T, f"kl_{self.settings.kl}")
+        return (scale_T * difference_BTX.square().flatten(2).mean(2)).sum(1)
+
     def credit(self, scores: Scores) -> Credit:
-        return group_credit(scores, self.settings.advantage, gate=self.has_kl)
+        settings, kl_B = self.settings, scores.kl_B
+        if kl_B is None:
+            return group_credit(scores, settings.advantage, gate=self.has_kl)
+        penalised = replace(scores, proxy_B=scores.proxy_B - settings.kl_in_reward * kl_B)
+        credit = group_credit(penalised, settings.advantage, gate=self.has_kl)
+        return credit.with_info(kl_in_reward=float(kl_B.mean()))
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         points = recorded_points(rollout)
@@ -117,7 +159,7 @@ class FlowGRPO(Algorithm):
         return points
 
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
-        if not self.has_kl or self._reference_is_sampler:
+        if not self.has_kl or self._reference_is_sampler or "reference" in points.velocities:
             return {}
         return {"reference": credit.gate_B[points.sample_R]}
 

@@ -10,7 +10,8 @@ switched off by leaving it out of the recipe:
 
 The sign of the gate is the paper's. The released code ranks the other way round: it gates the
 samples that the proxy ranks *worse* than the auxiliaries do, a set disjoint from the paper's
-(`sign: official_code`).
+(`sign: official_code`). `preset` fills the fields that a recipe leaves out as the paper or the
+release has them (gardo_presets.py).
 
 Shapes: B samples of all ranks, D features.
 """
@@ -35,6 +36,7 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
+from gardo.algorithms.gardo_presets import Preset, filled
 from gardo.settings import Pair, Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import nearest_cosine, win_rate
@@ -52,6 +54,13 @@ class GateSettings(Strict):
     window: int = Field(20, ge=1, description="iterations whose extremes move the fraction")
     sign: Literal["paper", "official_code"] = "paper"
     population: Literal["batch", "group"] = "batch"
+    base: Literal["valid", "nonnegative"] = Field(
+        "valid", description="of which samples the fraction is: all, or those of U >= 0"
+    )
+    ties: Literal["equal", "ordered"] = Field(
+        "equal", description="equal rewards share their win rate, or the lower sample id wins"
+    )
+    zero_advantage: bool = Field(True, description="gate samples whose advantage is 0 too")
 
     @field_validator("limits")
     @classmethod
@@ -79,43 +88,77 @@ class DiversitySettings(Strict):
 
 
 class ReferenceSettings(Strict):
-    """Reset when the iteration's KL exceeds `reset_kl`, or after `reset_updates` gradient steps.
+    """Reset when the iteration's KL exceeds `reset_kl`, or after so many steps of either kind.
 
-    Either may be left out.
+    Each may be left out. The counts start again at a reset.
     """
 
     reset_kl: float | None = Field(None, gt=0)
-    reset_updates: int | None = Field(None, ge=1)
+    reset_updates: int | None = Field(None, ge=1, description="gradient steps")
+    reset_iterations: int | None = Field(None, ge=1)
 
 
 class GardoSettings(AlgorithmSettings):
     name: Literal["gardo"] = "gardo"
     base: Any = Field(description="the algorithm that is wrapped, with its own fields")
+    preset: Preset | None = Field(
+        None,
+        description="fills what is left out, all three mechanisms too: null leaves one of them out",
+    )
     gate: GateSettings | None = None
     diversity: DiversitySettings | None = None
     reference: ReferenceSettings | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return filled(value)
 
-def uncertainty(scores: Scores, population: Literal["batch", "group"]) -> Tensor:
-    """U = win rate of the proxy - mean win rate of the auxiliaries, fp64 [B] in (-1, 1)."""
+
+def _ordered(value_B: Tensor, sample_B: Tensor) -> Tensor:
+    """The place of each value in ascending order, fp32 [B]; of equal ones the lower id is above."""
+    by_sample = sample_B.argsort(descending=True)
+    order = by_sample[value_B[by_sample].argsort(stable=True)]
+    place_B = torch.empty_like(value_B)
+    place_B[order] = torch.arange(len(order), dtype=value_B.dtype, device=value_B.device)
+    return place_B
+
+
+def uncertainty(
+    scores: Scores,
+    population: Literal["batch", "group"],
+    ties: Literal["equal", "ordered"] = "equal",
+) -> Tensor:
+    """U = win rate of the proxy - mean win rate of the auxiliaries, fp64 [B] in (-1, 1).
+
+    `ties: ordered` gives equal rewards different ranks, as the release's double argsort does.
+    """
     group_B = scores.group_B if population == "group" else None
-    proxy_B = win_rate(scores.proxy_B, scores.valid_B, group_B=group_B)
-    others = [
-        win_rate(scores.rewards[name], scores.valid_B, group_B=group_B)
-        for name in scores.auxiliaries
-    ]
+
+    def rate(value_B: Tensor) -> Tensor:
+        if ties == "ordered":
+            value_B = _ordered(value_B, scores.sample_B)
+        return win_rate(value_B, scores.valid_B, group_B=group_B)
+
+    proxy_B = rate(scores.proxy_B)
+    others = [rate(scores.rewards[name]) for name in scores.auxiliaries]
     uncertainty_B = proxy_B.double() - torch.stack(others).double().mean(0)
     return (uncertainty_B * 1e6).round() / 1e6  # win rates are fractions: ties must stay ties
 
 
 def most_uncertain(
-    uncertainty_B: Tensor, valid_B: Tensor, sample_B: Tensor, fraction: float
+    uncertainty_B: Tensor,
+    valid_B: Tensor,
+    sample_B: Tensor,
+    fraction: float,
+    base: Literal["valid", "nonnegative"] = "valid",
 ) -> Tensor:
-    """bool [B]: exactly round(fraction x valid) valid samples of highest U.
+    """bool [B]: exactly round(fraction x number in the base) valid samples of highest U.
 
-    Ties go to the lower sample id.
+    The base is all valid samples, or those of U >= 0. Ties go to the lower sample id.
     """
-    count = math.floor(fraction * int(valid_B.sum()) + 0.5)
+    base_B = valid_B & (uncertainty_B >= 0) if base == "nonnegative" else valid_B
+    count = math.floor(fraction * int(base_B.sum()) + 0.5)
     by_sample = sample_B.argsort(stable=True)
     ranked = torch.where(valid_B, uncertainty_B, -torch.inf)[by_sample]
     order = by_sample[ranked.argsort(descending=True, stable=True)]
@@ -135,13 +178,16 @@ class Gate:
 
     def select(self, scores: Scores) -> tuple[Tensor, float]:
         """The gate of this iteration and its statistic; moves the fraction for it first."""
-        uncertainty_B = uncertainty(scores, self.settings.population)
-        if self.settings.sign == "official_code":
+        settings = self.settings
+        uncertainty_B = uncertainty(scores, settings.population, settings.ties)
+        if settings.sign == "official_code":
             uncertainty_B = -uncertainty_B
         valid = uncertainty_B[scores.valid_B]
         statistic = float(valid.clamp(min=0).double().mean()) if len(valid) else 0.0
         self._adapt(statistic)
-        gate_B = most_uncertain(uncertainty_B, scores.valid_B, scores.sample_B, self.fraction)
+        gate_B = most_uncertain(
+            uncertainty_B, scores.valid_B, scores.sample_B, self.fraction, settings.base
+        )
         return gate_B, statistic
 
     def _adapt(self, statistic: float) -> None:
@@ -195,18 +241,27 @@ class Reference:
     def __init__(self, settings: ReferenceSettings) -> None:
         self.settings = settings
         self.updates = 0
+        self.iterations = 0
 
     def why_due(self, kl: float) -> str | None:
         """The reason for a reset after this iteration, if there is one.
 
         No gated rows, no KL: NaN never triggers.
         """
-        limit, most = self.settings.reset_kl, self.settings.reset_updates
-        if limit is not None and kl > limit:
-            return f"kl {kl:.2e} > {limit:.2e}"
-        if most is not None and self.updates >= most:
+        settings = self.settings
+        if settings.reset_kl is not None and kl > settings.reset_kl:
+            return f"kl {kl:.2e} > {settings.reset_kl:.2e}"
+        if settings.reset_updates is not None and self.updates >= settings.reset_updates:
             return f"{self.updates} updates"
+        if settings.reset_iterations is not None and self.iterations >= settings.reset_iterations:
+            return f"{self.iterations} iterations"
         return None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates, "iterations": self.iterations}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates, self.iterations = int(state["updates"]), int(state["iterations"])
 
 
 class Gardo(Algorithm):
@@ -242,6 +297,9 @@ class Gardo(Algorithm):
     def plan(self, step: int) -> SamplePlan:
         return self.base.plan(step)
 
+    def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
+        return self.base.trajectory_kl(rollout)
+
     def credit(self, scores: Scores) -> Credit:
         credit = self.base.credit(scores)
         if self.settings.diversity and scores.features_BD is not None:
@@ -260,6 +318,8 @@ class Gardo(Algorithm):
             )
         if self.gate:
             gate_B, statistic = self.gate.select(scores)
+            if not self.gate.settings.zero_advantage:
+                gate_B = gate_B & (credit.advantage_B != 0)
             credit = replace(credit, gate_B=gate_B).with_info(
                 uncertainty=statistic, gate_fraction=self.gate.fraction
             )
@@ -284,10 +344,12 @@ class Gardo(Algorithm):
 
     def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
         events = self.base.after_step(slots, metrics)
+        if self.reference:
+            self.reference.iterations += 1
         reason = self.reference.why_due(metrics["kl"]) if self.reference else None
         if self.reference and reason:
             slots.copy("train", to="reference")
-            self.reference.updates = 0
+            self.reference.updates = self.reference.iterations = 0
             self.base.reference_reset()
             events = [*events, f"reference reset ({reason})"]
         return events
@@ -296,7 +358,7 @@ class Gardo(Algorithm):
         return {
             "base": self.base.state_dict(),
             "gate": self.gate.state_dict() if self.gate else None,
-            "reference_updates": self.reference.updates if self.reference else None,
+            "reference": self.reference.state_dict() if self.reference else None,
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -304,7 +366,7 @@ class Gardo(Algorithm):
         if self.gate:
             self.gate.load_state_dict(state["gate"])
         if self.reference:
-            self.reference.updates = int(state["reference_updates"])
+            self.reference.load_state_dict(state["reference"])
 
 
 PLUGIN = Gardo

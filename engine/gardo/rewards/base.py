@@ -99,6 +99,7 @@ class Panel:
             valid_B=valid_B,
             rewards=values,
             masks=masks,
+            proxies={n: self.rewards[n].settings.weight for n in proxies},
             auxiliaries=self.names("auxiliary"),
             features_BD=features,
         )
