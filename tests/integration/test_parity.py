@@ -39,6 +39,7 @@ TWO_RANKS = [
     "flow_grpo-full-stage1+full+host",
     "flow_grpo-lora-stage2+full+clip",
     "gardo-full-stage0+full+clip",
+    "gardo-lora-zero+tight+once+pref",
 ]
 SETTINGS = [  # of stage 3: what is gathered when, what is kept; of the others there is less
     *(f"zero+tight+{gather}{keep}" for gather in ("once", "each") for keep in ("", "+full")),
@@ -92,7 +93,8 @@ def alone(case: str) -> str:
     """The same case in one process."""
     base, *options = case.split("+")
     algorithm, weights, _ = base.split("-")
-    return f"{algorithm}-{weights}-local" + ("+clip" if "clip" in options else "")
+    kept = [f"+{option}" for option in options if option in ("clip", "pref")]
+    return f"{algorithm}-{weights}-local" + "".join(kept)
 
 
 def run_of(case: str) -> str:
