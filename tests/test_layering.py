@@ -35,7 +35,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " | torch diffusers transformers tokenizers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate",
-    "rewards":       "types tiny | torch transformers fastapi uvicorn httpx",
+    "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",

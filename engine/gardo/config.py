@@ -268,9 +268,19 @@ def _reward_settings(name: str, section: Any) -> type[BaseModel]:
     if isinstance(section, dict):
         section.setdefault("kind", name)
     settings = _plugin("gardo.rewards", section, "kind", location).Settings
+    own: dict[str, Any] = {"kind": (str, ...)} if ":" in section["kind"] else {}
+    if "judge" in settings.model_fields:
+        own["judge"] = (_judge_settings(section.get("judge"), f"{location}.judge"), ...)
+    return create_model(settings.__name__, __base__=settings, **own) if own else settings
+
+
+def _judge_settings(section: Any, location: str) -> type[BaseModel]:
+    """A reward inside another: it has no role and no weight of its own."""
+    settings = _plugin("gardo.rewards", section, "kind", location).Settings
+    own: dict[str, Any] = {"role": (Literal["judge"], "judge"), "weight": (None, None)}
     if ":" in section["kind"]:
-        settings = create_model(settings.__name__, __base__=settings, kind=(str, ...))
-    return settings
+        own["kind"] = (str, ...)
+    return create_model(settings.__name__, __base__=settings, **own)
 
 
 def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
@@ -318,6 +328,10 @@ def _rewards_fit(recipe: Recipe) -> None:
     by_role: dict[str, list[str]] = {}
     for name, settings in reward_settings(recipe).items():
         by_role.setdefault(settings.role, []).append(name)
+        try:
+            reward_plugin(settings).check(settings, recipe.data.images_per_prompt)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}.{error}") from None
     algorithm = recipe.algorithm
     if not by_role.get("proxy"):
         raise ValueError(
@@ -366,7 +380,9 @@ def _all_differentiable(recipe: Recipe) -> None:
 
 
 def _prompts_fit(recipe: Recipe) -> None:
-    rewards = reward_settings(recipe).items()
+    rewards = reward_settings(recipe)
+    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
+    rewards |= {name: judge for name, judge in judges.items() if judge}
     for field, prompts in (
         ("data.prompts", recipe.prompts),
         ("evaluate.prompts", recipe.evaluation_prompts),
@@ -376,7 +392,7 @@ def _prompts_fit(recipe: Recipe) -> None:
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
         for line, text in enumerate(texts, start=1):
-            for name, settings in rewards:
+            for name, settings in rewards.items():
                 try:
                     reward_plugin(settings).check_prompt(text)
                 except ValueError as error:

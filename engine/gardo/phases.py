@@ -58,7 +58,13 @@ def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) 
 def scored(s: Session, rollout: Rollout) -> Scores:
     """Scores of the images of all ranks: groups and win rates span them."""
     scores = s.panel(
-        rollout.images_B3HW, rollout.prompts, sample_B=rollout.sample_B, group_B=rollout.group_B
+        rollout.images_B3HW,
+        rollout.prompts,
+        sample_B=rollout.sample_B,
+        group_B=rollout.group_B,
+        seed=rollout.seed,
+        step=rollout.step,
+        gather=s.engine.all_gather,
     )
     scores = replace(scores, kl_B=s.algorithm.trajectory_kl(rollout))
     return gather_record(s.engine, scores)

@@ -106,6 +106,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "saving": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
     "behind": {"checkpoint": {"background": True}},
     "triton": {"kernels": "triton"},
+    "pref": {  # one group over all ranks, judged in pairs
+        "data": {"prompts_per_step": 1, "images_per_prompt": 16},
+        "rewards": {
+            "tiny_shape": {
+                "kind": "preference",
+                "role": "proxy",
+                "judge": {"kind": "tests.integration.pair_judge:Brighter"},
+                "opponents": 4,
+                "method": "bradley_terry",
+            },
+        },
+    },
 }
 
 

@@ -110,6 +110,8 @@ class Evaluator:
     def _judge(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for name, reward in self.panel.rewards.items():
+            if not reward.scores_alone:
+                continue
             value, mask = reward.score(images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":

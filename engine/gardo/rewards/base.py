@@ -1,14 +1,16 @@
 """The reward protocol: images and their prompts -> one value each and whether it is valid.
 
 A failure is a mask, never a zero. Rewards that are `differentiable` let gradients through to the
-images (ReFL).
+images (ReFL). A judge of pairs has `compare` instead of `score`, or both: preference.py makes a
+reward of it.
 
-Shapes: B images, float32 [B, 3, H, W] in [0, 1].
+Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,12 +31,24 @@ class RewardSettings(Strict):
     weight: float = Field(1.0, description="share in the sum of the proxies")
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """Where this rank's images stand among those of all ranks, and how to reach the others'."""
+
+    sample_B: Tensor  # int64, index within the step over all ranks
+    group_B: Tensor  # int64, prompt index within the step; groups may span ranks
+    seed: int
+    step: int
+    gather: Callable[[Tensor], Tensor]  # tensors of all ranks, joined along the first axis
+
+
 class Reward:
     """Base of the rewards; `settings` is the reward's own Settings."""
 
     Settings: ClassVar[type[RewardSettings]]
     differentiable: ClassVar[bool] = False
     gives_features: ClassVar[bool] = False
+    scores_alone: bool = True  # an image has a score without others to compare with
 
     def __init__(self, settings: Any, device: torch.device) -> None:
         self.settings = settings
@@ -49,12 +63,42 @@ class Reward:
         """
         raise NotImplementedError  # pragma: no cover
 
+    def compare(
+        self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """(preference, mask): fp32 [N] and bool [N], for judges of pairs.
+
+        The preference is the probability that the first image is the better one, or 1, 0.5 for a
+        tie and 0. The mask is False where no verdict could be read.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def score_together(
+        self, images_B3HW: Tensor, prompts: Sequence[str], place: Gathering
+    ) -> tuple[Tensor, Tensor]:
+        """As `score`, in training; for rewards that look at whole groups. All ranks call it."""
+        return self.score(images_B3HW, prompts)
+
+    @classmethod
+    def check(cls, settings: Any, images_per_prompt: int) -> None:
+        """ValueError, opening with the field, where the settings cannot serve such groups."""
+        if provides(cls, "compare") and not provides(cls, "score"):
+            raise ValueError(
+                f"kind: {settings.kind} compares images and scores none; use kind: preference "
+                f"with judge: {{kind: {settings.kind}}}"
+            )
+
     @classmethod
     def check_prompt(cls, prompt: str) -> None:
         """ValueError where this reward could never score the prompt.
 
         Called for every prompt before training.
         """
+
+
+def provides(plugin: type[Reward], method: str) -> bool:
+    """Whether a reward has its own `score` or `compare`."""
+    return getattr(plugin, method) is not getattr(Reward, method)
 
 
 class Panel:
@@ -74,14 +118,18 @@ class Panel:
         *,
         sample_B: Tensor,
         group_B: Tensor,
+        seed: int = 0,
+        step: int = 0,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Scores:
-        """Scores of this rank's images; non-finite values are masked."""
+        """Scores of this rank's images; non-finite values are masked. All ranks call it."""
+        place = Gathering(sample_B, group_B, seed, step, gather)
         values: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, reward in self.rewards.items():
-            value, mask = reward.score(images_B3HW, prompts)
+            value, mask = reward.score_together(images_B3HW, prompts, place)
             if reward.gives_features:
                 features_valid_B = mask & value.isfinite().all(-1)
                 features = torch.where(features_valid_B[:, None], value.float(), 0.0)
