@@ -22,6 +22,7 @@ from gardo.algorithms.gardo import (
     ReferenceSettings,
     diversity_factor,
     most_uncertain,
+    nearest_euclidean,
     uncertainty,
 )
 from gardo.algorithms.refl import ReFLSettings
@@ -246,6 +247,31 @@ def test_diversity_scales_positive_advantages(normalise, expected):
     assert credit.info["nearest"] == pytest.approx(2.5 / 6, abs=1e-6)
     # Mean pairwise distances 4/3, 0 and 0, times 100, over the images.
     assert credit.info["diversity"] == pytest.approx(100 * (3 * 4 / 3) / 6, abs=1e-4)
+
+
+def test_euclidean_distances_by_hand():
+    points = torch.tensor([[0.0, 0], [3, 4], [-8, 15], [1, 1], [1, 1], [7, 7]])
+    nearest, mean = nearest_euclidean(points, THREE_GROUPS)
+    apart = (5 + 17 + 242**0.5) / 3  # (0, 0), (3, 4) and (-8, 15): 5, 17 and sqrt(11^2 + 11^2)
+    assert nearest.tolist() == pytest.approx([5, 5, 242**0.5, 0, 0, 0])
+    assert mean.tolist() == pytest.approx([apart, apart, apart, 0, 0, 0])
+    order = torch.tensor([4, 0, 5, 2, 3, 1])  # groups may lie anywhere in the batch
+    shuffled = nearest_euclidean(points[order], THREE_GROUPS[order])
+    assert torch.equal(shuffled[0], nearest[order]) and torch.equal(shuffled[1], mean[order])
+
+
+def test_the_metric_is_the_settings():
+    features = torch.tensor([[1.0, 0], [3, 0], [0, 1]])  # two of one direction, but 2 apart
+    base = FlowGRPOSettings(advantage=AdvantageSettings(std="none"))
+    scores = scores_of([1, 1, -2], features=features)
+    raw = {
+        metric: gardo(base, diversity=DiversitySettings(metric=metric, normalise="raw"))
+        .credit(scores)
+        .advantage_B.tolist()
+        for metric in ("cosine", "euclidean")
+    }
+    assert raw["cosine"] == pytest.approx([0, 0, -2], abs=1e-6)
+    assert raw["euclidean"] == pytest.approx([2**0.5, 2, -2])
 
 
 def test_diversity_factor_by_hand():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -39,7 +40,7 @@ from gardo.algorithms.base import (
 from gardo.algorithms.gardo_presets import Preset, filled
 from gardo.settings import Pair, Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import nearest_cosine, win_rate
+from gardo_kernels import Backend, nearest_cosine, win_rate
 
 
 class GateSettings(Strict):
@@ -78,12 +79,13 @@ class GateSettings(Strict):
 
 
 class DiversitySettings(Strict):
-    """`features` names the reward of role features.
+    """`features` names the reward of role features, `metric` how far apart two of them are.
 
     `normalise: raw` is the paper's text, group_mean its release.
     """
 
     features: str = "dinov3"
+    metric: Literal["cosine", "euclidean"] = "cosine"
     normalise: Literal["group_mean", "raw"] = "group_mean"
 
 
@@ -214,6 +216,39 @@ class Gate:
         self.iterations = int(state["iterations"])
 
 
+Distances = Callable[[Tensor, Tensor, Backend], tuple[Tensor, Tensor]]
+
+
+def _cosine(features_BD: Tensor, group_B: Tensor, kernels: Backend) -> tuple[Tensor, Tensor]:
+    return nearest_cosine(features_BD, group_B, backend=kernels)
+
+
+@torch.no_grad()
+def nearest_euclidean(
+    features_BD: Tensor, group_B: Tensor, kernels: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Euclidean distances within groups: to the nearest neighbour, and on average over pairs.
+
+    As `nearest_cosine`: both fp32 [B], 0 in a group of one. Plain torch whatever `kernels` says:
+    features whose length means something are positions, few and short.
+    """
+    nearest_B = torch.zeros(len(features_BD), device=features_BD.device)
+    mean_B = torch.zeros_like(nearest_B)
+    for group in group_B.unique().tolist():
+        index_G = (group_B == group).nonzero().flatten()
+        G = len(index_G)
+        if G == 1:
+            continue
+        e_GD = features_BD[index_G].float()
+        distance_GG = torch.cdist(e_GD, e_GD, compute_mode="donot_use_mm_for_euclid_dist")
+        mean_B[index_G] = distance_GG.sum() / (G * (G - 1))
+        nearest_B[index_G] = distance_GG.fill_diagonal_(torch.inf).amin(1)
+    return nearest_B, mean_B
+
+
+METRICS: dict[str, Distances] = {"cosine": _cosine, "euclidean": nearest_euclidean}
+
+
 def diversity_factor(
     nearest_B: Tensor,
     advantage_B: Tensor,
@@ -303,8 +338,9 @@ class Gardo(Algorithm):
     def credit(self, scores: Scores) -> Credit:
         credit = self.base.credit(scores)
         if self.settings.diversity and scores.features_BD is not None:
-            nearest_B, pairwise_B = nearest_cosine(
-                scores.features_BD, scores.group_B, backend=self.world.kernels
+            distances = METRICS[self.settings.diversity.metric]
+            nearest_B, pairwise_B = distances(
+                scores.features_BD, scores.group_B, self.world.kernels
             )
             factor_B = diversity_factor(
                 nearest_B,
