@@ -3,9 +3,9 @@
     ./run toy
 
 Trains every arm of benchmarks/toy.yaml with every seed on the real engine (two processes of one
-thread), and writes benchmarks/results/toy.{csv,png,md}; recipes/README.md shows the table and the
-figure between its `toy` marks, which this script fills. `--draw` makes table and figure anew from
-the CSV and from the positions that the last training left in runs/toy.
+thread), and writes benchmarks/results/toy.{csv,png}; toy.md beside them and recipes/README.md show
+the table between their `toy` marks, which this script fills. `--draw` makes table and figure anew
+from the CSV and from the positions that the last training left in runs/toy.
 
 A seed pre-trains one policy, which all its arms start from; so arms are compared within seeds.
 """
@@ -45,7 +45,9 @@ MEASURES = {  # name: (title, digits)
 FIELDS = ("arm", "seed", *MEASURES, "cpu_seconds", "revision", "torch", "python")
 
 
-def of_seed(toy: Toy, seed: int) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+def of_seed(
+    toy: Toy, seed: int, where: dict[str, str]
+) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
     """A CSV row for the pre-trained policy and each arm, and where their samples lie."""
     torch.set_num_threads(1)
     places: dict[str, Tensor] = {}
@@ -60,11 +62,6 @@ def of_seed(toy: Toy, seed: int) -> tuple[list[dict[str, str]], dict[str, Tensor
         run.train()
         seconds[arm] = time.process_time() - start
         places[arm] = run.positions()
-    where = {
-        "revision": revision(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
     rows = [
         {"arm": arm, "seed": str(seed), "cpu_seconds": f"{seconds[arm]:.1f}", **where}
         | {name: f"{value:.6g}" for name, value in measures(toy.layout, x_B2).items()}
@@ -76,9 +73,14 @@ def of_seed(toy: Toy, seed: int) -> tuple[list[dict[str, str]], dict[str, Tensor
 def run_all(toy: Toy) -> None:
     """Every seed, two at a time; leaves the CSV and the positions of seed 0."""
     rows: list[dict[str, str]] = []
+    where = {
+        "revision": revision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        pending = [pool.apply_async(of_seed, (toy, seed)) for seed in range(toy.seeds)]
+        pending = [pool.apply_async(of_seed, (toy, seed, where)) for seed in range(toy.seeds)]
         for seed, result in enumerate(pending):
             of_this, places = result.get()
             rows += of_this
@@ -234,7 +236,7 @@ def main() -> None:
     text = "\n\n".join(
         [table(comparison, toy), claims(comparison, toy), note(toy, RESULTS / "toy.csv")]
     )
-    (RESULTS / "toy.md").write_text(text + "\n", encoding="utf-8")
+    fill(RESULTS / "toy.md", "toy", text)
     image = "![samples of every arm, and the summary](../benchmarks/results/toy.png)"
     fill(ROOT / "recipes" / "README.md", "toy", f"{image}\n\n{text}")
     print(text)

@@ -22,11 +22,11 @@ from toy_world import Layout, Mixture, panel, rewarded_places, spurious_place
 
 COLOURS = ("#7f7f7f", "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#cc79a7", "#009e73")
 EXTENT = 8.2  # of a panel, either side of the centre
-BARS = {
-    "proxy": "reward (proxy, optimised)",
-    "true": "true reward",
-    "modes": "modes covered",
-    "spurious_share": "share in the spurious region",
+BARS = {  # measure: (title, top of the axis)
+    "proxy": ("reward (proxy, optimised)", 1.55),
+    "true": ("true reward", 1.05),
+    "modes": ("modes covered, of 5", 5.0),
+    "spurious_share": ("share in the spurious region", 1.05),
 }
 KEY = """\
 Above: 1000 samples of seed 0 over
@@ -64,9 +64,10 @@ def picture(
     seeds = len(next(iter(values.values()))["proxy"])
     key.axis("off")
     key.text(0, 1, KEY.format(seeds=seeds), va="top", fontsize=9.5, transform=key.transAxes)
-    for axis, (measure, title) in zip(lower.subplots(1, 4), BARS.items(), strict=True):
+    for axis, (measure, (title, top)) in zip(lower.subplots(1, 4), BARS.items(), strict=True):
         _bars(axis, [values[arm][measure] for arm in titles], list(titles.values()))
         axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, top)
     figure.savefig(path)
     plt.close(figure)
 
