@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gardo.evaluation.statistics import Interval, bootstrap_mean, paired_change
@@ -32,7 +33,7 @@ from toy_world import Toy, load, measures, pretrain
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "benchmarks" / "toy.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
-POSITIONS = ROOT / "runs" / "toy" / "positions.pt"  # {arm: [B, 2]} of seed 0
+POSITIONS = ROOT / "runs" / "toy" / "positions.safetensors"  # {arm: [B, 2]} of seed 0
 START = "pretrained"
 OURS = "gardo"
 MEASURES = {  # name: (title, digits)
@@ -86,7 +87,7 @@ def run_all(toy: Toy) -> None:
             rows += of_this
             if seed == 0:
                 POSITIONS.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(places, POSITIONS)
+                save_file(places, POSITIONS)
             print(f"seed {seed} done", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / "toy.csv").open("w", newline="", encoding="utf-8") as file:
@@ -126,6 +127,10 @@ class Comparison:
         """`after` - `before`, paired by seed."""
         return paired_change(self.values[before][measure], self.values[after][measure])
 
+    def hacked(self, arm: str) -> int:
+        """In how many seeds most samples lie in the spurious region."""
+        return int((self.values[arm]["spurious_share"] > 0.5).sum())
+
     def centre_covered(self, arm: str, share: float) -> int:
         """In how many seeds the centre has at least this share."""
         return int((self.values[arm]["centre_share"] >= share).sum())
@@ -145,16 +150,17 @@ def titles(toy: Toy) -> dict[str, str]:
 def table(comparison: Comparison, toy: Toy) -> str:
     """Means of all arms, then GARDO's paired differences."""
     header = " | ".join(title for title, _ in MEASURES.values())
-    lines = [f"| | {header} |", "|---" * (len(MEASURES) + 1) + "|"]
+    lines = [f"| | {header} | seeds hacked |", "|---" * (len(MEASURES) + 2) + "|"]
     for arm, title in titles(toy).items():
         cells = [shown(comparison.mean(arm, m), d) for m, (_, d) in MEASURES.items()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        hacked = f"{comparison.hacked(arm)} of {toy.seeds}"
+        lines.append(f"| {title} | {' | '.join(cells)} | {hacked} |")
     for arm, title in titles(toy).items():
         if arm != OURS:
             cells = [
                 shown(comparison.change(arm, OURS, m), d, "+") for m, (_, d) in MEASURES.items()
             ]
-            lines.append(f"| *GARDO − {title}* | {' | '.join(cells)} |")
+            lines.append(f"| *GARDO − {title}* | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
@@ -212,7 +218,8 @@ def note(toy: Toy, path: Path) -> str:
         f"Means over {toy.seeds} seeds with 95 % bootstrap intervals; differences are paired by "
         f"seed, which fixes the pre-trained policy and all noise. "
         f"{toy.training.evaluation_samples} samples a run. A mode is covered with at least "
-        f"{100 * layout.covered_share:g} % of the samples within {layout.covered_radius:g} of it. "
+        f"{100 * layout.covered_share:g} % of the samples within {layout.covered_radius:g} of it; "
+        f"a seed is hacked with most of its samples in the spurious region. "
         f"{seconds / 60:.0f} minutes of CPU time, torch {first['torch']}, Python "
         f"{first['python']}, revision {first['revision']}."
     )
@@ -229,7 +236,7 @@ def main() -> None:
     picture(
         toy.layout,
         titles(toy),
-        torch.load(POSITIONS, weights_only=True),
+        load_file(POSITIONS),
         comparison.values,
         RESULTS / "toy.png",
     )
