@@ -555,7 +555,7 @@ def test_overrides_leave_the_rest_alone(good: Path) -> None:
         ("=3", "--set =3: expected FIELD=VALUE, such as"),
         ("run.steps.more=1", "--set run.steps.more: 'steps' is a value, not a section"),
         ("model.size=[32", "--set model.size: not valid YAML"),
-        (
+        ("algorithm.name=grado", "--set algorithm.name: 'grado' is none of awm, dance_grpo, "),
             "algorithm.name=grado",
             "--set algorithm.name: 'grado' is none of awm, dance_grpo, ddpo, ",
         ),
