@@ -101,7 +101,8 @@ def main() -> None:
     note = (
         f"{PROMPTS} prompts, {IMAGES} images each, by `./run bench gate` on a CPU at revision "
         f"{revision()}. Above what the paper's sign gates, below what the released code's does:\n\n"
-        "![gated by the paper's sign, and by the released code's](../benchmarks/results/gate_signs.png)"
+        "![gated by the paper's sign, and by the released code's]"
+        "(../benchmarks/results/gate_signs.png)"
     )
     fill(ROOT / "docs" / "algorithms.md", "gate", f"{table(rows)}\n\n{note}")
 
