@@ -44,6 +44,9 @@ REGISTERS = {  # where 64 are not enough
     "awm_loss_sums_bf16": 96,
     "awm_loss_sums_fp32": 96,
     "sde_step_guided_bf16": 80,  # four inputs and five outputs: 24 warps stay
+    # whole rows in registers, scaled, squared and written: few programs, once an iteration
+    "nearest_cosine_normalise_bf16": 112,
+    "nearest_cosine_normalise_fp32": 112,
     # tiles of sums in registers; one warp a program, or tensor cores that wait for memory
     "nearest_cosine_chords": 168,
     "nearest_cosine_squares": 168,
