@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from gardo.report.metrics_log import read_metrics
 from tests.integration.test_launch import type_command
-from tests.integration.test_parity import check_slots, check_teachers, launch, steps_of
+from tests.integration.test_parity import ROOT, check_slots, check_teachers, launch, steps_of
 from tests.integration.test_resume import MIDDLE, same_bits
 
 pytestmark = pytest.mark.gpu
+TINY = sorted((ROOT / "recipes").glob("tiny_*.yaml"))
 FP32 = ["gardo-lora-zero+tight+once", "gardo-full-zero+tight+each+full", "flow_grpo-full-stage1"]
 BF16 = [
     "gardo-lora-zero+tight+once+bf16",
@@ -95,3 +96,15 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     records = read_metrics(tmp_path / "tiny-flux-gardo" / "metrics.jsonl")
     assert [r["kind"] for r in records] == ["evaluation", "step", "evaluation"]
+
+
+@pytest.mark.parametrize("recipe", TINY, ids=lambda path: path.stem)
+def test_every_tiny_recipe_runs_on_the_kernels(recipe: Path, tmp_path: Path) -> None:
+    """Two iterations of each algorithm in bf16; `kernels: triton` refuses to fall back."""
+    done = type_command(1, tmp_path, "distributed.precision=bfloat16", "kernels=triton",
+                        "run.steps=2", accelerator="cuda", recipe=recipe)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (log,) = tmp_path.glob("*/metrics.jsonl")
+    steps = [r for r in read_metrics(log) if r["kind"] == "step"]
+    assert len(steps) == 2
+    assert all(math.isfinite(step["metrics"]["loss"]) for step in steps)

@@ -65,10 +65,15 @@ def bin_folder() -> str:
 
 
 def type_command(
-    ranks: int, folder: Path, *settings: str, resume: bool = False, accelerator: str = "cpu"
+    ranks: int,
+    folder: Path,
+    *settings: str,
+    resume: bool = False,
+    accelerator: str = "cpu",
+    recipe: Path = ROOT / "recipes" / "tiny_flux_gardo.yaml",
 ) -> subprocess.CompletedProcess[str]:
-    """Types the demo's command with these settings on top."""
-    command = f"deepspeed --num_gpus {ranks} --module gardo.train recipes/tiny_flux_gardo.yaml"
+    """Types the demo's command, or another recipe's, with these settings on top."""
+    command = f"deepspeed --num_gpus {ranks} --module gardo.train {recipe.relative_to(ROOT)}"
     command += " --resume" if resume else ""
     settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
     env = environment(accelerator)
