@@ -132,6 +132,8 @@ def test_a_drawn_window():
     """Uniform in 0 .. m - w, m = T - 2."""
     drawn = starts(mix(Random(kind="random"), steps=9, train_steps=3), 500)
     assert drawn == starts(mix(Random(kind="random"), steps=9, train_steps=3), 500)
+    other = mix(Random(kind="random"), steps=9, train_steps=3, seed=SEED + 1)
+    assert starts(other, 500) != drawn
     # each of five is binomial (500, 1/5): 100 +- 8.9; 5 standard deviations
     assert set(drawn) == set(range(5)) and all(abs(drawn.count(s) - 100) < 45 for s in range(5))
 

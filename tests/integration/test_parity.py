@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gardo.flow import shifted_linear_sigmas
 from gardo.report.metrics_log import read_metrics
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -320,6 +321,13 @@ def test_exported_lora_gives_the_same_images_bit_for_bit(
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_sampler_follows_the_recipes_schedule(covering: dict[str, Path]) -> None:
+    said = load_file(covering["local"] / "dance-full-local.safetensors")
+    assert torch.equal(said["sigmas"], shifted_linear_sigmas(4, 3.0))
+    usual = load_file(covering["local"] / "gardo-full-local.safetensors")
+    assert not torch.equal(said["sigmas"], usual["sigmas"])
 
 
 def test_training_moves_the_metrics(covering: dict[str, Path]) -> None:

@@ -391,7 +391,7 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
     plan, engine = session.geometry, session.engine
     sample_B = torch.arange(plan.first, plan.first + plan.samples, device=engine.device)
     noise = random_normal(7, noise_id(0, sample_B), INITIAL, session.policy.latent_shape)
-    seen = {"start": velocity(session)}
+    seen = {"start": velocity(session), "sigmas": session.algorithm.world.sigmas}
     if case.cut is not None:
         cut_after(session, case.cut)
     try:
