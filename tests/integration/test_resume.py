@@ -21,9 +21,11 @@ CASES = [
     "diffusion_nft-full-stage1+saving",
     "refl-full-stage0+saving+behind",
     "gardo-lora-zero+eight_bit+offload+saving",
+    "gardo_awm-lora-zero+saving",
 ]
 MORE = ["gardo_nft-lora-stage2+bf16_masters+saving", "gardo-full-zero+offload_all+host+saving",
-        "flow_grpo-lora-stage1+bf16+saving"]  # fmt: skip
+        "flow_grpo-lora-stage1+bf16+saving", "gardo_flash-lora-zero+saving",
+        "kl_in_reward-lora-zero+saving"]  # fmt: skip
 MIDDLE = 5  # gradient steps: between the two updates of the third of four iterations
 ALL = [f"{a}-{w}-zero+saving" for a, w in (("flow_grpo", "lora"), ("diffusion_nft", "lora"),
        ("gardo", "full"), ("refl", "lora"))]  # fmt: skip
