@@ -222,7 +222,7 @@ BAD_VALUES = {
     "unknown base": ((BASE, "name: grpo"), "algorithm.base.name: 'grpo'", "flow_grpo"),
     "no base": (("  base:\n", "  bass:\n"), "algorithm.base.name: missing", "flow_grpo"),
     "unknown reward": (("tiny_count:", "tiny_cuont:"), "rewards.tiny_cuont.kind: 'tiny_cuont'",
-                       "dinov3, preference, tiny_count, tiny_fidelity, tiny_patches, tiny_purity"),
+                       "preference, tiny_count, tiny_fidelity, tiny_patches, tiny_purity"),
     "unknown family": (("family: flux", "family: fluks"), "model.family: 'fluks'", "flux, sd3"),
     "no family": (("family: flux, ", ""), "model.family: missing", "flux, sd3"),
     "module that is not there": (("name: gardo\n", 'name: "no_such_module:Name"\n'),

@@ -1,0 +1,119 @@
+"""LAION's aesthetic predictor, v2: how pleasing a picture is, whatever the prompt.
+
+    score = w . image / |image| + b        image: the projected features of CLIP ViT-L/14
+
+Usual scores are 3 to 8; they are raw. Differentiable.
+
+The published head (improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE.pth) is a chain of
+Linear layers with nothing but dropout between them. It is one affine map, so w and b are computed
+once, in float64. The files called relu have activations between the same layers, and a file does
+not show it: they are not for this reward.
+
+Weights: openai/clip-vit-large-patch14, only the image tower; the head from
+trl-lib/ddpo-aesthetic-predictor, or a folder with the file of the release. Preprocessing
+clip-crop-1 (_clip.py). Not verified against the published weights yet: the tests compare tiny
+random models of the same class.
+
+Shapes: B images, E width of the features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from gardo.rewards._clip import (
+    ClipSettings,
+    ModelFolder,
+    load_model,
+    needs_file,
+    preprocess,
+    read_weights,
+    unit_features,
+)
+from gardo.rewards.base import Reward
+
+LAYER = re.compile(r"layers\.(\d+)\.weight")
+
+
+def collapse(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(w [E], b []), float64: the Linear layers `layers.N.{weight,bias}` applied in order of N.
+
+    ValueError where the names are others or the shapes do not chain to one output.
+    """
+    numbers = sorted(int(found[1]) for found in map(LAYER.fullmatch, state) if found)
+    names = {f"layers.{n}.{leaf}" for n in numbers for leaf in ("weight", "bias")}
+    if not numbers or names != set(state):
+        raise ValueError(f"names are layers.N.weight and layers.N.bias; this has {min(state)}")
+    first, *rest = (state[f"layers.{n}.weight"].double() for n in numbers)
+    bias_first, *bias_rest = (state[f"layers.{n}.bias"].double() for n in numbers)
+    weight, bias = first, bias_first
+    for next_weight, next_bias in zip(rest, bias_rest, strict=True):
+        if next_weight.shape[1] != len(weight):
+            raise ValueError(f"a layer of {next_weight.shape[1]} inputs follows {len(weight)}")
+        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
+    if len(weight) != 1:
+        raise ValueError(f"it gives {len(weight)} numbers, not one score")
+    return weight[0], bias[0]
+
+
+class AestheticSettings(ClipSettings):
+    kind: Literal["aesthetic"] = "aesthetic"
+    path: ModelFolder = Field("openai/clip-vit-large-patch14", description="hub id or folder")
+    head: str = Field(
+        "trl-lib/ddpo-aesthetic-predictor", description="hub id or folder of the head"
+    )
+    head_file: str = Field("aesthetic-model.pth", description="its file there")
+    head_revision: str | None = Field(
+        None, description="commit or tag of a hub id `head`; its newest if left out"
+    )
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        needs_file(self.head, self.head_file)
+        return self
+
+
+class Aesthetic(Reward):
+    Settings = AestheticSettings
+    differentiable = True
+
+    def __init__(self, settings: AestheticSettings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        model = load_model(CLIPVisionModelWithProjection, settings.path, settings.revision)
+        where = f"head: {settings.head_file} of {settings.head!r}"
+        try:
+            weight_E, bias = collapse(
+                read_weights(settings.head, settings.head_file, settings.head_revision)
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        width = model.config.projection_dim
+        if len(weight_E) != width:
+            raise ValueError(
+                f"{where} takes {len(weight_E)} features, the model of {settings.path!r} "
+                f"has {width}"
+            )
+        self.weight_E = weight_E.float().to(device)
+        self.bias = bias.float().to(device)
+        self.size = model.config.image_size
+        self.model = model.to(device, getattr(torch, settings.dtype)).eval().requires_grad_(False)
+
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        def encode(part: Tensor) -> Tensor:
+            return self.model(preprocess(part, self.size).to(self.model.dtype)).image_embeds
+
+        image_BE = unit_features(encode, images_B3HW.to(self.device), self.settings.batch)
+        values = image_BE @ self.weight_E + self.bias
+        return values, values.isfinite()
+
+
+PLUGIN = Aesthetic
