@@ -106,6 +106,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "saving": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
     "behind": {"checkpoint": {"background": True}},
     "triton": {"kernels": "triton"},
+    "short": {"run": {"steps": 3}},
     "pref": {  # one group over all ranks, judged in pairs
         "data": {"prompts_per_step": 1, "images_per_prompt": 16},
         "rewards": {
