@@ -102,7 +102,10 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def random_weights() -> Weights:
-    """Each layer keeps the size of what it is given, so that no part is drowned by another."""
+    """Each layer keeps the size of what it is given, so that no part is drowned by another.
+
+    The picture's tokens start small: there the norms' epsilon counts.
+    """
     generator = torch.Generator().manual_seed(5)
     weights = {}
     for name, shape in published_shapes().items():
@@ -114,6 +117,8 @@ def random_weights() -> Weights:
         else:
             fan_in = noise[0].numel() if "embed" not in name or "proj" in name else 1
             weights[name] = noise / fan_in**0.5
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        weights[f"blip.visual_encoder.{name}"] *= 0.05
     return weights
 
 
@@ -218,9 +223,9 @@ def expected_values(weights: Weights, images: Tensor, prompts: list[str]) -> Ten
     return (torch.cat(y) - 0.1671736) / 1.0333395
 
 
-# Float32 rounds by 2^-24 a step; the longest path has under 60 steps (products, norms, sums over up
-# to 128), on values of size 1 to 8: 60 x 8 x 2^-24 = 3e-5.
-TOLERANCE = 3e-5
+# Float32 rounds by 2^-24 a step. The longest path has about 60 steps (products, norms, softmaxes) on
+# values of size 1 to 8, and the errors add up like the square root of their number.
+TOLERANCE = 8 * 60**0.5 * 2**-24
 
 
 def test_score_is_the_published_formula(weights: Weights, reward: ImageReward) -> None:
@@ -284,17 +289,17 @@ def test_prompts_are_cut_at_35_tokens(reward: ImageReward) -> None:
     long, images = ["cat"] * 33, pictures(1).expand(3, -1, -1, -1)
     texts = [[*long, "red"], [*long, "blue", "dog"], [*long[:-1], "red"]]
     values, _ = reward.score(images, [" ".join(words) for words in texts])
-    assert values[0] == values[1]
+    assert abs(float(values[0] - values[1])) < TOLERANCE
     assert abs(float(values[0] - values[2])) > 1e-3
 
 
 def test_bfloat16_is_near(folder: str, reward: ImageReward) -> None:
-    """bf16 rounds by 2^-9 a step; the errors of some 60 steps of size 1 add up like sqrt(60)."""
+    """It rounds by 2^-9 a step, the values being 1 on average."""
     half = build(folder, dtype="bfloat16")
     images = pictures(4)
     assert half.vision.dtype == half.text.dtype == torch.bfloat16
     near = half.score(images, PROMPTS)[0] - reward.score(images, PROMPTS)[0]
-    assert 0 < float(near.abs().max()) < 8 * 60**0.5 * 2**-9
+    assert 0 < float(near.abs().max()) < 60**0.5 * 2**-9
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 80), (75, 50), (224, 224), (300, 300)])
