@@ -223,8 +223,8 @@ def expected_values(weights: Weights, images: Tensor, prompts: list[str]) -> Ten
     return (torch.cat(y) - 0.1671736) / 1.0333395
 
 
-# Float32 rounds by 2^-24 a step. The longest path has about 60 steps (products, norms, softmaxes) on
-# values of size 1 to 8, and the errors add up like the square root of their number.
+# Float32 rounds by 2^-24 a step. The longest path has about 60 steps (products, norms, softmaxes)
+# on values of size 1 to 8, and the errors add up like the square root of their number.
 TOLERANCE = 8 * 60**0.5 * 2**-24
 
 
