@@ -15,6 +15,9 @@ EXTRAS = {
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
         "hypothesis",
+        "rapidocr",  # the ocr reward's three, to test with the real reader
+        "onnxruntime",
+        "rapidfuzz",
         "ruff",
         "mypy",
         "types-PyYAML",

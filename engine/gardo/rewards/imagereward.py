@@ -1,0 +1,257 @@
+"""ImageReward (arXiv 2304.05977, THUDM/ImageReward): how well people would like the picture.
+
+    rewards:
+      beauty: {kind: imagereward, role: proxy}
+
+    h     = BLIP's text encoder over the prompt, which attends to ViT-L/16's tokens of the picture
+    y     = MLP(h of the first token)
+    value = (y - 0.1671736) / 1.0333395
+
+The value is about -2 to 2, with mean 0 and standard deviation 1 over the authors' pictures. The
+MLP's five layers have nothing between them, so they are one affine map, multiplied out at load in
+fp64. A prompt is cut at 35 tokens, as published.
+
+`raw: true` gives y itself. The ReFL algorithm standardises with the same two constants, so under it
+use `raw: true`, or keep the value as it is and set the algorithm's reward_mean: 0, reward_std: 1;
+both are the published ReFL loss. Otherwise the value would be standardised twice.
+
+Preprocessing "blip-224-bicubic-aa-crop": the shorter side to 224 (bicubic, antialiased, on
+tensors), the middle square, CLIP's statistics. Differentiable.
+
+`path` holds ImageReward.safetensors or ImageReward.pt (read as tensors alone, never as a pickle's
+code) and med_config.json; the authors' names of the tensors are mapped onto transformers' classes.
+The text encoder's tokenizer is BERT's. Not verified against the published weights yet.
+
+Shapes: B images, D width of the text encoder, L tokens, T prompts that differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
+from transformers.utils import cached_file
+
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.settings import is_hub_id, model_path
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+Y_MEAN, Y_STD = 0.16717362830052426, 1.0333394966054072
+TOKENS = 35
+WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")  # the hub has the second
+TEXT_CONFIG = "med_config.json"
+MLP_LAYERS = (0, 2, 4, 6, 7)  # linear; between them dropout, which does nothing here
+VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
+VISION_NAMES = (  # published -> transformers
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+)
+
+
+class ImageRewardSettings(RewardSettings):
+    kind: Literal["imagereward"] = "imagereward"
+    path: str = Field("THUDM/ImageReward", description="hub id or folder")
+    revision: str | None = Field(None, description="of the hub's repository")
+    tokenizer: str = Field("google-bert/bert-base-uncased", description="hub id or folder")
+    raw: bool = Field(False, description="the MLP's output, not standardised")
+    batch: int = Field(16, ge=1, description="images a forward pass")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("path")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        folder = Path(model_path(value))
+        weights = any((folder / name).is_file() for name in WEIGHTS)
+        if not is_hub_id(value) and not (weights and (folder / TEXT_CONFIG).is_file()):
+            raise ValueError(
+                f"no ImageReward folder (with {' or '.join(WEIGHTS)}, and {TEXT_CONFIG}): "
+                f"{value!r}; give one, or a hub id owner/name"
+            )
+        return value
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _is_tokenizer(cls, value: str) -> str:
+        folder = Path(model_path(value))
+        files = any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+        if not is_hub_id(value) and not files:
+            raise ValueError(
+                f"no BERT tokenizer (vocab.txt or tokenizer.json) in {value!r}; give a folder that "
+                "has one, or a hub id owner/name"
+            )
+        return value
+
+
+def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size], the middle of the picture."""
+    height, width = images_B3HW.shape[-2:]
+    short = min(height, width)
+    if short != size:
+        height, width = size * height // short, size * width // short
+        images_B3HW = F.interpolate(
+            images_B3HW, (height, width), mode="bicubic", antialias=True
+        ).clamp(0, 1)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    images_B3HW = images_B3HW[..., top : top + size, left : left + size]
+    mean = images_B3HW.new_tensor(MEAN)[:, None, None]
+    std = images_B3HW.new_tensor(STD)[:, None, None]
+    return (images_B3HW - mean) / std
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint. ValueError where the file holds something else."""
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # each format has its own kinds
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: {error}; get it again"
+        ) from error
+    if not isinstance(weights, dict) or f"{VISION}cls_token" not in weights:
+        raise ValueError(f"{path} is not ImageReward's: no tensor {VISION}cls_token")
+    return weights
+
+
+def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    found = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    found.pop("embeddings.position_ids", None)  # 0, 1, 2, ...; transformers keeps no copy
+    return found
+
+
+def vision_model(weights: Mapping[str, Tensor]) -> BlipVisionModel:
+    """BLIP's ViT; the sizes are those of the tensors, and heads are 64 wide as in B and L."""
+    published = part_of(weights, VISION)
+    state = {}
+    for name, weight in published.items():
+        for pattern, replacement in VISION_NAMES:
+            name = re.sub(pattern, replacement, name)
+        state[name] = weight
+    width, _, patch, _ = published["patch_embed.proj.weight"].shape
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(published["blocks.0.mlp.fc1.bias"]),
+        num_hidden_layers=sum(name.endswith(".attn.qkv.bias") for name in published),
+        num_attention_heads=width // 64,
+        image_size=patch * math.isqrt(published["pos_embed"].shape[1] - 1),
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+    with torch.device("meta"):
+        model = BlipVisionModel(config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int) -> BlipTextModel:
+    """BERT with cross attention to pictures, whose tokens are `width` wide; `med`: its settings."""
+    config = BlipTextConfig(
+        **{name: med[name] for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps",
+            "pad_token_id",
+        )},
+        encoder_hidden_size=width,
+        is_decoder=True,  # what transformers calls having cross attention
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = BlipTextModel(config, add_pooling_layer=False)
+    model.load_state_dict(part_of(weights, TEXT), assign=True)
+    model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    return model
+
+
+def affine_map(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The MLP as one map: weight fp32 [1, D] and bias [1]."""
+    weight_1D, bias_1 = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for layer in reversed(MLP_LAYERS):
+        bias_1 = bias_1 + weight_1D @ weights[f"mlp.layers.{layer}.bias"].double()
+        weight_1D = weight_1D @ weights[f"mlp.layers.{layer}.weight"].double()
+    return weight_1D.float(), bias_1.float()
+
+
+class ImageReward(Reward):
+    Settings = ImageRewardSettings
+    differentiable = True
+
+    def __init__(self, settings: ImageRewardSettings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        folder, revision = model_path(settings.path), settings.revision
+        name = next((n for n in WEIGHTS if (Path(folder) / n).is_file()), WEIGHTS[-1])
+        path = Path(cached_file(folder, name, revision=revision))
+        med = Path(cached_file(folder, TEXT_CONFIG, revision=revision))
+        weights = read_weights(path)
+        try:
+            vision = vision_model(weights)
+            text = text_model(
+                weights, json.loads(med.read_text(encoding="utf-8")), vision.config.hidden_size
+            )
+            weight_1D, bias_1 = affine_map(weights)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} and {med} do not make an ImageReward: {error}") from error
+        dtype = getattr(torch, settings.dtype)
+        self.vision, self.text = (self._ready(model, dtype) for model in (vision, text))
+        self.weight_1D, self.bias_1 = weight_1D.to(device), bias_1.to(device)
+        self.tokenizer = BertTokenizer.from_pretrained(model_path(settings.tokenizer))
+        if len(self.tokenizer) > text.config.vocab_size:
+            raise ValueError(
+                f"{settings.tokenizer} has {len(self.tokenizer)} tokens, ImageReward's text "
+                f"encoder {text.config.vocab_size}; it needs bert-base-uncased's"
+            )
+
+    def _ready(self, model: nn.Module, dtype: torch.dtype) -> Any:
+        return model.to(self.device, dtype).eval().requires_grad_(False)
+
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        tokens_TL = self.tokenizer(
+            list(row), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(self.device)
+        row_B = torch.tensor([row[prompt] for prompt in prompts], device=self.device)
+        y_B = torch.cat([
+            self._output(images, tokens_TL.input_ids[rows], tokens_TL.attention_mask[rows])
+            for images, rows in zip(
+                images_B3HW.to(self.device).split(self.settings.batch),
+                row_B.split(self.settings.batch),
+                strict=True,
+            )
+        ])  # fmt: skip
+        value_B = y_B if self.settings.raw else (y_B - Y_MEAN) / Y_STD
+        return value_B, torch.ones_like(value_B, dtype=torch.bool)
+
+    def _output(self, images_B3HW: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """y, fp32 [B]."""
+        pixels = preprocess(images_B3HW, self.vision.config.image_size)
+        hidden_BLD = self.text(
+            ids_BL,
+            attention_mask=mask_BL,
+            encoder_hidden_states=self.vision(pixels).last_hidden_state,
+        ).last_hidden_state
+        return F.linear(hidden_BLD[:, 0].float(), self.weight_1D, self.bias_1)[:, 0]
+
+
+PLUGIN = ImageReward
