@@ -15,7 +15,7 @@ fp64. A prompt is cut at 35 tokens, as published.
 use `raw: true`, or keep the value as it is and set the algorithm's reward_mean: 0, reward_std: 1;
 both are the published ReFL loss. Otherwise the value would be standardised twice.
 
-Preprocessing "blip-224-bicubic-aa-crop": the shorter side to 224 (bicubic, antialiased, on
+Preprocessing clip-crop-1 of _clip.py: the shorter side to 224 (bicubic, antialiased, on
 tensors), the middle square, CLIP's statistics. Differentiable.
 
 `path` holds ImageReward.safetensors or ImageReward.pt (read as tensors alone, never as a pickle's
@@ -37,7 +37,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
@@ -48,11 +47,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from gardo.rewards._clip import preprocess, read_weights
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import is_hub_id, model_path
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 Y_MEAN, Y_STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")  # the hub has the second
@@ -103,36 +101,6 @@ class ImageRewardSettings(RewardSettings):
                 "has one, or a hub id owner/name"
             )
         return value
-
-
-def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size], the middle of the picture."""
-    height, width = images_B3HW.shape[-2:]
-    short = min(height, width)
-    if short != size:
-        height, width = size * height // short, size * width // short
-        images_B3HW = F.interpolate(
-            images_B3HW, (height, width), mode="bicubic", antialias=True
-        ).clamp(0, 1)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    images_B3HW = images_B3HW[..., top : top + size, left : left + size]
-    mean = images_B3HW.new_tensor(MEAN)[:, None, None]
-    std = images_B3HW.new_tensor(STD)[:, None, None]
-    return (images_B3HW - mean) / std
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published checkpoint. ValueError where the file holds something else."""
-    try:
-        safe = path.suffix == ".safetensors"
-        weights = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format has its own kinds
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: {error}; get it again"
-        ) from error
-    if not isinstance(weights, dict) or f"{VISION}cls_token" not in weights:
-        raise ValueError(f"{path} is not ImageReward's: no tensor {VISION}cls_token")
-    return weights
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -200,9 +168,11 @@ class ImageReward(Reward):
         super().__init__(settings, device)
         folder, revision = model_path(settings.path), settings.revision
         name = next((n for n in WEIGHTS if (Path(folder) / n).is_file()), WEIGHTS[-1])
-        path = Path(cached_file(folder, name, revision=revision))
+        path = f"{settings.path}/{name}"
         med = Path(cached_file(folder, TEXT_CONFIG, revision=revision))
-        weights = read_weights(path)
+        weights = read_weights(settings.path, name, revision)
+        if f"{VISION}cls_token" not in weights:
+            raise ValueError(f"{path} is not ImageReward's: no tensor {VISION}cls_token")
         try:
             vision = vision_model(weights)
             text = text_model(
