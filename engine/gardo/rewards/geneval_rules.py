@@ -1,0 +1,98 @@
+"""GenEval's rules (arXiv 2310.11513): does what a detector found fulfil a prompt?
+
+    kept      per class the 16 surest objects surer than 0.3 (counting: 0.9), the surest first
+    counting  exactly the asked number of objects was kept
+    others    an object of the class was kept; the surest has the colour, the surest two the place
+    A is right of B where  d_x / |c_A - c_B| > 0.5  (left: < -0.5; below and above: d_y)
+        d = sign(c_A - c_B) max(|c_A - c_B| - 0.1 (size_A + size_B), 0)   c: centres of the boxes
+
+So two relations may hold at once, and none where the boxes lie nearly on one another. A colour or a
+place is not fulfilled where its object is missing. (Flow-GRPO's reward also adds 1 for a place that
+is wrong, asks for exactly one object where GenEval asks for one or more, and falls below zero for
+many objects.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gardo.rewards.geneval_prompts import RELATIONS, Relation, Request, Task
+
+THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MOST = 16
+MARGIN = 0.1
+_NOTHING = 1e-3  # pixels: an offset this small is none
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels; y grows downwards
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object that the detector found."""
+
+    name: str
+    score: float
+    box: Box
+    colour: str | None = None
+
+
+def keep(found: Sequence[Found], task: Task) -> list[Found]:
+    """The objects that count in a task, the surest first; of equally sure ones the earlier."""
+    least = COUNTING_THRESHOLD if task == "counting" else THRESHOLD
+    kept: list[Found] = []
+    for thing in sorted(found, key=lambda thing: -thing.score):
+        if thing.score > least and sum(other.name == thing.name for other in kept) < MOST:
+            kept.append(thing)
+    return kept
+
+
+def relations(a: Box, b: Box) -> set[Relation]:
+    """Where box a lies, seen from box b: none, one or two of the four relations."""
+    centre = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    size = [a[i + 2] - a[i] + b[i + 2] - b[i] for i in (0, 1)]
+    beyond = [max(abs(c) - MARGIN * s, 0.0) for c, s in zip(centre, size, strict=True)]
+    if max(beyond) < _NOTHING:
+        return set()
+    x, y = (math.copysign(d, c) / math.hypot(*centre) for d, c in zip(beyond, centre, strict=True))
+    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
+    return {relation for relation, true in zip(RELATIONS, holds, strict=True) if true}
+
+
+def verdicts(request: Request, kept: Sequence[Found]) -> list[bool]:
+    """Which of the rules hold that a prompt sets, from what `keep` returned.
+
+    counting: the number. Otherwise, for each object: that it is there, and its colour if one is
+    asked; then the place. Objects whose colour is asked must bring it.
+    """
+    if request.task == "counting":
+        (asked,) = request.objects
+        return [sum(thing.name == asked.name for thing in kept) == asked.count]
+    rules: list[bool] = []
+    surest: list[Found | None] = []
+    for asked in request.objects:
+        thing = next((thing for thing in kept if thing.name == asked.name), None)
+        surest.append(thing)
+        rules.append(thing is not None)
+        if asked.colour:
+            rules.append(thing is not None and thing.colour == asked.colour)
+    if request.relation:
+        first, second = surest
+        rules.append(
+            first is not None
+            and second is not None
+            and request.relation in relations(first.box, second.box)
+        )
+    return rules
+
+
+def strict(rules: Sequence[bool]) -> float:
+    """1 if all rules hold, else 0: what GenEval reports."""
+    return float(all(rules))
+
+
+def fraction(rules: Sequence[bool]) -> float:
+    """The share of the rules that hold."""
+    return sum(rules) / len(rules)
