@@ -30,8 +30,8 @@ from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.geneval_prompts import Request, parse
-from gardo.rewards.geneval_rules import fraction, keep, strict, verdicts
-from gardo.rewards.geneval_vision import ColourJudge, Detector, Sighting, Source, cut_out
+from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
+from gardo.rewards.geneval_vision import ColourJudge, Detector, Source, cut_out
 from gardo.settings import is_hub_id, model_path
 
 SCORINGS = {"fraction": fraction, "strict": strict}
@@ -95,35 +95,21 @@ class Geneval(Reward):
         """Which rules each picture fulfils; None where a model failed on it."""
         names = [{asked.name for asked in request.objects} for request in requests]
         seen = self.detector(images_B3HW, names)
-        # colours are asked of the surest object of a class: the one that the rules look at
-        jobs = [
-            (i, asked.name, surest)
-            for i, request in enumerate(requests)
-            for asked in request.objects
-            if asked.colour and (surest := _surest(seen[i] or [], asked.name)) is not None
+        kept = [
+            keep(found or [], request.task) for found, request in zip(seen, requests, strict=True)
         ]
-        colours = self.colours(
-            [cut_out(images_B3HW[i], sighting) for i, _, sighting in jobs],
-            [name for _, name, _ in jobs],
-        )
-        named = {(i, name): c for (i, name, _), c in zip(jobs, colours, strict=True)}
-        failed = {i for (i, _), colour in named.items() if colour is None}
-        results: list[list[bool] | None] = []
-        for i, request in enumerate(requests):
-            sightings = seen[i]
-            if sightings is None or i in failed:
-                results.append(None)
-                continue
-            kept = keep([sighting.found for sighting in sightings], request.task)
-            kept = [replace(thing, colour=named.get((i, thing.name))) for thing in kept]
-            results.append(verdicts(request, kept))
-        return results
-
-
-def _surest(sightings: Sequence[Sighting], name: str) -> Sighting | None:
-    """The surest object of a class; of equally sure ones the earlier, as `keep` has it."""
-    of_class = [sighting for sighting in sightings if sighting.found.name == name]
-    return max(of_class, key=lambda sighting: sighting.found.score, default=None)
+        failed = [found is None for found in seen]
+        # one call of CLIP for the objects of all images
+        jobs = [(i, at) for i, request in enumerate(requests) for at in judged(request, kept[i])]
+        things = [kept[i][at] for i, at in jobs]
+        crops = [cut_out(images_B3HW[i], thing) for (i, _), thing in zip(jobs, things, strict=True)]
+        colours = self.colours(crops, [thing.name for thing in things])
+        for (i, at), colour in zip(jobs, colours, strict=True):
+            kept[i][at] = replace(kept[i][at], colour=colour)
+            failed[i] |= colour is None
+        return [
+            None if failed[i] else verdicts(request, kept[i]) for i, request in enumerate(requests)
+        ]
 
 
 PLUGIN = Geneval

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from gardo.rewards.geneval_prompts import RELATIONS, Relation, Request, Task
 
@@ -39,10 +40,13 @@ class Found:
     colour: str | None = None
 
 
-def keep(found: Sequence[Found], task: Task) -> list[Found]:
+Thing = TypeVar("Thing", bound=Found)
+
+
+def keep(found: Sequence[Thing], task: Task) -> list[Thing]:
     """The objects that count in a task, the surest first; of equally sure ones the earlier."""
     least = COUNTING_THRESHOLD if task == "counting" else THRESHOLD
-    kept: list[Found] = []
+    kept: list[Thing] = []
     for thing in sorted(found, key=lambda thing: -thing.score):
         if thing.score > least and sum(other.name == thing.name for other in kept) < MOST:
             kept.append(thing)
@@ -61,30 +65,36 @@ def relations(a: Box, b: Box) -> set[Relation]:
     return {relation for relation, true in zip(RELATIONS, holds, strict=True) if true}
 
 
+def _surest(kept: Sequence[Found], name: str) -> int | None:
+    return next((at for at, thing in enumerate(kept) if thing.name == name), None)
+
+
+def judged(request: Request, kept: Sequence[Found]) -> list[int]:
+    """The objects, as indices of `kept`, whose colour the rules look at."""
+    surest = [_surest(kept, asked.name) for asked in request.objects if asked.colour]
+    return [at for at in surest if at is not None]
+
+
 def verdicts(request: Request, kept: Sequence[Found]) -> list[bool]:
     """Which of the rules hold that a prompt sets, from what `keep` returned.
 
     counting: the number. Otherwise, for each object: that it is there, and its colour if one is
-    asked; then the place. Objects whose colour is asked must bring it.
+    asked; then the place. The objects of `judged` must bring their colour.
     """
     if request.task == "counting":
         (asked,) = request.objects
         return [sum(thing.name == asked.name for thing in kept) == asked.count]
     rules: list[bool] = []
-    surest: list[Found | None] = []
+    boxes: list[Box] = []
     for asked in request.objects:
-        thing = next((thing for thing in kept if thing.name == asked.name), None)
-        surest.append(thing)
-        rules.append(thing is not None)
+        at = _surest(kept, asked.name)
+        rules.append(at is not None)
         if asked.colour:
-            rules.append(thing is not None and thing.colour == asked.colour)
+            rules.append(at is not None and kept[at].colour == asked.colour)
+        if at is not None:
+            boxes.append(kept[at].box)
     if request.relation:
-        first, second = surest
-        rules.append(
-            first is not None
-            and second is not None
-            and request.relation in relations(first.box, second.box)
-        )
+        rules.append(len(boxes) == 2 and request.relation in relations(*boxes))
     return rules
 
 

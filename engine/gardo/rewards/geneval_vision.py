@@ -115,11 +115,10 @@ def normalise(images_B3HW: Tensor, statistics: tuple[Sequence[float], Sequence[f
     return (images_B3HW - mean) / std
 
 
-@dataclass(frozen=True)
-class Sighting:
+@dataclass(frozen=True, kw_only=True)
+class Sighting(Found):
     """A found object with its mask, bool [H, W]."""
 
-    found: Found
     mask_HW: Tensor
 
 
@@ -151,7 +150,7 @@ class Detector:
     def __call__(
         self, images_B3HW: Tensor, names: Sequence[Collection[str]]
     ) -> list[list[Sighting] | None]:
-        """For each image its objects of those classes above GenEval's threshold, in no order.
+        """For each image its objects of those classes, in no order; unsure ones may be left out.
 
         None where the model's output is not finite.
         """
@@ -190,8 +189,8 @@ class Detector:
             if not area:
                 continue
             score *= (logits_HW.sigmoid() * mask_HW).sum().item() / (area + 1e-6)
-            if score > THRESHOLD:
-                found.append(Sighting(Found(wanted[label], score, bounds(mask_HW)), mask_HW))
+            box = bounds(mask_HW)
+            found.append(Sighting(name=wanted[label], score=score, box=box, mask_HW=mask_HW))
         return found
 
 
@@ -213,6 +212,11 @@ class ColourJudge:
             self.tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
         except (OSError, ValueError) as error:
             raise ValueError(f"{source.path!r} holds no tokenizer: {error}") from error
+        # without its files, transformers gives a tokenizer that knows no word
+        tokens = [tuple(ids) for ids in self.tokenizer(list(COLOURS))["input_ids"]]
+        known = self.model.config.text_config.vocab_size
+        if len(set(tokens)) < len(COLOURS) or max(map(max, tokens)) >= known:
+            raise ValueError(f"{source.path!r} holds no tokenizer for its model")
         self.size = self.model.config.vision_config.image_size
         self._colours: dict[str, Tensor] = {}
 
@@ -264,6 +268,6 @@ class ColourJudge:
 
 def cut_out(image_3HW: Tensor, sighting: Sighting) -> Tensor:
     """The object's box, grey outside its mask."""
-    left, top, right, bottom = (int(side) for side in sighting.found.box)
+    left, top, right, bottom = (int(side) for side in sighting.box)
     mask = sighting.mask_HW[top:bottom, left:right]
     return image_3HW[:, top:bottom, left:right].where(mask, GREY)
