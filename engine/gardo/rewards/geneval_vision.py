@@ -40,7 +40,6 @@ from gardo.rewards.geneval_prompts import CLASSES, COLOURS
 from gardo.rewards.geneval_rules import THRESHOLD, Found
 
 IMAGENET = (dinov3.MEAN, dinov3.STD)
-CLIP = (_clip.MEAN, _clip.STD)
 GREY = 0x99 / 255
 LONGEST = 1333
 MULTIPLE = 32
@@ -221,17 +220,13 @@ class ColourJudge:
         self._colours: dict[str, Tensor] = {}
 
     def preprocess(self, crop_3HW: Tensor) -> Tensor:
-        """[3, h, w] in [0, 1] -> normalised [3, S, S]."""
+        """[3, h, w] in [0, 1] -> normalised [3, S, S], by clip-crop-1 of _clip.py."""
         height, width = crop_3HW.shape[-2:]
         short = min(height, width)
         # only the middle is seen; a crop one pixel wide would grow to a huge stripe
         top, left = (max(side - 8 * short, 0) // 2 for side in (height, width))
         crop_3HW = crop_3HW[:, top : height - top, left : width - left]
-        height, width = (self.size * side // short for side in crop_3HW.shape[-2:])
-        large = F.interpolate(crop_3HW[None], (height, width), mode="bicubic", antialias=True)
-        top, left = (round((side - self.size) / 2) for side in (height, width))
-        middle = large[0, :, top : top + self.size, left : left + self.size]
-        return normalise(middle.clamp(0, 1), CLIP)
+        return _clip.preprocess(crop_3HW[None], self.size)[0]
 
     def texts(self, name: str) -> Tensor:
         """fp32 [10, D]: a direction for each colour of a class; encoded once."""
