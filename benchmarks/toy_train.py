@@ -19,7 +19,7 @@ from gardo.algorithms.base import Algorithm, World
 from gardo.distributed.local import LocalEngine
 from gardo.flow import shifted_linear_sigmas, transitions
 from gardo.rewards.base import Panel
-from gardo.rollout import minibatches, sample, teach
+from gardo.rollout import batch_of, parts, sample, teach
 from gardo.types import Batch, Metrics, SamplePlan, Scores
 from toy_world import CPU, PlanePolicy, Toy, Training, panel
 
@@ -126,13 +126,14 @@ class Run:
             micro_batch=rows,
         )
         totals = Metrics()
-        for batch in minibatches(
-            points, credit, sample_B=rollout.sample_B, updates=1, micro_batch=rows,
-            seed=self.seed, step=step,
+        for part in parts(
+            points, sample_B=rollout.sample_B, updates=1, micro_batch=rows, seed=self.seed,
+            step=step,
         ):  # fmt: skip
+            batch = batch_of(points, credit, part)
             loss, metrics = algorithm.loss(self.ctx, batch)
             totals.add(metrics)
-            engine.backward(loss)
+            engine.backward(loss, last=batch.last)
             engine.step()
             algorithm.after_update(engine.slots)
         return scores, totals, algorithm.after_step(engine.slots, totals)

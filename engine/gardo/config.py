@@ -49,6 +49,9 @@ class TrainSettings(Strict):
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
     )
     max_grad_norm: float = Field(1.0, gt=0)
+    keep_all_rows: bool = Field(
+        False, description="train rows that weigh nothing too: for comparisons of speed"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="what blocks run again in the backward pass: nothing, all but attention, all",

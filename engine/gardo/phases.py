@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo.algorithms.kl import weighed
 from gardo.data import step_prompts
 from gardo.distributed.base import gather_record
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
-from gardo.rollout import batch_of, minibatches, recorded_points, sample, teach
+from gardo.rollout import Part, batch_of, parts, recorded_points, sample, teach, update_of
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
 
@@ -83,38 +85,62 @@ def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tenso
     )
 
 
-def held_to_contract(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Points:
-    """The points with old velocities that agree with the training numerics (gardo.contract)."""
+def credited(s: Session, scores: Scores, step: int) -> Credit:
+    """What the samples of all ranks are worth, and what their KL weighs in the update of each."""
+    updates, seed = s.recipe.train.updates_per_step, s.recipe.run.seed
+    update_B = update_of(scores.sample_B, updates, seed=seed, step=step, kernels=s.recipe.kernels)
+    return weighed(s.algorithm.credit(scores), update_B, s.algorithm.kl_weights)
 
-    @torch.no_grad()
+
+def divided(s: Session, points: Points, credit: Credit, rollout: Rollout) -> list[Part]:
+    """This rank's rows in micro-batches, update after update; those that weigh nothing left out."""
+    recipe = s.recipe
+    keep_all = recipe.train.keep_all_rows
+    return parts(
+        points,
+        sample_B=rollout.sample_B,
+        updates=recipe.train.updates_per_step,
+        micro_batch=s.geometry.micro_batch,
+        seed=recipe.run.seed,
+        step=rollout.step,
+        kernels=recipe.kernels,
+        idle_R=None if keep_all else s.algorithm.weightless(points, credit),
+        agree_max=s.engine.agree_max,
+    )
+
+
+def held_to_contract(
+    s: Session, points: Points, credit: Credit, rollout: Rollout, work: Sequence[Part]
+) -> Iterator[Batch]:
+    """The micro-batches, with old velocities that agree with the training numerics.
+
+    gardo.contract says what that means. What tells is the forward pass of the first micro-batch;
+    its loss takes the velocity from here, unless the old ones had to be computed again.
+    """
+    s.ctx.rollout = rollout
+    ahead: list[tuple[Batch, Tensor]] = []
+
     def probe(points: Points) -> float:
-        rows = torch.arange(s.geometry.micro_batch, device=s.engine.device)
-        batch = batch_of(points, credit, rows)
-        s.ctx.rollout = rollout
-        log_ratio_R = s.algorithm.log_ratio(batch, s.ctx.velocity(batch))
+        batch = batch_of(points, credit, work[0])
+        velocity_RX = ahead[0][1] if ahead else s.ctx.velocity(batch)
+        ahead[:] = [(batch, velocity_RX)]
+        log_ratio_R = s.algorithm.log_ratio(batch, velocity_RX.detach())
         seen = Metrics().maximum("error", log_ratio_R.expm1().abs())
         return s.engine.reduce(seen)["error"]
 
     def recompute(points: Points) -> Points:
-        everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
-        return taught(s, points, rollout, {"train": everywhere})
+        # no graph may wait for its backward pass while other forward passes run: ZeRO-3 counts them
+        ahead[:] = [(batch, velocity_RX.detach()) for batch, velocity_RX in ahead]
+        trained_R = torch.zeros_like(points.sample_R, dtype=torch.bool)
+        trained_R[torch.cat([part.rows for part in work])] = True
+        return taught(s, points, rollout, {"train": trained_R})
 
-    return s.algorithm.contract.hold(points, probe, recompute)
-
-
-def batches(s: Session, points: Points, credit: Credit, rollout: Rollout) -> Iterator[Batch]:
-    """The iteration's micro-batches, update after update."""
-    s.ctx.rollout = rollout
-    return minibatches(
-        points,
-        credit,
-        sample_B=rollout.sample_B,
-        updates=s.recipe.train.updates_per_step,
-        micro_batch=s.geometry.micro_batch,
-        seed=s.recipe.run.seed,
-        step=rollout.step,
-        kernels=s.recipe.kernels,
-    )
+    points = s.algorithm.contract.hold(points, probe, recompute)
+    first = batch_of(points, credit, work[0])
+    if ahead and ahead[0][1].requires_grad:
+        first, velocity_RX = ahead[0]
+        s.ctx.ahead = (first.points, velocity_RX)
+    return itertools.chain([first], (batch_of(points, credit, part) for part in work[1:]))
 
 
 def evaluate(s: Session, step: int) -> None:
@@ -133,6 +159,7 @@ def log_step(
     step: int,
     scores: Scores,
     credit: Credit,
+    work: Sequence[Part],
     totals: Metrics,
     norms: Sequence[float],
     events: Sequence[str],
@@ -141,6 +168,8 @@ def log_step(
     contract = s.algorithm.contract
     lr = s.recipe.train.optimizer.lr
     metrics = {**totals.as_dict(), **credit.info, "grad_norm": max(norms), "lr": lr}
+    left_out = sum(len(part.rows) * (1 / part.share - 1) for part in work)  # the same on all ranks
+    metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
     record = {

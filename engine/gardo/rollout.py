@@ -10,8 +10,9 @@ rows, X one latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -277,9 +278,17 @@ def update_of(
     return order.gather(1, (sample_B % updates)[:, None])[:, 0]
 
 
-def minibatches(
+@dataclass(frozen=True)
+class Part:
+    """The rows of one micro-batch; `last` and `share` as in `Batch`."""
+
+    rows: Tensor
+    last: bool = True
+    share: float = 1.0
+
+
+def parts(
     points: Points,
-    credit: Credit,
     *,
     sample_B: Tensor,
     updates: int,
@@ -287,23 +296,40 @@ def minibatches(
     seed: int,
     step: int,
     kernels: Backend = "auto",
-) -> Iterator[Batch]:
-    """Micro-batches of an iteration, update after update; `credit` is this rank's.
+    idle_R: Tensor | None = None,
+    agree_max: Callable[[int], int] = int,
+) -> list[Part]:
+    """The micro-batches of an iteration, update after update.
 
-    An update takes the samples that `update_of` says, and all of a sample's rows.
+    An update takes the samples that `update_of` says, and all of a sample's rows. Rows of `idle_R`
+    (bool: they weigh nothing) are left out, in whole micro-batches: every rank makes as many calls
+    as the busiest one needs, at least one, and fills them up with idle rows of its own.
     """
-    share_B = update_of(sample_B, updates, seed=seed, step=step, kernels=kernels)
-    share_R = share_B[points.sample_R]
+    update_B = update_of(sample_B, updates, seed=seed, step=step, kernels=kernels)
+    update_R = update_B[points.sample_R]
+    found = []
     for update in range(updates):
-        rows = (share_R == update).nonzero().flatten()
-        for part in rows.split(micro_batch):
-            yield batch_of(points, credit, part)
+        rows = kept = (update_R == update).nonzero().flatten()
+        if idle_R is not None:
+            idle = idle_R[rows]
+            calls = max(1, math.ceil(agree_max(int((~idle).sum())) / micro_batch))
+            order = idle.int().argsort(stable=True)  # idle rows last
+            kept = rows[order[: calls * micro_batch].sort().values]
+        pieces = kept.split(micro_batch)
+        share = len(kept) / len(rows)
+        found += [Part(piece, n == len(pieces), share) for n, piece in enumerate(pieces, start=1)]
+    return found
 
 
-def batch_of(points: Points, credit: Credit, rows: Tensor) -> Batch:
-    chosen = select(points, rows)
+def batch_of(points: Points, credit: Credit, part: Part) -> Batch:
+    """A micro-batch of points; `credit` is this rank's."""
+    chosen = select(points, part.rows)
+    weight_B = credit.gate_B.float() if credit.kl_weight_B is None else credit.kl_weight_B
     return Batch(
         points=chosen,
         advantage_R=credit.advantage_B[chosen.sample_R],
         gate_R=credit.gate_B[chosen.sample_R],
+        kl_weight_R=weight_B[chosen.sample_R],
+        last=part.last,
+        share=part.share,
     )

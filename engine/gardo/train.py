@@ -12,9 +12,10 @@ from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
 from gardo.phases import (
-    batches,
     checkpoint,
     commit_checkpoint,
+    credited,
+    divided,
     evaluate,
     finish,
     held_to_contract,
@@ -39,24 +40,25 @@ def train(s: Session) -> None:
         commit_checkpoint(s)  # the one being written, if it is written by now
         with phase("reward"):
             scores = scored(s, rollout)
-            everyone = algorithm.credit(scores)
+            everyone = credited(s, scores, step)
             credit = select(everyone, rollout.sample_B)
         with phase("teachers"):
             points = algorithm.points(rollout, credit)
             points = taught(s, points, rollout, algorithm.teachers(points, credit))
-            points = held_to_contract(s, points, credit, rollout)
+            work = divided(s, points, credit, rollout)
+            batches = held_to_contract(s, points, credit, rollout, work)
         with phase("train"):
             totals, norms = Metrics(), []
-            for batch in batches(s, points, credit, rollout):
+            for batch in batches:
                 loss, metrics = algorithm.loss(s.ctx, batch)
                 totals.add(metrics)
-                engine.backward(loss)
+                engine.backward(loss, last=batch.last)
                 if engine.step():
                     norms.append(engine.grad_norm)
                     algorithm.after_update(slots)
             totals = engine.reduce(totals)
             events = algorithm.after_step(slots, totals)
-        log_step(s, step + 1, scores, everyone, totals, norms, events)
+        log_step(s, step + 1, scores, everyone, work, totals, norms, events)
         if due(step + 1, s.recipe.run.steps, s.recipe.evaluate.every):
             evaluate(s, step + 1)
         checkpoint(s, step + 1)

@@ -84,6 +84,7 @@ class Credit:
 
     advantage_B: Tensor  # fp32
     gate_B: Tensor  # bool, True where the KL to the reference applies
+    kl_weight_B: Tensor | None = None  # fp32, of that KL in the mean over an update; None: the gate
     info: Mapping[str, float] = field(default_factory=dict)  # for the log
 
     def with_info(self, **more: float) -> Credit:
@@ -118,7 +119,10 @@ class Batch:
 
     points: Points
     advantage_R: Tensor
-    gate_R: Tensor
+    gate_R: Tensor  # bool
+    kl_weight_R: Tensor  # fp32, what the KL of a row weighs in the mean over the update
+    last: bool = True  # of its update
+    share: float = 1.0  # of the update's rows, that its micro-batches hold; the others weigh 0
 
 
 class Metrics:
@@ -131,11 +135,16 @@ class Metrics:
         self.sums: dict[str, Tensor] = {}  # name -> [2], the sum and the count
         self.maxima: dict[str, Tensor] = {}  # name -> []
 
-    def mean(self, name: str, values: Tensor, weights: Tensor | None = None) -> Metrics:
-        """Adds the values, a mean over their number (or over the weights' sum)."""
+    def mean(
+        self, name: str, values: Tensor, weights: Tensor | None = None, *, share: float = 1.0
+    ) -> Metrics:
+        """Adds the values, a mean over their number (or over the weights' sum).
+
+        `share`: the values are this share of all; those that were left out are zeros.
+        """
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.detach().double()
-        self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
+        self._add(name, torch.stack([(values * weights).sum(), weights.sum() / share]))
         return self
 
     def maximum(self, name: str, values: Tensor) -> Metrics:

@@ -7,7 +7,7 @@ from gardo.algorithms.base import SamplerSettings, World
 from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.flow import sd3_sigmas
-from gardo.rollout import batch_of, rows_of, sample
+from gardo.rollout import Part, batch_of, parts, rows_of, sample
 from gardo.types import Scores
 
 PROMPTS = ("a red circle", "two squares")
@@ -85,7 +85,12 @@ def scores_of(rollout, valid=None):
 
 
 def whole(points, credit):
-    return batch_of(points, credit, torch.arange(len(points.sample_R)))
+    return batch_of(points, credit, Part(torch.arange(len(points.sample_R))))
+
+
+def minibatches(points, credit, **how):
+    """All micro-batches of an iteration."""
+    return [batch_of(points, credit, part) for part in parts(points, **how)]
 
 
 def nudge(policy, size):

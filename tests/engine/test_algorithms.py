@@ -14,6 +14,7 @@ from tests.engine.linear_policy import (
     build,
     engine_for,
     log_prob,
+    minibatches,
     nudge,
     recorded_velocity,
     roll,
@@ -30,7 +31,7 @@ from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.algorithms.refl import ReFL, ReFLSettings
 from gardo.contract import NoRatio, RatioContract, RatioContractBroken
 from gardo.flow import sd3_sigmas
-from gardo.rollout import minibatches, noise_id, teach
+from gardo.rollout import noise_id, teach
 from gardo.types import Batch, Metrics, Points, Scores
 from gardo_kernels import policy_loss, random_normal
 
@@ -153,24 +154,6 @@ def test_flow_grpo_without_beta_has_no_reference():
     assert "kl" not in metrics
 
 
-def test_kl_reduction_over_the_gated_rows():
-    """The same rows weigh R / gated more under `gated`."""
-    losses = {}
-    for reduction in ("batch", "gated"):
-        settings = FlowGRPOSettings(beta=1.0, kl="velocity", kl_reduction=reduction)
-        algorithm, policy = build(FlowGRPO, settings), LinearPolicy()
-        rollout = roll(policy, algorithm)
-        credit = algorithm.credit(scores_of(rollout))
-        credit = dataclasses.replace(
-            credit, advantage_B=torch.zeros(COUNT), gate_B=torch.arange(COUNT) < 2
-        )
-        points = algorithm.points(rollout, credit)
-        points = points.with_velocity("reference", points.velocities["rollout"] + 1)
-        losses[reduction] = algorithm.loss(Trained(policy, rollout), whole(points, credit))[0]
-    assert losses["gated"].item() == pytest.approx(1.0, rel=1e-4)
-    assert losses["batch"].item() == pytest.approx(2 / 8, rel=1e-4)
-
-
 def test_nan_in_the_model_breaks_the_ratio_contract():
     algorithm, policy = build(FlowGRPO, FlowGRPOSettings()), LinearPolicy()
     assert isinstance(algorithm.contract, RatioContract)
@@ -246,7 +229,11 @@ def golden_batch(advantage):
     )  # fmt: skip
     velocity = old + torch.tensor([[-0.05, 0.02, -0.1, 0.03]])
     gate = torch.ones(1, dtype=torch.bool)
-    return Batch(points=points, advantage_R=torch.tensor([advantage]), gate_R=gate), velocity
+    advantage_R = torch.tensor([advantage])
+    batch = Batch(
+        points=points, advantage_R=advantage_R, gate_R=gate, kl_weight_R=gate.float()
+    )  # fmt: skip
+    return batch, velocity
 
 
 @pytest.mark.parametrize(
@@ -273,7 +260,7 @@ def test_nft_golden_numbers(strength, advantage, clip, policy_term):
 
 def test_nft_gate_and_beta():
     batch, velocity = golden_batch(2.0)
-    ungated = dataclasses.replace(batch, gate_R=~batch.gate_R)
+    ungated = dataclasses.replace(batch, gate_R=~batch.gate_R, kl_weight_R=torch.zeros(1))
     loss, metrics = build(DiffusionNFT, DiffusionNFTSettings(beta=0.3)).loss(
         Stated(velocity), ungated
     )
@@ -284,40 +271,6 @@ def test_nft_gate_and_beta():
     assert set(free.teachers(batch.points, free.credit(SCORE_OF_ONE))) == {"old"}
     loss, metrics = free.loss(Stated(velocity), batch)
     assert loss.item() == pytest.approx(0.35162308, rel=1e-5) and "kl" not in metrics
-
-
-def test_nft_may_penalise_all_rows_where_none_is_gated():
-    """GARDO's release: a micro-batch without a gated row has the KL of all its rows."""
-    batch, velocity = golden_batch(2.0)
-    none = dataclasses.replace(batch, gate_R=torch.zeros(1, dtype=torch.bool))
-    settings = DiffusionNFTSettings(beta=0.3, ungated_micro_batch="all_rows", kl_reduction="gated")
-    algorithm = build(DiffusionNFT, settings)
-    for one in (batch, none):
-        loss, metrics = algorithm.loss(Stated(velocity), one)
-        assert loss.item() == pytest.approx(0.35162308 + 0.3 * 0.012725, rel=1e-5)
-        assert metrics["gate_share"] == 1
-    credit = dataclasses.replace(algorithm.credit(SCORE_OF_ONE), gate_B=none.gate_R)
-    assert algorithm.teachers(batch.points, credit)["reference"].all()
-    usual = build(DiffusionNFT, DiffusionNFTSettings(beta=0.3))
-    assert not usual.teachers(batch.points, credit)["reference"].any()
-
-
-def test_nft_kl_over_the_gated_rows():
-    losses = {}
-    for reduction in ("batch", "gated"):
-        settings = DiffusionNFTSettings(beta=0.3, kl_reduction=reduction)
-        algorithm, policy = build(DiffusionNFT, settings), LinearPolicy()
-        rollout = roll(policy, algorithm)
-        credit = dataclasses.replace(
-            algorithm.credit(scores_of(rollout)), gate_B=torch.arange(COUNT) < 2
-        )
-        points = algorithm.points(rollout, credit)
-        v = Trained(policy, rollout).velocity(whole(points, credit)).detach()
-        points = points.with_velocity("old", v).with_velocity("reference", v + 1)
-        loss, metrics = algorithm.loss(Trained(policy, rollout), whole(points, credit))
-        losses[reduction] = loss.item() - metrics["policy_loss"]
-    assert losses["gated"] == pytest.approx(0.3, rel=1e-4)
-    assert losses["batch"] == pytest.approx(0.3 * 2 / 8, rel=1e-4)
 
 
 def test_nft_trains_at_a_random_nine_of_ten_times():
@@ -415,7 +368,9 @@ def test_refl_formula_and_margin():
         sample_R=index, prompt_R=index, step_R=index, sigma_R=torch.ones(3), x_RX=torch.ones(3, 2),
         extra={"sigma": torch.ones(3)},
     )  # fmt: skip
-    batch = Batch(points=points, advantage_R=torch.zeros(3), gate_R=index.bool())
+    batch = Batch(
+        points=points, advantage_R=torch.zeros(3), gate_R=index.bool(), kl_weight_R=torch.zeros(3)
+    )
     loss, metrics = build(ReFL, ReFLSettings()).loss(ctx, batch)
     assert loss.item() == pytest.approx(1e-3 * (2 + 1 + 0) / 3, rel=1e-5)
     assert metrics["reward_x0"] == pytest.approx(mean + 4 / 3 * std, rel=1e-6)

@@ -14,6 +14,7 @@ from tests.engine.linear_policy import (
     LinearPolicy,
     Trained,
     build,
+    minibatches,
     nudge,
     roll,
     scores_of,
@@ -31,7 +32,7 @@ from gardo.algorithms.grpo_guard import GRPOGuard, GRPOGuardSettings
 from gardo.algorithms.mix_grpo import Frozen, MixGRPO, MixGRPOSettings, Progressive
 from gardo.contract import NoRatio, RatioContract
 from gardo.flow import shifted_linear_sigmas, transitions
-from gardo.rollout import batch_of, minibatches, rows_of
+from gardo.rollout import Part, batch_of, rows_of
 from gardo.types import Metrics, Rollout
 
 DANCE = {"sde": "dance", "noise_level": 0.3, "schedule": "shifted_linear",
@@ -168,7 +169,7 @@ def test_rows_in_any_order(name):
     straight = gradient_of(algorithm, policy, rollout, whole(points, credit))
     order = (torch.arange(len(points.sample_R)) * 7 + 3) % len(points.sample_R)
     assert len(order.unique()) == len(order)
-    mixed = gradient_of(algorithm, policy, rollout, batch_of(points, credit, order))
+    mixed = gradient_of(algorithm, policy, rollout, batch_of(points, credit, Part(order)))
     torch.testing.assert_close(mixed[0], straight[0], rtol=1e-4, atol=1e-7)
     assert mixed[1] == pytest.approx(straight[1], rel=1e-4, abs=1e-7)
 

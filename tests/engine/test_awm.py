@@ -12,6 +12,7 @@ from tests.engine.test_algorithms import (
     LinearPolicy,
     Trained,
     engine_for,
+    minibatches,
     nudge,
     roll,
     scores_of,
@@ -29,7 +30,7 @@ from gardo.algorithms.gardo import (
     ReferenceSettings,
 )
 from gardo.flow import sd3_sigmas
-from gardo.rollout import FRESH, minibatches, noise_id, teach
+from gardo.rollout import FRESH, noise_id, teach
 from gardo.types import Metrics
 from gardo_kernels import random_normal
 

@@ -52,7 +52,7 @@ class Run:
         for _ in range(steps):
             self.step += 1
             x = torch.arange(6.0).view(2, 3) / (1 + self.step)
-            self.engine.backward(self.model(x).square().mean())
+            self.engine.backward(self.model(x).square().mean(), last=True)
             self.engine.step()
             for name in self.slots.names:
                 self.slots.decay(name, 0.7)

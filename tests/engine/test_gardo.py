@@ -422,6 +422,16 @@ def test_reset_by_the_kl_of_gated_rows():
     assert run.reference_is_live()
 
 
+@pytest.mark.parametrize(("statistic", "due"), [("gated", True), ("loss", False)])
+def test_the_kl_that_resets_is_the_gated_rows_or_the_losss(statistic, due):
+    """Of four gated rows' KL 4e-4 the loss, which has it in a quarter of its rows, sees 1e-4."""
+    algorithm = gardo(reference=ReferenceSettings(reset_kl=3e-4, statistic=statistic))
+    run = Trainer(algorithm)
+    metrics = Metrics().mean("kl", torch.full((4,), 4e-4))
+    metrics.mean("kl_loss", torch.tensor([4e-4, 0, 0, 0] * 4))
+    assert bool(algorithm.after_step(run.engine.slots, metrics)) == due
+
+
 def test_without_a_schedule_the_reference_stays():
     algorithm = gardo(gate=GateSettings())
     run = Trainer(algorithm)

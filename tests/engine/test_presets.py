@@ -78,11 +78,15 @@ def test_official_code_fills_what_is_left_out():
         ties="ordered", zero_advantage=False,
     )  # fmt: skip
     assert settings.diversity.normalise == "group_mean"
-    assert settings.reference == ReferenceSettings(reset_kl=3e-4, reset_iterations=16)
-    assert (settings.base.kl_reduction, settings.base.clip_range) == ("gated", 1e-4)
+    assert settings.reference == ReferenceSettings(
+        reset_kl=3e-4, statistic="loss", reset_iterations=16
+    )
+    assert (settings.base.kl_reduction, settings.base.clip_range) == ("released", 1e-4)
     nft = preset("official_code", "diffusion_nft").settings
-    assert nft.reference == ReferenceSettings(reset_kl=0.15, reset_iterations=16)
-    assert nft.base.ungated_micro_batch == "all_rows" and nft.base.kl_reduction == "gated"
+    assert nft.reference == ReferenceSettings(
+        reset_kl=0.15, statistic="loss", reset_iterations=16
+    )
+    assert nft.base.kl_reduction == "released"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -111,7 +115,7 @@ def test_a_recipe_is_filled_and_checked():
     algorithm = load(path, released).algorithm
     assert algorithm.gate.sign == "official_code" and algorithm.gate.fraction == 0.12
     assert algorithm.reference is None and algorithm.base.clip_range == 0.002
-    assert algorithm.base.kl_reduction == "gated" and algorithm.base.kl == "gaussian"
+    assert algorithm.base.kl_reduction == "released" and algorithm.base.kl == "gaussian"
     with pytest.raises(RecipeError, match=r"--set algorithm\.preset: 'papier'"):
         load(path, ["algorithm.preset=papier"])
     with pytest.raises(RecipeError, match=r"algorithm\.gate: needs rewards with role auxiliary"):
@@ -216,6 +220,27 @@ def test_the_release_compares_from_the_second_iteration():
         statistics.append(statistic)
         assert gate.fraction == pytest.approx(expected)
     assert gate.fraction != 0.1
+
+
+def test_the_fraction_moves_as_the_releases():
+    """Over 100 iterations; the release averages what it calls uncertainty over its values >= 0."""
+    gate = Gate(preset("official_code").settings.gate)
+    usual = Gate(gate.settings.model_copy(update={"base": "valid"}))
+    fraction, window, apart = 0.1, [], 0
+    for seed in range(100):
+        scores = random_scores(seed=seed)
+        theirs = -uncertainty(scores, "batch", "ordered")
+        statistic = float(theirs[theirs >= 0].mean())
+        if window and statistic > max(window):
+            fraction = min(fraction * 1.1, 0.2)
+        elif window and statistic < min(window):
+            fraction = max(fraction * 0.9, 0.02)
+        window = [*window, statistic][-gate.settings.window :]
+        gate.select(scores)
+        usual.select(scores)
+        assert gate.fraction == pytest.approx(fraction)
+        apart += usual.fraction != pytest.approx(fraction)
+    assert apart > 10, "the mean over all samples moves it otherwise"
 
 
 def test_reset_after_iterations():

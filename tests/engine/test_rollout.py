@@ -10,7 +10,7 @@ from torch import nn
 from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.flow import sd3_sigmas, transitions
-from gardo.rollout import minibatches, recorded_points, rows_of, sample, teach
+from gardo.rollout import batch_of, parts, recorded_points, rows_of, sample, teach
 from gardo.types import Credit, Points, SamplePlan
 
 PROMPTS = ("a red circle", "two squares", "five green stars on a hill")
@@ -307,10 +307,10 @@ def split(first, count, *, updates, micro_batch, step=0, steps=3, seed=5):
     )
     sample_B = torch.arange(first, first + count)
     credit = Credit(advantage_B=sample_B.float(), gate_B=sample_B % 3 == 0)
-    batches = list(
-        minibatches(points, credit, sample_B=sample_B, updates=updates, micro_batch=micro_batch,
-                    seed=seed, step=step)
+    cut = parts(
+        points, sample_B=sample_B, updates=updates, micro_batch=micro_batch, seed=seed, step=step
     )  # fmt: skip
+    batches = [batch_of(points, credit, part) for part in cut]
     for batch in batches:
         samples = sample_B[batch.points.sample_R]
         assert torch.equal(batch.advantage_R, samples.float())
@@ -346,8 +346,8 @@ def test_updates_hold_the_same_samples_on_any_ranks():
     for step in range(4):
         whole, _ = split(0, 24, updates=3, micro_batch=6, step=step)
         for cuts in ([(0, 12), (12, 12)], [(0, 3), (3, 6), (9, 15)]):
-            parts = [split(f, c, updates=3, micro_batch=9, step=step)[0] for f, c in cuts]
-            assert [set().union(*p) for p in zip(*parts, strict=True)] == whole
+            shares = [split(f, c, updates=3, micro_batch=9, step=step)[0] for f, c in cuts]
+            assert [set().union(*p) for p in zip(*shares, strict=True)] == whole
 
 
 def test_updates_are_drawn_anew_each_step():

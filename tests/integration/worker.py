@@ -107,6 +107,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "behind": {"checkpoint": {"background": True}},
     "triton": {"kernels": "triton"},
     "short": {"run": {"steps": 3}},
+    "uneven": {  # some groups have no advantage; their rows are left out, or kept
+        "rewards": {
+            "uneven": {"kind": "tests.integration.uneven_proxy:Uneven", "role": "proxy"},
+            "tiny_shape": {"role": "held_out"},
+        },
+    },
+    "all_rows": {"train": {"keep_all_rows": True}},
+    "recompute": {"algorithm": {"old_velocity": "recompute"}},
     "pref": {  # one group over all ranks, judged in pairs
         "data": {"prompts_per_step": 1, "images_per_prompt": 16},
         "rewards": {
@@ -132,6 +140,7 @@ class Case:
         self.cut = next((int(o[3:]) for o in options if o.startswith("cut")), None)
         self.resume = next((int(o[6:]) for o in options if o.startswith("resume")), None)
         self.reshard, self.universal = "reshard" in options, "universal" in options
+        self.stale = "stale" in options
         self.fault = next((o for o in options if o in FAULTS), None)
         self.options = [o for o in options if o in OPTIONS]
 
@@ -140,6 +149,7 @@ class Case:
         """The name of the run: a cut run and its resumption share it."""
         marks = [f"cut{n}" for n in (self.cut, self.resume) if n is not None]
         marks += [self.fault] if self.fault else []
+        marks += ["stale"] if self.stale else []
         base = f"{self.algorithm}-{self.weights}-{self.engine}"
         return ".".join([base, *self.options, *marks])
 
@@ -248,6 +258,17 @@ def cut_after(session: Session, updates: int) -> None:
         return boundary
 
     session.engine.step = stepping  # type: ignore[method-assign]
+
+
+def go_stale(session: Session) -> None:
+    """Recorded velocities that are not those that the sampler used: the contract must see it."""
+    points = session.algorithm.points
+
+    def stale(*given: Any) -> Any:
+        fresh = points(*given)
+        return fresh.with_velocity("rollout", fresh.velocities["rollout"] * 1.1)
+
+    session.algorithm.points = stale  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -395,6 +416,8 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
     seen = {"start": velocity(session), "sigmas": session.algorithm.world.sigmas}
     if case.cut is not None:
         cut_after(session, case.cut)
+    if case.stale:
+        go_stale(session)
     try:
         train(session)
     except Cut:

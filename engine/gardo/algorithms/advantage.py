@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.settings import Strict
-from gardo.types import Credit, Scores
+from gardo.types import Batch, Credit, Points, Scores
 
 Std = Literal["none", "global", "group", "group_unbiased"]
 EPS = 1e-4
@@ -93,3 +93,13 @@ def group_credit(scores: Scores, settings: AdvantageSettings, *, gate: bool) -> 
     else:
         advantage_B = group_advantage(scores.proxy_B, scores.valid_B, scores.group_B, settings)
     return Credit(advantage_B=advantage_B, gate_B=torch.full_like(scores.valid_B, gate))
+
+
+def without_credit(points: Points, credit: Credit) -> Tensor:
+    """Rows of samples without an advantage and without a gate, bool [R]."""
+    return ((credit.advantage_B == 0) & ~credit.gate_B)[points.sample_R]
+
+
+def with_credit(batch: Batch) -> Tensor:
+    """1.0 in rows of samples with an advantage or a gate, [R]; the others only fill it up."""
+    return ((batch.advantage_R != 0) | batch.gate_R).float()

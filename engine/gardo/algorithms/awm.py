@@ -21,23 +21,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_credit
+from gardo.algorithms.advantage import AdvantageSettings, group_credit, with_credit, without_credit
 from gardo.algorithms.base import (
     Algorithm,
-    AlgorithmSettings,
     Context,
     DecaySettings,
     SamplerSettings,
     SlotMoves,
     World,
 )
+from gardo.algorithms.kl import KLSettings, note_kl
 from gardo.rollout import TIMES, fresh_points, noise_id, update_of
 from gardo.settings import Pair
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import awm_loss, random_uniform
 
 
-class AWMSettings(AlgorithmSettings):
+class AWMSettings(KLSettings):
     name: Literal["awm"] = "awm"
     transform: Literal["uniform", "t", "t2", "huber", "ghuber"] = Field(
         "ghuber", description="of the flow-matching error into a log-probability"
@@ -48,7 +48,6 @@ class AWMSettings(AlgorithmSettings):
     )
     clip_range: float = Field(1.0, gt=0)
     beta: float = Field(3e-3, ge=0, description="weight of the velocity error to the reference")
-    kl_reduction: Literal["batch", "gated"] = "batch"
     ema_beta: float = Field(1.0, ge=0, description="weight of the velocity error to the EMA")
     ema_decay: DecaySettings = DecaySettings(slope=0.001, limit=0.3)
     advantage: AdvantageSettings = AdvantageSettings()
@@ -147,6 +146,9 @@ class AWM(Algorithm):
             wanted["reference"] = credit.gate_B[points.sample_R]
         return wanted
 
+    def weightless(self, points: Points, credit: Credit) -> Tensor | None:
+        return None if self.settings.ema_beta else without_credit(points, credit)
+
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings
         velocity_RX = ctx.velocity(batch)
@@ -163,24 +165,27 @@ class AWM(Algorithm):
             t=points.sigma_R,
             transform=settings.transform,
             power=settings.power,
-            gate=batch.gate_R if self.has_kl else None,
+            gate=batch.kl_weight_R if self.has_kl else None,
             v_ref=points.velocities["reference"] if self.has_kl else None,
             beta=settings.beta,
             v_ema=points.velocities.get("ema"),
             ema_beta=settings.ema_beta,
             clip_low=settings.clip_range,
             clip_high=settings.clip_range,
-            reduction=settings.kl_reduction,
             backend=self.world.kernels,
         )
-        clipped = (out.clipped_high_R | out.clipped_low_R).float()
-        metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.loss_R)
-        metrics.mean("ratio", out.ratio_R).mean("clip_fraction", clipped)
+        metrics = Metrics()
+        for name, values in (
+            ("loss", out.loss.expand(1)),
+            ("policy_loss", out.loss_R),
+            ("clip_fraction", (out.clipped_high_R | out.clipped_low_R).float()),
+        ):
+            metrics.mean(name, values, share=batch.share)
+        metrics.mean("ratio", out.ratio_R, with_credit(batch))
         if settings.ema_beta:
             metrics.mean("ema_kl", out.ema_R)
         if self.has_kl:
-            gate_R = batch.gate_R.float()
-            metrics.mean("kl", out.kl_R, gate_R).mean("gate_share", gate_R)
+            note_kl(metrics, out.kl_R, batch)
         return out.loss, metrics
 
     def after_update(self, slots: SlotMoves) -> None:

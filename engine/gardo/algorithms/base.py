@@ -60,6 +60,13 @@ class SamplerSettings(Strict):
 class AlgorithmSettings(Strict):
     name: str
 
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        """What the KL weighs in the mean over an update's rows: of a gated row, of another one.
+
+        `gated` of the update's `samples`, of all ranks, are gated.
+        """
+        return 1.0, 0.0
+
 
 class DecaySettings(Strict):
     """How slowly a slot follows the weights after n gradient steps.
@@ -148,6 +155,11 @@ class Algorithm:
         """Whether `Credit.gate_B` matters: the loss has a KL to a reference."""
         return False
 
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        """As `AlgorithmSettings.kl_weights`."""
+        weights: tuple[float, float] = self.settings.kl_weights(gated, samples)
+        return weights
+
     def plan(self, step: int) -> SamplePlan:
         raise NotImplementedError  # pragma: no cover
 
@@ -166,6 +178,10 @@ class Algorithm:
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
         """Whose velocities are needed where: {weights: bool [R]}."""
         return {}
+
+    def weightless(self, points: Points, credit: Credit) -> Tensor | None:
+        """Rows whose loss and gradient are 0 whatever the model says, bool [R]; None: no row is."""
+        return None
 
     def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
         """[R], for the ratio contract; only algorithms with a ratio are asked."""

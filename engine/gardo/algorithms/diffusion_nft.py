@@ -24,32 +24,35 @@ from torch import Tensor
 from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.algorithms.base import (
     Algorithm,
-    AlgorithmSettings,
     Context,
     DecaySettings,
     SamplerSettings,
     SlotMoves,
     World,
 )
+from gardo.algorithms.kl import KLSettings, gated_share, note_kl
 from gardo.rollout import TIMES, fresh_points, noise_id
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import nft_loss, nft_preference, random_uniform
 
 
-class DiffusionNFTSettings(AlgorithmSettings):
+class DiffusionNFTSettings(KLSettings):
     name: Literal["diffusion_nft"] = "diffusion_nft"
     guidance_strength: float = Field(1.0, gt=0, le=1, description="b: 1 (GenEval) or 0.1 (OCR)")
     beta: float = Field(1e-4, ge=0, description="weight of the velocity error to the reference")
-    kl_reduction: Literal["batch", "gated"] = "batch"
-    ungated_micro_batch: Literal["no_kl", "all_rows"] = Field(
-        "no_kl",
-        description="KL of a micro-batch without a gated row; all_rows is GARDO's release, and "
-        "runs the reference on every row",
-    )
     solver: Literal["ode", "dpm2"] = "dpm2"
     advantage: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(5.0, gt=0)
     decay: DecaySettings = DecaySettings()
+
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        """With `released`, ungated rows too: those of a micro-batch without a gated one count."""
+        of_gated, _ = super().kl_weights(gated, samples)
+        others = samples - gated
+        if self.kl_reduction != "released" or not others:
+            return of_gated, 0.0
+        share = gated_share(gated, samples, self.kl_micro_batch)
+        return of_gated, samples * (1.0 - share) / others
 
 
 class DiffusionNFT(Algorithm):
@@ -100,18 +103,12 @@ class DiffusionNFT(Algorithm):
         everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
         if not self.has_kl:
             return {"old": everywhere}
-        all_rows = self.settings.ungated_micro_batch == "all_rows"
+        all_rows = self.settings.kl_reduction == "released"
         gated_R = everywhere if all_rows else credit.gate_B[points.sample_R]
         return {"old": everywhere, "reference": gated_R}
 
-    def _gate(self, gate_R: Tensor) -> Tensor:
-        if self.settings.ungated_micro_batch == "all_rows":
-            return gate_R | ~gate_R.any()
-        return gate_R
-
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings
-        gate_R = self._gate(batch.gate_R)
         out = nft_loss(
             ctx.velocity(batch),
             points.velocities["old"],
@@ -120,17 +117,15 @@ class DiffusionNFT(Algorithm):
             points.sigma_R,
             r=nft_preference(batch.advantage_R, settings.advantage_clip),
             b=settings.guidance_strength,
-            gate=gate_R if self.has_kl else None,
+            gate=batch.kl_weight_R if self.has_kl else None,
             v_ref=points.velocities["reference"] if self.has_kl else None,
             beta=settings.beta,
-            reduction=settings.kl_reduction,
             policy_scale=settings.advantage_clip,
             backend=self.world.kernels,
         )
         metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.policy_R)
         if self.has_kl:
-            weight_R = gate_R.float()
-            metrics.mean("kl", out.kl_R, weight_R).mean("gate_share", weight_R)
+            note_kl(metrics, out.kl_R, batch)
         return out.loss, metrics
 
     def after_update(self, slots: SlotMoves) -> None:

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_credit
+from gardo.algorithms.advantage import AdvantageSettings, group_credit, with_credit, without_credit
 from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
@@ -31,6 +31,7 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
+from gardo.algorithms.kl import KLSettings, note_kl
 from gardo.contract import NoRatio, OldVelocity, RatioContract
 from gardo.flow import Transitions
 from gardo.rollout import recorded_points
@@ -38,12 +39,11 @@ from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Sco
 from gardo_kernels import PolicyLoss, policy_loss
 
 
-class PolicyGradientSettings(AlgorithmSettings):
+class PolicyGradientSettings(KLSettings):
     """What every policy gradient over recorded steps has."""
 
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
-    kl_reduction: Literal["batch", "gated"] = "batch"
     kl_in_reward: float = Field(
         0.0, ge=0, description="weight of the trajectory's KL that is taken from the proxy"
     )
@@ -163,18 +163,25 @@ class FlowGRPO(Algorithm):
             return {}
         return {"reference": credit.gate_B[points.sample_R]}
 
+    def weightless(self, points: Points, credit: Credit) -> Tensor:
+        return without_credit(points, credit)
+
     def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
         return self._policy_loss(batch, velocity_RX).log_ratio_R
 
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         out = self._policy_loss(batch, ctx.velocity(batch))
-        gate_R = batch.gate_R.float()
-        clipped = (out.clipped_high_R | out.clipped_low_R).float()
-        metrics = Metrics().mean("loss", out.loss.expand(1)).mean("policy_loss", out.loss_R)
-        metrics.mean("ratio", out.ratio_R).mean("clip_fraction", clipped)
-        metrics.mean("clip_fraction_high", out.clipped_high_R.float())
+        metrics = Metrics()
+        for name, values in (
+            ("loss", out.loss.expand(1)),
+            ("policy_loss", out.loss_R),
+            ("clip_fraction", (out.clipped_high_R | out.clipped_low_R).float()),
+            ("clip_fraction_high", out.clipped_high_R.float()),
+        ):
+            metrics.mean(name, values, share=batch.share)
+        metrics.mean("ratio", out.ratio_R, with_credit(batch))
         if self.has_kl:
-            metrics.mean("kl", out.kl_R, gate_R).mean("gate_share", gate_R)
+            note_kl(metrics, out.kl_R, batch)
         return out.loss, metrics
 
     def ratio_terms(self, batch: Batch, velocity_RX: Tensor) -> dict[str, Any]:
@@ -196,11 +203,10 @@ class FlowGRPO(Algorithm):
             **self.ratio_terms(batch, velocity_RX),
             advantage=batch.advantage_R,
             B=points.extra["B"],
-            gate=batch.gate_R if self.has_kl else None,
+            gate=batch.kl_weight_R if self.has_kl else None,
             v_ref=points.velocities.get("reference", sampler) if self.has_kl else None,
             kl_scale=points.extra.get("kl_scale"),
             beta=settings.beta,
-            reduction=settings.kl_reduction,
             adv_clip=settings.advantage_clip,
             backend=self.world.kernels,
         )

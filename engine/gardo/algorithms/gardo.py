@@ -46,7 +46,8 @@ from gardo_kernels import Backend, nearest_cosine, win_rate
 class GateSettings(Strict):
     """`fraction` of the valid samples is gated.
 
-    It adapts to the mean positive uncertainty within `limits`.
+    It adapts within `limits` to the mean uncertainty, negative values of which count as 0 (`base:
+    valid`) or not at all (`base: nonnegative`).
     """
 
     fraction: float = Field(0.1, ge=0, le=1)
@@ -56,7 +57,9 @@ class GateSettings(Strict):
     sign: Literal["paper", "official_code"] = "paper"
     population: Literal["batch", "group"] = "batch"
     base: Literal["valid", "nonnegative"] = Field(
-        "valid", description="of which samples the fraction is: all, or those of U >= 0"
+        "valid",
+        description="of which samples the fraction, and the mean that moves it, is: all, or those "
+        "of U >= 0",
     )
     ties: Literal["equal", "ordered"] = Field(
         "equal", description="equal rewards share their win rate, or the lower sample id wins"
@@ -96,6 +99,11 @@ class ReferenceSettings(Strict):
     """
 
     reset_kl: float | None = Field(None, gt=0)
+    statistic: Literal["gated", "loss"] = Field(
+        "gated",
+        description="the KL that is compared with reset_kl: the mean of the gated rows, or as the "
+        "loss has it, without beta: ungated rows count, with what `kl_reduction` gives them",
+    )
     reset_updates: int | None = Field(None, ge=1, description="gradient steps")
     reset_iterations: int | None = Field(None, ge=1)
 
@@ -148,6 +156,13 @@ def uncertainty(
     return (uncertainty_B * 1e6).round() / 1e6  # win rates are fractions: ties must stay ties
 
 
+def counted(
+    uncertainty_B: Tensor, valid_B: Tensor, base: Literal["valid", "nonnegative"]
+) -> Tensor:
+    """The samples that a `base` is: all valid ones, or those of U >= 0. bool [B]"""
+    return valid_B & (uncertainty_B >= 0) if base == "nonnegative" else valid_B
+
+
 def most_uncertain(
     uncertainty_B: Tensor,
     valid_B: Tensor,
@@ -159,8 +174,7 @@ def most_uncertain(
 
     The base is all valid samples, or those of U >= 0. Ties go to the lower sample id.
     """
-    base_B = valid_B & (uncertainty_B >= 0) if base == "nonnegative" else valid_B
-    count = math.floor(fraction * int(base_B.sum()) + 0.5)
+    count = math.floor(fraction * int(counted(uncertainty_B, valid_B, base).sum()) + 0.5)
     by_sample = sample_B.argsort(stable=True)
     ranked = torch.where(valid_B, uncertainty_B, -torch.inf)[by_sample]
     order = by_sample[ranked.argsort(descending=True, stable=True)]
@@ -170,7 +184,7 @@ def most_uncertain(
 
 
 class Gate:
-    """The gated fraction, which follows the mean positive uncertainty of the last iterations."""
+    """The gated fraction, which follows the mean uncertainty of the last iterations."""
 
     def __init__(self, settings: GateSettings) -> None:
         self.settings = settings
@@ -184,8 +198,9 @@ class Gate:
         uncertainty_B = uncertainty(scores, settings.population, settings.ties)
         if settings.sign == "official_code":
             uncertainty_B = -uncertainty_B
-        valid = uncertainty_B[scores.valid_B]
-        statistic = float(valid.clamp(min=0).double().mean()) if len(valid) else 0.0
+        population_B = counted(uncertainty_B, scores.valid_B, settings.base)
+        seen = uncertainty_B[population_B]
+        statistic = float(seen.clamp(min=0).mean()) if len(seen) else 0.0
         self._adapt(statistic)
         gate_B = most_uncertain(
             uncertainty_B, scores.valid_B, scores.sample_B, self.fraction, settings.base
@@ -278,6 +293,11 @@ class Reference:
         self.updates = 0
         self.iterations = 0
 
+    @property
+    def metric(self) -> str:
+        """What the iteration's KL is called in the metrics."""
+        return {"gated": "kl", "loss": "kl_loss"}[self.settings.statistic]
+
     def why_due(self, kl: float) -> str | None:
         """The reason for a reset after this iteration, if there is one.
 
@@ -329,6 +349,9 @@ class Gardo(Algorithm):
     def has_kl(self) -> bool:
         return self.base.has_kl
 
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        return self.base.kl_weights(gated, samples)
+
     def plan(self, step: int) -> SamplePlan:
         return self.base.plan(step)
 
@@ -367,6 +390,9 @@ class Gardo(Algorithm):
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
         return self.base.teachers(points, credit)
 
+    def weightless(self, points: Points, credit: Credit) -> Tensor | None:
+        return self.base.weightless(points, credit)
+
     def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
         return self.base.log_ratio(batch, velocity_RX)
 
@@ -382,12 +408,12 @@ class Gardo(Algorithm):
         events = self.base.after_step(slots, metrics)
         if self.reference:
             self.reference.iterations += 1
-        reason = self.reference.why_due(metrics["kl"]) if self.reference else None
-        if self.reference and reason:
-            slots.copy("train", to="reference")
-            self.reference.updates = self.reference.iterations = 0
-            self.base.reference_reset()
-            events = [*events, f"reference reset ({reason})"]
+            reason = self.reference.why_due(metrics[self.reference.metric])
+            if reason:
+                slots.copy("train", to="reference")
+                self.reference.updates = self.reference.iterations = 0
+                self.base.reference_reset()
+                events = [*events, f"reference reset ({reason})"]
         return events
 
     def state_dict(self) -> dict[str, Any]:

@@ -154,11 +154,15 @@ class Engine(Protocol):
         """Forward passes inside read these weights ("train" or a slot), gathered once where the
         recipe and the memory allow it. No backward pass and no step may happen there."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of `loss`, the mean over this micro-batch."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates the gradient of `loss`, the mean over this micro-batch.
+
+        It weighs 1 / accumulation: micro-batches that were left out count as zeros. `last` of its
+        update, on every rank.
+        """
 
     def step(self) -> bool:
-        """Counts a micro-batch; at the end of an update clips, steps, and returns True."""
+        """After the last micro-batch of an update clips, steps, and returns True."""
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Tensors of all ranks, concatenated along the first axis in rank order."""

@@ -37,7 +37,7 @@ class LocalEngine:
         self.optimizer = build_optimizer(self._parameters, optimizer)
         self._accumulation = accumulation
         self._max_grad_norm = max_grad_norm
-        self._micro_steps = 0
+        self._last = False
         self.device = device
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
@@ -51,13 +51,13 @@ class LocalEngine:
         with self.slots.use(weights):
             yield
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._last = last
         (loss / self._accumulation).backward()
 
     def step(self) -> bool:
         check_step(self.slots)
-        self._micro_steps += 1
-        if self._micro_steps % self._accumulation:
+        if not self._last:
             return False
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self.grad_norm = float(norm)

@@ -159,14 +159,13 @@ class ZeroEngine:
         with self.slots.use(weights), self._gather() if self._gather else nullcontext():
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        # DeepSpeed does both of this in its engine's forward, which we do not call. Without the
-        # first each micro-batch overwrites the gradient of the one before it; without the second
-        # offloaded gradients are those of the wrong micro-batches.
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # DeepSpeed does this in its engine's forward, which we do not call. Without it each
+        # micro-batch overwrites the gradient of the one before it.
         if self._stage:
-            last = self._engine.is_gradient_accumulation_boundary()
             self._engine.optimizer.clear_backward_seen_flag()
-            self._engine.optimizer.set_gradient_accumulation_boundary(last)
+        # Told, not counted: an update may have fewer micro-batches than `accumulation`.
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
     def step(self) -> bool:
