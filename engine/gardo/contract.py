@@ -3,8 +3,8 @@
 That is asked before the first update of an iteration. On identical weights the policy ratio is 1.
 In practice rollout and training run in different batch shapes, dtypes or attention backends, and
 the difference can be as large as the clip range, which is 1e-4: then every gradient is noise. So
-one micro-batch per rank is run again in the training numerics and max |ratio - 1| over all ranks is
-compared with the clip range.
+max |ratio - 1| over all ranks, by the forward pass of each rank's first micro-batch, is compared
+with the clip range before anything is trained on it.
 """
 
 from __future__ import annotations

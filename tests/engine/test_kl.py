@@ -61,8 +61,10 @@ def weighed_kl(settings, kl_B, gate_B):
 def test_released_is_the_mean_over_all_micro_batches_that_there_are(gated, all_rows):
     """Exactly: each of the C(6, 2) micro-batches of 2 of 6 samples is equally likely."""
     kl_B, gate_B = torch.tensor([0.3, 1.0, 0.1, 2.0, 5.0, 0.7]).double(), torch.arange(6) < gated
-    settings = {False: KLSettings(name="x", kl_reduction="released", kl_micro_batch=2),
-                True: DiffusionNFTSettings(kl_reduction="released", kl_micro_batch=2)}[all_rows]
+    settings = {
+        False: KLSettings(name="x", kl_reduction="released", kl_micro_batch=2),
+        True: DiffusionNFTSettings(kl_reduction="released", kl_micro_batch=2),
+    }[all_rows]
     pairs = torch.tensor([*combinations(range(6), 2)])
     terms = [released_kl(kl_B, gate_B, pair, 2, all_rows=all_rows) for pair in pairs]
     torch.testing.assert_close(weighed_kl(settings, kl_B, gate_B), torch.stack(terms).mean())

@@ -83,9 +83,7 @@ def test_official_code_fills_what_is_left_out():
     )
     assert (settings.base.kl_reduction, settings.base.clip_range) == ("released", 1e-4)
     nft = preset("official_code", "diffusion_nft").settings
-    assert nft.reference == ReferenceSettings(
-        reset_kl=0.15, statistic="loss", reset_iterations=16
-    )
+    assert nft.reference == ReferenceSettings(reset_kl=0.15, statistic="loss", reset_iterations=16)
     assert nft.base.kl_reduction == "released"
 
 

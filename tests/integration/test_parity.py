@@ -227,7 +227,7 @@ def check_gathers(folder: Path, case: str) -> None:
         counts.setdefault(phase, set()).add(count)
     for phase, number in passes.items():
         assert counts[phase] == {number * forward if "each" in case else once}, (case, phase)
-    ahead = forward  # of the first micro-batch, for the ratio contract; its loss takes it from there
+    ahead = forward  # of the first micro-batch: it tells whether the ratio holds; its loss takes it
     # then the reference, in two calls, unless it is the sampler
     assert counts["teachers"] == {ahead, ahead + (2 * forward if "each" in case else once)}
     assert counts["train"] == {2 * rows // 4 * (forward + backward) - ahead}, case
