@@ -6,7 +6,7 @@ program writes the sums of CHUNK elements of a row, then one program adds a row'
 Shapes: R rows, N elements of a row, S statistics of a row.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +17,6 @@ from gardo_kernels._launch import check_like, check_rows, check_samples
 
 CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
 ROWS_AT_A_TIME = 64
-
-Reduction = Literal["batch", "gated"]
 
 
 # ---- references ----------------------------------------------------------------------------------
@@ -36,9 +34,9 @@ def clipped_term_ref(
 
 
 def gated_kl_ref(
-    v_RN: Tensor, v_ref_RN: Tensor | None, gate_R: Tensor, kl_scale_R: Tensor, reduction: str
+    v_RN: Tensor, v_ref_RN: Tensor | None, gate_R: Tensor, kl_scale_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated KL, reduced, and the KL of each row; zeros where v_ref is None.
+    """mean_b(gate_b kl_b), and the KL of each row; zeros where v_ref is None.
 
     What v_ref holds in rows of gate 0 does not matter, NaN included.
     """
@@ -46,19 +44,12 @@ def gated_kl_ref(
         kl_R = torch.zeros_like(gate_R)
     else:
         kl_R = kl_scale_R * gated_difference(v_RN, v_ref_RN, gate_R).square().mean(1)
-    return (gate_R * kl_R).sum() / kl_rows(gate_R, reduction), kl_R
+    return (gate_R * kl_R).mean(), kl_R
 
 
 def gated_difference(v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor) -> Tensor:
     """v - v_ref, 0 in rows of gate 0."""
     return torch.where(gate_R[:, None] != 0, v_RN - v_ref_RN, 0.0)
-
-
-def kl_rows(gate_R: Tensor, reduction: str) -> Tensor:
-    """What the sum of gated KLs is divided by: all rows, or the gated ones (at least 1)."""
-    if reduction == "batch":
-        return torch.full_like(gate_R[0], gate_R.shape[0])
-    return (gate_R != 0).sum().clamp(min=1).to(gate_R.dtype)
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -89,13 +80,9 @@ def check_not_negative(op: str, **values: float) -> None:
             raise ValueError(f"{op}: {name} is {value}; it must not be negative")
 
 
-def check_kl_options(
-    op: str, beta: float, reduction: Reduction, gate: Tensor | None, v_ref: Tensor | None
-) -> None:
-    """What the losses with a gated KL refuse in its settings."""
+def check_kl(op: str, beta: float, gate: Tensor | None, v_ref: Tensor | None) -> None:
+    """beta must not be negative, and 0 where every row has a KL but none a reference."""
     check_not_negative(op, beta=beta)
-    if reduction not in ("batch", "gated"):
-        raise ValueError(f"{op}: reduction {reduction!r} is unknown; choose batch or gated")
     if beta > 0 and v_ref is None and gate is None:
         raise ValueError(
             f"{op}: beta is {beta} but v_ref is None; pass v_ref, or beta=0, or the gate"
@@ -171,16 +158,6 @@ def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.
         chunk = first + tl.arange(0, AT_A_TIME)[None, :]
         total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
     return tl.sum(total, 1)
-
-
-@triton.jit
-def count_kl_rows(gate_ptr, rows, GATED: tl.constexpr, ROWS: tl.constexpr):
-    """`kl_rows`: all rows, or the gated ones, at least 1."""
-    gated = 0.0
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        gated += tl.sum((load_rows(gate_ptr, row, row < rows) != 0).to(tl.float32))
-    return tl.maximum(gated, 1.0) if GATED else rows * 1.0
 
 
 @triton.jit

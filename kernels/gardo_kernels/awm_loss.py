@@ -10,8 +10,7 @@ For row b of R, freshly noised, target = noise - x0, the same for the trained an
     kl      = mean((v - v_ref)^2) where gate_b is not 0, else 0
     ema     = mean((v - v_ema)^2)
 
-    loss    = mean_b policy_b + beta sum_b gate_b kl_b / D + ema_beta mean_b ema_b
-    D       = R ("batch") or max(number of gated rows, 1) ("gated")
+    loss    = mean_b (policy_b + beta gate_b kl_b + ema_beta ema_b)
 
 The transforms are rows of one table: p = 1, where c(l) = l, with w = 1, t or t^2 ("uniform", "t",
 "t2"); p = 1/2 with w = t / 2 ("huber": w c(l) = t (sqrt(l + 1e-10) - 1e-5)); any p with w = t
@@ -30,7 +29,7 @@ exactly 0 for equal velocities, and log p - log p_old = w gain where p = 1. Else
 The gradient has a scalar a row for each difference, and does not need v_old:
 
     dL/dv = (A ratio act) w (l + 1e-10)^(p - 1) (2 / (R N)) (v - target)
-            + beta gate / D (2 / N) (v - v_ref) + ema_beta (2 / (R N)) (v - v_ema)
+            + beta gate (2 / (R N)) (v - v_ref) + ema_beta (2 / (R N)) (v - v_ema)
 
 act as in `policy_loss`. Source: AWM, arXiv 2509.25050, and its released code; the gate: GARDO,
 arXiv 2512.24138.
@@ -55,8 +54,7 @@ from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
-    Reduction,
-    check_kl_options,
+    check_kl,
     check_not_negative,
     check_positive,
     check_tensors,
@@ -64,7 +62,6 @@ from gardo_kernels._row_loss import (
     clipped_term_ref,
     constant_rows,
     constant_samples,
-    count_kl_rows,
     empty_results,
     error_where,
     exp_near_0,
@@ -120,8 +117,7 @@ def _curved_gain_ref(gain_R: Tensor, l_R: Tensor, l_old_R: Tensor, power: float)
 def awm_loss_ref(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
-    adv_clip: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> AwmLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
     advantage_R = advantage_R.clamp(-adv_clip, adv_clip)
@@ -133,7 +129,7 @@ def awm_loss_ref(
     log_ratio_R = w_R * gain_R
     ratio_R = log_ratio_R.exp()
     policy_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     ema_R = torch.zeros_like(policy_R)
     if v_ema_RN is not None:
         ema_R = (v_RN - v_ema_RN).square().mean(1)
@@ -216,10 +212,9 @@ def _curved_gain(gain, l, l_old, power):
 def _awm_loss_rows_kernel(
     sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
     power, clip_low, clip_high, beta, ema_beta, adv_clip,
-    GATED: tl.constexpr, CURVED: tl.constexpr, ROWS: tl.constexpr,
+    CURVED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -253,11 +248,11 @@ def _awm_loss_rows_kernel(
         tl.store(at + 3 * rows, kl, mask=inside)
         tl.store(at + 4 * rows, ema, mask=inside)
         tl.store(at + 5 * rows, moves * w * curve * scale, mask=inside)
-        tl.store(at + 6 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
+        tl.store(at + 6 * rows, beta * gate * scale, mask=inside)
         tl.store(at + 7 * rows, ema_beta * scale, mask=inside)
         tl.store(flags_ptr + row, high, mask=inside)
         tl.store(flags_ptr + rows + row, low, mask=inside)
-    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows + ema_beta * ema_sum / rows)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows + ema_beta * ema_sum / rows)
 
 
 @triton.jit
@@ -290,8 +285,7 @@ def _awm_loss_bwd_kernel(
 def _awm_loss_op(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
-    adv_clip: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
@@ -308,7 +302,7 @@ def _awm_loss_op(
         _awm_loss_rows_kernel, (1,),
         sums_R5C, advantage_R, w_R, gate_R, rows_SR, flags_FR, loss, R, N, chunks,
         power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
-        GATED=reduction == "gated", CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
+        CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 
@@ -348,7 +342,6 @@ def awm_loss(
     ema_beta: float = 0.0,
     clip_low: float = 1.0,
     clip_high: float = 1.0,
-    reduction: Reduction = "batch",
     adv_clip: float = 5.0,
     backend: Backend = "auto",
 ) -> AwmLoss:
@@ -358,16 +351,17 @@ def awm_loss(
     velocity at the noised sample and v_old the one of before this iteration's updates; on the first
     of them it may be v, detached: every ratio is then 1. target = noise - x0. advantage, t: [R], t
     the noising time in [0, 1]. transform: a key of TRANSFORMS; power is p of "ghuber" alone. gate:
-    [R] bool or weight, None means every row; rows of gate 0 need no reference, whatever v_ref holds
-    there. v_ref None leaves the KL out, which is right for a micro-batch without gated rows. v_ema
-    is a velocity to stay near in every row. Only v receives a gradient.
+    [R] bool or the weight of each row's KL, None means 1 for every row; rows of gate 0 need no
+    reference, whatever v_ref holds there. The KL is averaged over all R rows: a mean over other
+    rows is asked for by weights. v_ref None leaves the KL out, which is right for a micro-batch
+    without gated rows. v_ema is a velocity to stay near in every row. Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old or target is fp64). The advantage is used
     as it is, up to the clamp: AWM divides it by 5 before.
 
     ValueError for shapes, dtypes or devices that do not fit, for negative clip ranges or betas,
-    power not positive, an unknown transform or reduction, beta > 0 with neither v_ref nor a gate,
-    and ema_beta > 0 without v_ema. Source: arXiv 2509.25050.
+    power not positive, an unknown transform, beta > 0 with neither v_ref nor a gate, and ema_beta >
+    0 without v_ema. Source: arXiv 2509.25050.
     """
     op = "awm_loss"
     samples = {"target": target, "v_ref": v_ref, "v_ema": v_ema, "v_old": v_old}
@@ -380,7 +374,7 @@ def awm_loss(
     check_not_negative(
         op, clip_low=clip_low, clip_high=clip_high, ema_beta=ema_beta, adv_clip=adv_clip
     )
-    check_kl_options(op, beta, reduction, gate, v_ref)
+    check_kl(op, beta, gate, v_ref)
     if ema_beta > 0 and v_ema is None:
         raise ValueError(
             f"{op}: ema_beta is {ema_beta} but v_ema is None; pass v_ema or ema_beta=0"
@@ -392,7 +386,7 @@ def awm_loss(
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
         *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, reduction, adv_clip),
+        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip),
     ]
     if not kernels:
         return awm_loss_ref(v.flatten(1).to(dtype), *inputs)

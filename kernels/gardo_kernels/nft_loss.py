@@ -9,8 +9,7 @@ and strength b,
     policy     = policy_scale (r L+ + (1 - r) L-) / b
     kl         = mean((v - v_ref)^2) where gate_b is not 0, else 0
 
-    loss       = mean_b policy_b + beta sum_b gate_b kl_b / D
-    D          = R ("batch") or max(number of gated rows, 1) ("gated")
+    loss       = mean_b (policy_b + beta gate_b kl_b)
 
 Means are over the N elements of a sample. policy_scale is the range of the clamped advantages, 5 in
 the release. Source: DiffusionNFT, arXiv 2509.16117, and its released code; the gate: GARDO, arXiv
@@ -37,13 +36,11 @@ from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
-    Reduction,
-    check_kl_options,
+    check_kl,
     check_positive,
     check_tensors,
     constant_rows,
     constant_samples,
-    count_kl_rows,
     empty_results,
     error_where,
     gated_kl_ref,
@@ -87,8 +84,8 @@ def nft_preference(advantage: Tensor, adv_clip: float = 5.0) -> Tensor:
 
 def nft_loss_ref(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
-    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, reduction: str,
-    floor: float, b: float,
+    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, floor: float,
+    b: float,
 ) -> NftLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
 
@@ -100,7 +97,7 @@ def nft_loss_ref(
     plus_R, weight_plus_R = branch(b * v_RN + (1 - b) * v_old_RN)
     minus_R, weight_minus_R = branch((1 + b) * v_old_RN - b * v_RN)
     policy_R = policy_scale * (r_R * plus_R + (1 - r_R) * minus_R) / b
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     return NftLoss(
         loss=policy_R.mean() + beta * kl,
         policy_R=policy_R.detach(),
@@ -159,10 +156,9 @@ def _nft_loss_sums_kernel(
 @triton.jit
 def _nft_loss_rows_kernel(
     sums_ptr, t_ptr, r_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
-    policy_scale, floor, GATED: tl.constexpr, ROWS: tl.constexpr,
+    policy_scale, floor, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum = 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -190,8 +186,8 @@ def _nft_loss_rows_kernel(
         tl.store(at + 5 * rows, minus, mask=inside)
         tl.store(at + 6 * rows, -scale * r / weight_plus, mask=inside)
         tl.store(at + 7 * rows, scale * (1.0 - r) / weight_minus, mask=inside)
-        tl.store(at + 8 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
-    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
+        tl.store(at + 8 * rows, beta * gate * (2.0 / (rows * 1.0 * elements)), mask=inside)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows)
 
 
 @triton.jit
@@ -227,7 +223,7 @@ def _nft_loss_bwd_kernel(
 def _nft_loss_op(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
     t_R: Tensor, r_R: Tensor, gate_R: Tensor | None, beta: float, policy_scale: float,
-    reduction: str, floor: float, b: float,
+    floor: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
@@ -242,8 +238,7 @@ def _nft_loss_op(
     launch(
         _nft_loss_rows_kernel, (1,),
         sums_R5C, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
-        beta if v_ref_RN is not None else 0.0, policy_scale, floor,
-        GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
+        beta if v_ref_RN is not None else 0.0, policy_scale, floor, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 
@@ -282,7 +277,6 @@ def nft_loss(
     v_ref: Tensor | None = None,
     beta: float = 0.0,
     policy_scale: float = 5.0,
-    reduction: Reduction = "batch",
     floor: float = 1e-5,
     backend: Backend = "auto",
 ) -> NftLoss:
@@ -290,29 +284,29 @@ def nft_loss(
 
     v, v_old, x_t, x0, v_ref: [R, ...] of equal shape, any floating dtype; v_old is the sampling
     (old) velocity at x_t. t, r: [R] in [0, 1], the noising time and `nft_preference` of the
-    advantage. b > 0. gate: [R] bool or weight, None means every row; rows of gate 0 need no
-    reference, whatever v_ref holds there. v_ref None leaves the KL out, which is right for a
-    micro-batch without gated rows. Only v receives a gradient.
+    advantage. b > 0. gate: [R] bool or the weight of each row's KL, None means 1 for every row;
+    rows of gate 0 need no reference, whatever v_ref holds there. The KL is averaged over all R
+    rows: a mean over other rows is asked for by weights. v_ref None leaves the KL out, which is
+    right for a micro-batch without gated rows. Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old, x_t or x0 is fp64).
 
     ValueError for shapes, dtypes or devices that do not fit, b or floor not positive, beta
-    negative, an unknown reduction, and beta > 0 with neither v_ref nor a gate. Source: arXiv
-    2509.16117.
+    negative, and beta > 0 with neither v_ref nor a gate. Source: arXiv 2509.16117.
     """
     op = "nft_loss"
     samples = {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
     row_values = {"t": t, "r": r, "gate": gate}
     check_tensors(op, v, samples, row_values)
     check_positive(op, b=b, floor=floor)
-    check_kl_options(op, beta, reduction, gate, v_ref)
+    check_kl(op, beta, gate, v_ref)
     dtype = compute_dtype(v, v_old, x_t, x0)
     kernels = choose_backend(op, backend, v, v_old, x_t, x0) == "triton"
     values = row_values.values()
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
         *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(beta, policy_scale, reduction, floor, b),
+        *(beta, policy_scale, floor, b),
     ]
     if not kernels:
         return nft_loss_ref(v.flatten(1).to(dtype), *inputs)

@@ -186,7 +186,7 @@ def few_specs() -> list[Spec]:
         import_module(f"gardo_kernels.{n}")
         for n in ("policy_loss", "nft_loss", "awm_loss", "nearest_cosine")
     )
-    rows = {"GATED": True, "ROWS": loss.ROWS_AT_A_TIME}
+    rows = {"ROWS": loss.ROWS_AT_A_TIME}
     plain = {"weight_ptr": None, "kl_scale_ptr": None, **rows}
     means = {"ROWS": near.ROWS, "SPLITS": near.SPLITS, "BLOCK": near.MEANS_BLOCK}
     count = loss.ROWS_AT_A_TIME
