@@ -6,6 +6,7 @@ program writes the sums of CHUNK elements of a row, then one program adds a row'
 Shapes: R rows, N elements of a row, S statistics of a row.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,15 +23,24 @@ ROWS_AT_A_TIME = 64
 # ---- references ----------------------------------------------------------------------------------
 
 
+def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """log(1 - clip_low), -inf from 1 on: no ratio is as low; and log(1 + clip_high).
+
+    Rows are clipped by their log-ratio: a ratio in fp32 is a multiple of 2^-23 or 2^-24, a
+    hundredth of a clip range of 1e-5, and so is the rounding of 1 + clip_high.
+    """
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
+
+
 def clipped_term_ref(
-    advantage_R: Tensor, ratio_R: Tensor, clip_low: float, clip_high: float
+    advantage_R: Tensor, log_ratio_R: Tensor, ratio_R: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A ratio, -A clamp(ratio)), and the rows that the clip switches off above and below."""
-    clamped_R = ratio_R.clamp(1 - clip_low, 1 + clip_high)
-    term_R = torch.maximum(-advantage_R * ratio_R, -advantage_R * clamped_R)
-    high_R = ((advantage_R > 0) & (ratio_R > 1 + clip_high)).detach()
-    low_R = ((advantage_R < 0) & (ratio_R < 1 - clip_low)).detach()
-    return term_R, high_R, low_R
+    log_low, log_high = log_bounds(clip_low, clip_high)
+    high_R = ((advantage_R > 0) & (log_ratio_R > log_high)).detach()
+    low_R = ((advantage_R < 0) & (log_ratio_R < log_low)).detach()
+    kept_R = torch.where(high_R, 1 + clip_high, torch.where(low_R, 1 - clip_low, ratio_R))
+    return -advantage_R * kept_R, high_R, low_R
 
 
 def gated_kl_ref(
@@ -168,13 +178,12 @@ def exp_near_0(x):
 
 
 @triton.jit
-def clipped_term(advantage, ratio, clip_low, clip_high):
-    """`clipped_term_ref`."""
-    clamped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    term = tl.maximum(-advantage * ratio, -advantage * clamped)
-    high = (advantage > 0) & (ratio > 1.0 + clip_high)
-    low = (advantage < 0) & (ratio < 1.0 - clip_low)
-    return term, high, low
+def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high):
+    """`clipped_term_ref`, the bounds given as `log_bounds` too."""
+    high = (advantage > 0) & (log_ratio > log_high)
+    low = (advantage < 0) & (log_ratio < log_low)
+    kept = tl.where(high, 1.0 + clip_high, tl.where(low, 1.0 - clip_low, ratio))
+    return -advantage * kept, high, low
 
 
 # ---- registration --------------------------------------------------------------------------------

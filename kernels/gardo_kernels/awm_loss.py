@@ -71,6 +71,7 @@ from gardo_kernels._row_loss import (
     kernel_rows,
     load_fp32,
     load_rows,
+    log_bounds,
     register_row_loss,
     sum_chunks,
 )
@@ -128,7 +129,9 @@ def awm_loss_ref(
         gain_R = _curved_gain_ref(gain_R, l_R, l_old_R, power)
     log_ratio_R = w_R * gain_R
     ratio_R = log_ratio_R.exp()
-    policy_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
+    policy_R, high_R, low_R = clipped_term_ref(
+        advantage_R, log_ratio_R, ratio_R, clip_low, clip_high
+    )
     kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     ema_R = torch.zeros_like(policy_R)
     if v_ema_RN is not None:
@@ -211,7 +214,7 @@ def _curved_gain(gain, l, l_old, power):
 @triton.jit
 def _awm_loss_rows_kernel(
     sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
-    power, clip_low, clip_high, beta, ema_beta, adv_clip,
+    power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip,
     CURVED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
@@ -233,13 +236,15 @@ def _awm_loss_rows_kernel(
             curve = 1.0
         log_ratio = w * gain
         ratio = exp_near_0(log_ratio)
-        policy, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
+        policy, high, low = clipped_term(
+            advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
+        )
         kl = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements
         ema = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
-        moves = tl.where(high | low, 0.0, advantage * ratio)
+        moves = advantage * tl.where(high | low, 0.0, ratio)
         scale = 2.0 / (rows * 1.0 * elements)
         at = rows_ptr + row
         tl.store(at, policy, mask=inside)
@@ -301,7 +306,8 @@ def _awm_loss_op(
     launch(
         _awm_loss_rows_kernel, (1,),
         sums_R5C, advantage_R, w_R, gate_R, rows_SR, flags_FR, loss, R, N, chunks,
-        power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
+        power, *log_bounds(clip_low, clip_high), clip_low, clip_high,
+        beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
         CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR

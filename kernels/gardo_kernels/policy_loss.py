@@ -24,8 +24,8 @@ The gradient is two scalars a row times two differences:
     dL/dv = -(weight A ratio act) (2 h B^2) / (R N) (u - q delta)
             + beta gate (2 kl_scale) / (R N) (v - v_ref)
 
-act = 0 where clipping is active (A > 0 and ratio > 1 + clip_high, or A < 0 and ratio < 1 -
-clip_low), else 1.
+act = 0 where clipping is active (A > 0 and log_ratio > log(1 + clip_high), or A < 0 and log_ratio <
+log(1 - clip_low)), else 1.
 
 Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; the gate: GARDO, arXiv 2512.24138, eq. 7; GRPO-Guard,
 arXiv 2510.22319.
@@ -70,6 +70,7 @@ from gardo_kernels._row_loss import (
     kernel_rows,
     load_fp32,
     load_rows,
+    log_bounds,
     register_row_loss,
     sum_chunks,
 )
@@ -107,7 +108,7 @@ def policy_loss_ref(
         gain_R = gain_R - delta_RN.square().mean(1)
     log_ratio_R = h_R * B_R.square() * gain_R
     ratio_R = log_ratio_R.exp()
-    term_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
+    term_R, high_R, low_R = clipped_term_ref(advantage_R, log_ratio_R, ratio_R, clip_low, clip_high)
     policy_R = weight_R * term_R
     kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, kl_scale_R)
     return PolicyLoss(
@@ -139,8 +140,8 @@ def policy_loss_grad_ref(
         v, dtype, advantage, h, B, weight, gate, kl_scale
     )
     R, N = v_RN.shape
-    act_R = (~(out.clipped_high_R | out.clipped_low_R)).to(dtype)
-    policy_weight_R = weight_R * advantage_R.clamp(-adv_clip, adv_clip) * out.ratio_R * act_R
+    moving_R = out.ratio_R.masked_fill(out.clipped_high_R | out.clipped_low_R, 0.0)
+    policy_weight_R = weight_R * advantage_R.clamp(-adv_clip, adv_clip) * moving_R
     policy_weight_R = policy_weight_R * 2 * h_R * B_R.square() / (R * N)
     direction_RN = u_RN - (v_RN - v_old_RN) if quadratic else u_RN
     grad_RN = -policy_weight_R[:, None] * direction_RN
@@ -187,7 +188,7 @@ def _policy_loss_sums_kernel(
 @triton.jit
 def _policy_loss_rows_kernel(
     sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
-    loss_ptr, rows, elements, chunks, clip_low, clip_high, beta, adv_clip,
+    loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high, beta, adv_clip,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
@@ -204,12 +205,14 @@ def _policy_loss_rows_kernel(
         kl_scale = load_rows(kl_scale_ptr, row, inside)
         log_ratio = strength * (sum_chunks(sums_ptr, row, inside, chunks, 0, 2) / elements)
         ratio = exp_near_0(log_ratio)
-        term, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
+        term, high, low = clipped_term(
+            advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
+        )
         policy = weight * term
         kl = kl_scale * (sum_chunks(sums_ptr, row, inside, chunks, 1, 2) / elements)
         policy_sum += tl.sum(policy)  # rows outside weigh 0
         kl_sum += tl.sum(gate * kl)
-        moves = tl.where(high | low, 0.0, weight * advantage * ratio)
+        moves = weight * advantage * tl.where(high | low, 0.0, ratio)
         scale = 2.0 / (rows * 1.0 * elements)
         at = rows_ptr + row
         tl.store(at, policy, mask=inside)
@@ -269,8 +272,8 @@ def _policy_loss_op(
     launch(
         _policy_loss_rows_kernel, (1,),
         sums_R2C, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, flags_FR, loss,
-        R, N, chunks, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
-        ROWS=ROWS_AT_A_TIME,
+        R, N, chunks, *log_bounds(clip_low, clip_high), clip_low, clip_high,
+        beta if v_ref_RN is not None else 0.0, adv_clip, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 

@@ -177,8 +177,8 @@ def few_specs() -> list[Spec]:
     """The kernels that see one value a row: what is left out is None, a gate may be booleans."""
     row_values = ("advantage", "h", "B", "w", "t", "r", "weight", "gate", "kl_scale", "leader")
     written = ("sums", "rows", "loss", "parts", "zero", "nearest", "mean")
-    numbers = ("clip_low", "clip_high", "beta", "ema_beta", "adv_clip", "power", "policy_scale",
-               "floor", "b")  # fmt: skip
+    numbers = ("log_low", "log_high", "clip_low", "clip_high", "beta", "ema_beta", "adv_clip",
+               "power", "policy_scale", "floor", "b")  # fmt: skip
     types = {**{f"{n}_ptr": "*fp32" for n in row_values + written}, "flags_ptr": "*i1",
              "leader_ptr": "*i32", "bounds_ptr": "*i32", **dict.fromkeys(numbers, "fp32"),
              **dict.fromkeys(("rows", "elements", "chunks"), "i32")}  # fmt: skip

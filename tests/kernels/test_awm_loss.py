@@ -109,6 +109,21 @@ def test_clip_by_hand():
     assert (v.grad[:, 0] == 0).tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_narrow_clips_are_decided_to_a_thousandth_of_them(backend):
+    """As in the policy loss: with v = 1, v_old = 0 and a target of 1 or 0 the log-ratio is +-t."""
+    t = torch.tensor([9.995e-6, 1.0005e-5, 9.995e-6, 1.0005e-5])
+    v, target = torch.ones(4, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    v, target, t, advantage = on_device(v, target, t, advantage)
+    out = awm_loss(
+        v, 0 * v, target, advantage=advantage, t=t, transform="t", clip_low=1e-5, clip_high=1e-5,
+        backend=backend,
+    )  # fmt: skip
+    assert out.clipped_high_R.tolist() == [False, True, False, False]
+    assert out.clipped_low_R.tolist() == [False, False, False, True]
+
+
 def test_penalties():
     inputs, options = problem()
     plain = awm_loss(*inputs, **options)

@@ -178,6 +178,25 @@ def test_clip_by_hand():
     assert (v.grad[:, 0] == 0).tolist() == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_narrow_clips_are_decided_to_a_thousandth_of_them(backend):
+    """Log-ratios near log(1 +- 1e-5), where the ratios that fp32 has lie 1e-7 apart."""
+    bounds = torch.tensor([math.log1p(1e-5)] * 2 + [math.log1p(-1e-5)] * 2)
+    log_ratio = bounds * torch.tensor([0.9995, 1.0005, 0.9995, 1.0005])
+    log_ratio, advantage = on_device(log_ratio.repeat(2), torch.tensor([1.0] * 4 + [-1.0] * 4))
+    half, ones = torch.full((8, 1), 0.5, device=DEVICE), torch.ones(8, device=DEVICE)
+    v = (2 * half).requires_grad_()  # with u = 1/2 and q = 0 the log-ratio is h
+    out = policy_loss(
+        v, 0 * half, half, advantage=advantage, h=log_ratio, B=ones, clip_low=1e-5, clip_high=1e-5,
+        quadratic=False, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(out.log_ratio_R, log_ratio)
+    assert out.clipped_high_R.tolist() == [False, True] + [False] * 6
+    assert out.clipped_low_R.tolist() == [False] * 7 + [True]
+    (grad,) = torch.autograd.grad(out.loss, v)
+    assert (grad[:, 0] == 0).tolist() == (out.clipped_high_R | out.clipped_low_R).tolist()
+
+
 @pytest.mark.parametrize("gate", ["some", "none", "all", "weights", "absent"])
 @pytest.mark.parametrize(("seed", "variant"), [(0, PLAIN), (1, PLAIN), (0, GUARD)])
 def test_closed_form_gradient_is_autograds(gate, seed, variant):
