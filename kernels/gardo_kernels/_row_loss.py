@@ -159,6 +159,23 @@ def error_where(v, other_ptr, at, mask):
 
 
 @triton.jit
+def kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK: tl.constexpr):
+    """kl_weight (v - v_ref), which shows what of v_ref is not finite, as the loss does.
+
+    v_ref is read where the row's weight is not 0, or its KL not finite.
+    """
+    mask = inside & is_on(kl_weight + 0.0 * kl, BLOCK)
+    return kl_weight * error_where(v, v_ref_ptr, at, mask)
+
+
+@triton.jit
+def within(x, low, high):
+    """x clamped; NaN stays, which tl.minimum, tl.maximum and tl.clamp drop on a GPU."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
 def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
     """One column of sums[row, column, chunk], added over the chunks, always in the same order."""
     AT_A_TIME: tl.constexpr = 16

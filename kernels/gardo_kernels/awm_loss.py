@@ -67,13 +67,14 @@ from gardo_kernels._row_loss import (
     exp_near_0,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
+    kl_pull,
     load_fp32,
     load_rows,
     log_bounds,
     register_row_loss,
     sum_chunks,
+    within,
 )
 
 EPSILON = tl.constexpr(1e-10)
@@ -223,7 +224,7 @@ def _awm_loss_rows_kernel(
         row = first + tl.arange(0, ROWS)
         inside = row < rows
         advantage = load_rows(advantage_ptr, row, inside)
-        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        advantage = within(advantage, -adv_clip, adv_clip)
         w = load_rows(w_ptr, row, inside)
         gate = load_rows(gate_ptr, row, inside)
         gain = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
@@ -276,7 +277,8 @@ def _awm_loss_bwd_kernel(
     grad = policy_weight * (v - load_fp32(target_ptr, at, inside))
     if HAS_REF:
         kl_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + 3 * rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     if HAS_EMA:
         ema_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
         grad += ema_weight * (v - load_fp32(v_ema_ptr, at, inside))

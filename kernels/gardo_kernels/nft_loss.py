@@ -45,8 +45,8 @@ from gardo_kernels._row_loss import (
     error_where,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
+    kl_pull,
     load_fp32,
     load_rows,
     register_row_loss,
@@ -168,8 +168,8 @@ def _nft_loss_rows_kernel(
         gate = load_rows(gate_ptr, row, inside)
         weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
         weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
-        weight_plus = tl.maximum(weight_plus, floor)
-        weight_minus = tl.maximum(weight_minus, floor)
+        weight_plus = tl.where(weight_plus < floor, floor, weight_plus)  # NaN stays
+        weight_minus = tl.where(weight_minus < floor, floor, weight_minus)
         plus = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements / weight_plus
         minus = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements / weight_minus
         kl = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
@@ -212,7 +212,8 @@ def _nft_loss_bwd_kernel(
     s = t * b * (v - v_old)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

@@ -66,13 +66,14 @@ from gardo_kernels._row_loss import (
     gated_difference,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
+    kl_pull,
     load_fp32,
     load_rows,
     log_bounds,
     register_row_loss,
     sum_chunks,
+    within,
 )
 
 
@@ -197,7 +198,7 @@ def _policy_loss_rows_kernel(
         row = first + tl.arange(0, ROWS)
         inside = row < rows
         advantage = load_rows(advantage_ptr, row, inside)
-        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        advantage = within(advantage, -adv_clip, adv_clip)
         B = load_rows(B_ptr, row, inside)
         strength = load_rows(h_ptr, row, inside) * B * B
         weight = load_rows(weight_ptr, row, inside)
@@ -245,7 +246,8 @@ def _policy_loss_bwd_kernel(
         direction -= v - load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
     if HAS_REF:
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + 3 * rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

@@ -62,6 +62,7 @@ class Code:
     other: int  # other global accesses, such as a row's scalars
     doubles: int
     atomics: int
+    drops: int  # minima and maxima of floats that drop NaN
 
 
 RANDOM = {"out_ptr": "*fp32", "seed_ptr": "*i64", "id_ptr": "*i64", "stream": "i64", "count": "i32"}
@@ -242,6 +243,7 @@ def compiled(spec: Spec, architecture: int) -> Code:
         other=len(vectors) - len(wide),
         doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)", n) is not None for n in found),
         atomics=sum(re.match(r"(ATOM|RED)G?(\.|$)", n) is not None for n in found),
+        drops=sum(n.startswith("FMNMX") and ".NAN" not in n for n in found),
     )
 
 
