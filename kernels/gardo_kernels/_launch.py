@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
@@ -21,6 +22,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with guard:
         kernel[grid](*arguments, **constants, **OPTIONS)
+
+
+def grid_of_rows(rows: int, elements: int, block: int) -> tuple[int]:
+    """A program for every block of every row, all on one axis: a GPU's others end at 65,535."""
+    return (rows * triton.cdiv(elements, block),)
+
+
+@triton.jit
+def block_and_row(elements, BLOCK: tl.constexpr):
+    """Where in `grid_of_rows` this program is: its block of the row, and the row as int64."""
+    blocks = (elements - 1) // BLOCK + 1  # tl.cdiv would overflow just below 2^31
+    program = tl.program_id(0)
+    row = program // blocks
+    return program - row * blocks, row.to(tl.int64)
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -49,7 +49,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -165,7 +172,7 @@ def _awm_loss_sums_kernel(
 
     For p not 1 also those of l_old and l: u^2, (v - target)^2.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     reference_2 = tl.zeros((BLOCK,), tl.float32)
@@ -267,8 +274,8 @@ def _awm_loss_bwd_kernel(
     HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
@@ -300,7 +307,7 @@ def _awm_loss_op(
     sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
     launch(
-        _awm_loss_sums_kernel, (chunks, R),
+        _awm_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_R5C, N, chunks,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
         CHUNK=CHUNK, BLOCK=BLOCK,
@@ -324,7 +331,7 @@ def _awm_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _awm_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _awm_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip

@@ -31,7 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -120,7 +127,7 @@ def _nft_loss_sums_kernel(
     HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     t = tl.load(t_ptr + row)
     plus_1 = tl.zeros((BLOCK,), tl.float32)
@@ -196,8 +203,8 @@ def _nft_loss_bwd_kernel(
     rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream, t = tl.load(upstream_ptr), tl.load(t_ptr + row)
@@ -232,7 +239,7 @@ def _nft_loss_op(
     sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, 0)
     launch(
-        _nft_loss_sums_kernel, (chunks, R),
+        _nft_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_R5C, N, chunks, b,
         HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
@@ -253,7 +260,7 @@ def _nft_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _nft_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _nft_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
         HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip

@@ -48,7 +48,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
@@ -164,7 +171,7 @@ def _policy_loss_sums_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
@@ -233,8 +240,8 @@ def _policy_loss_bwd_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
@@ -267,7 +274,7 @@ def _policy_loss_op(
     sums_R2C = v_RN.new_empty(R, 2, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
     launch(
-        _policy_loss_sums_kernel, (chunks, R),
+        _policy_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_R2C, N, chunks,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
@@ -289,7 +296,7 @@ def _policy_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _policy_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _policy_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, BLOCK=BLOCK,
     )  # fmt: skip
