@@ -26,8 +26,8 @@ ROWS_AT_A_TIME = 64
 def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
     """log(1 - clip_low), -inf from 1 on: no ratio is as low; and log(1 + clip_high).
 
-    Rows are clipped by their log-ratio: a ratio in fp32 is a multiple of 2^-23 or 2^-24, a
-    hundredth of a clip range of 1e-5, and so is the rounding of 1 + clip_high.
+    Rows are clipped by their log-ratio: in fp32 a ratio near 1 is a multiple of 2^-23 or 2^-24, a
+    hundredth of a clip range of 1e-5, and so is 1 + clip_high.
     """
     return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
