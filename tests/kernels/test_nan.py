@@ -17,6 +17,7 @@ from gardo_kernels import (
 )
 from gardo_kernels._launch import launch
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
 R, N, ROW, ELEMENT = 4, 1500, 2, 1300  # past a block; the row and its element that are NaN
 
 
