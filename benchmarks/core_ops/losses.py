@@ -44,6 +44,8 @@ class Trained(Problem):
         R = case.shape[0]
         self.advantage_R = 2 * self.randn(R)
         self.gated_R = torch.arange(R, device=device) < gated_rows(case)
+        # the releases average the KL over the gated rows
+        self.gate_R = self.gated_R * (R / max(gated_rows(case), 1))
         self.v_old = self.like_case()
         self.v = self.moved(0.05 * self.randn(*case.shape))
         self.v_ref = self.laid_out(self.v_old.float() + 0.1 * self.randn(*case.shape))
@@ -156,8 +158,8 @@ class PolicyLoss(Trained):
         v_old, u, v_ref = self.wide(dtype, self.v_old, self.u, self.given_ref)
         out = ops.policy_loss(
             v, v_old, u, advantage=self.advantage_R, h=self.row["h"], B=self.row["B"],
-            gate=self.gated_R, v_ref=v_ref, kl_scale=self.row["kl_flow_grpo"], clip_low=self.clip,
-            clip_high=self.clip, beta=BETA, reduction="gated", backend=backend,
+            gate=self.gate_R, v_ref=v_ref, kl_scale=self.row["kl_flow_grpo"], clip_low=self.clip,
+            clip_high=self.clip, beta=BETA, backend=backend,
         )  # fmt: skip
         return {"loss": out.loss, "log_ratio": out.log_ratio_R}
 
@@ -186,7 +188,7 @@ class NftLoss(Trained):
         v_old, x_t, x0, v_ref = self.wide(dtype, self.v_old, self.x_t, self.x0, self.given_ref)
         out = ops.nft_loss(
             v, v_old, x_t, x0, self.t_R, r=ops.nft_preference(self.advantage_R), b=self.b,
-            gate=self.gated_R, v_ref=v_ref, beta=BETA, reduction="gated", backend=backend,
+            gate=self.gate_R, v_ref=v_ref, beta=BETA, backend=backend,
         )  # fmt: skip
         return {"loss": out.loss}
 
@@ -212,8 +214,8 @@ class AwmLoss(Trained):
         v_old, target, v_ref = self.wide(dtype, self.v_old, self.target, self.given_ref)
         out = ops.awm_loss(
             v, v_old, target, advantage=self.unit_advantage_R, t=self.t_R, transform="uniform",
-            gate=self.gated_R, v_ref=v_ref, beta=BETA, clip_low=self.clip, clip_high=self.clip,
-            reduction="gated", backend=backend,
+            gate=self.gate_R, v_ref=v_ref, beta=BETA, clip_low=self.clip, clip_high=self.clip,
+            backend=backend,
         )  # fmt: skip
         return {"loss": out.loss}
 

@@ -1,8 +1,8 @@
 """Fused arithmetic of RL fine-tuning for flow models: one op a file, from formula to op.
 
 Every op takes `backend="auto" | "triton" | "torch"`; the plain-torch references run anywhere torch
-does. `auto` runs the Triton kernels on a GPU and the references elsewhere. `win_rate` is library
-calls alone, which are right for a sort.
+does. `auto` runs the Triton kernels on an NVIDIA GPU and the references elsewhere. `win_rate` is
+library calls alone, which are right for a sort.
 """
 
 from gardo_kernels._launch import Backend, kernels_run_on

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
@@ -23,30 +24,48 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants, **OPTIONS)
 
 
+def grid_of_rows(rows: int, elements: int, block: int) -> tuple[int]:
+    """A program for every block of every row, all on one axis: a GPU's others end at 65,535."""
+    return (rows * triton.cdiv(elements, block),)
+
+
+@triton.jit
+def block_and_row(elements, BLOCK: tl.constexpr):
+    """Where in `grid_of_rows` this program is: its block of the row, and the row as int64."""
+    blocks = (elements - 1) // BLOCK + 1  # tl.cdiv would overflow just below 2^31
+    program = tl.program_id(0)
+    row = program // blocks
+    return program - row * blocks, row.to(tl.int64)
+
+
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether the Triton kernels run on tensors there: a GPU, or the interpreter."""
-    return device.type == "cuda" or INTERPRETED
+    """Whether the Triton kernels run on tensors there: an NVIDIA GPU, or the interpreter."""
+    if device.type == "cuda":
+        return torch.version.hip is None  # ROCm says "cuda" too, and has no PTX
+    return INTERPRETED
 
 
 def choose_backend(op: str, backend: Backend, *tensors: Tensor | None) -> str:
     """ "triton" or "torch" for a call with these tensors, of which the first is not None.
 
-    `auto` takes the kernels for tensors on a GPU, the plain-torch reference for fp64 and for
-    everything elsewhere. RuntimeError for `triton` where it cannot run, ValueError for fp64 and for
-    a name that is none of the three.
+    `auto` takes the kernels for tensors on an NVIDIA GPU, the plain-torch reference for fp64 and
+    for everything elsewhere. RuntimeError for `triton` where it cannot run, ValueError for fp64 and
+    for a name that is none of the three.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
     given = [t for t in tensors if t is not None]
     device = given[0].device
     wide = compute_dtype(*given) == torch.float64
-    if backend == "torch" or (backend == "auto" and (wide or device.type != "cuda")):
+    on_gpu = device.type == "cuda" and kernels_run_on(device)
+    if backend == "torch" or (backend == "auto" and (wide or not on_gpu)):
         return "torch"
     if wide:
         raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
     if not kernels_run_on(device):
+        place = f"{device} (ROCm)" if device.type == "cuda" else device
         raise RuntimeError(
-            f"{op}: the triton backend needs tensors on a GPU, these are on {device}; "
+            f"{op}: the triton backend needs tensors on an NVIDIA GPU, these are on {place}; "
             "use 'auto' or 'torch'"
         )
     return "triton"

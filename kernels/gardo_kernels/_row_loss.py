@@ -6,7 +6,8 @@ program writes the sums of CHUNK elements of a row, then one program adds a row'
 Shapes: R rows, N elements of a row, S statistics of a row.
 """
 
-from typing import Any, Literal
+import math
+from typing import Any
 
 import torch
 import triton
@@ -18,27 +19,34 @@ from gardo_kernels._launch import check_like, check_rows, check_samples
 CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
 ROWS_AT_A_TIME = 64
 
-Reduction = Literal["batch", "gated"]
-
 
 # ---- references ----------------------------------------------------------------------------------
 
 
+def log_bounds(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """log(1 - clip_low), -inf from 1 on: no ratio is as low; and log(1 + clip_high).
+
+    Rows are clipped by their log-ratio: in fp32 a ratio near 1 is a multiple of 2^-23 or 2^-24, a
+    hundredth of a clip range of 1e-5, and so is 1 + clip_high.
+    """
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
+
+
 def clipped_term_ref(
-    advantage_R: Tensor, ratio_R: Tensor, clip_low: float, clip_high: float
+    advantage_R: Tensor, log_ratio_R: Tensor, ratio_R: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A ratio, -A clamp(ratio)), and the rows that the clip switches off above and below."""
-    clamped_R = ratio_R.clamp(1 - clip_low, 1 + clip_high)
-    term_R = torch.maximum(-advantage_R * ratio_R, -advantage_R * clamped_R)
-    high_R = ((advantage_R > 0) & (ratio_R > 1 + clip_high)).detach()
-    low_R = ((advantage_R < 0) & (ratio_R < 1 - clip_low)).detach()
-    return term_R, high_R, low_R
+    log_low, log_high = log_bounds(clip_low, clip_high)
+    high_R = ((advantage_R > 0) & (log_ratio_R > log_high)).detach()
+    low_R = ((advantage_R < 0) & (log_ratio_R < log_low)).detach()
+    kept_R = torch.where(high_R, 1 + clip_high, torch.where(low_R, 1 - clip_low, ratio_R))
+    return -advantage_R * kept_R, high_R, low_R
 
 
 def gated_kl_ref(
-    v_RN: Tensor, v_ref_RN: Tensor | None, gate_R: Tensor, kl_scale_R: Tensor, reduction: str
+    v_RN: Tensor, v_ref_RN: Tensor | None, gate_R: Tensor, kl_scale_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated KL, reduced, and the KL of each row; zeros where v_ref is None.
+    """mean_b(gate_b kl_b), and the KL of each row; zeros where v_ref is None.
 
     What v_ref holds in rows of gate 0 does not matter, NaN included.
     """
@@ -46,19 +54,12 @@ def gated_kl_ref(
         kl_R = torch.zeros_like(gate_R)
     else:
         kl_R = kl_scale_R * gated_difference(v_RN, v_ref_RN, gate_R).square().mean(1)
-    return (gate_R * kl_R).sum() / kl_rows(gate_R, reduction), kl_R
+    return (gate_R * kl_R).mean(), kl_R
 
 
 def gated_difference(v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor) -> Tensor:
     """v - v_ref, 0 in rows of gate 0."""
     return torch.where(gate_R[:, None] != 0, v_RN - v_ref_RN, 0.0)
-
-
-def kl_rows(gate_R: Tensor, reduction: str) -> Tensor:
-    """What the sum of gated KLs is divided by: all rows, or the gated ones (at least 1)."""
-    if reduction == "batch":
-        return torch.full_like(gate_R[0], gate_R.shape[0])
-    return (gate_R != 0).sum().clamp(min=1).to(gate_R.dtype)
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -89,13 +90,9 @@ def check_not_negative(op: str, **values: float) -> None:
             raise ValueError(f"{op}: {name} is {value}; it must not be negative")
 
 
-def check_kl_options(
-    op: str, beta: float, reduction: Reduction, gate: Tensor | None, v_ref: Tensor | None
-) -> None:
-    """What the losses with a gated KL refuse in its settings."""
+def check_kl(op: str, beta: float, gate: Tensor | None, v_ref: Tensor | None) -> None:
+    """beta must not be negative, and 0 where every row has a KL but none a reference."""
     check_not_negative(op, beta=beta)
-    if reduction not in ("batch", "gated"):
-        raise ValueError(f"{op}: reduction {reduction!r} is unknown; choose batch or gated")
     if beta > 0 and v_ref is None and gate is None:
         raise ValueError(
             f"{op}: beta is {beta} but v_ref is None; pass v_ref, or beta=0, or the gate"
@@ -162,6 +159,23 @@ def error_where(v, other_ptr, at, mask):
 
 
 @triton.jit
+def kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK: tl.constexpr):
+    """kl_weight (v - v_ref), which shows what of v_ref is not finite, as the loss does.
+
+    v_ref is read where the row's weight is not 0, or its KL not finite.
+    """
+    mask = inside & is_on(kl_weight + 0.0 * kl, BLOCK)
+    return kl_weight * error_where(v, v_ref_ptr, at, mask)
+
+
+@triton.jit
+def within(x, low, high):
+    """x clamped; NaN stays, which tl.minimum, tl.maximum and tl.clamp drop on a GPU."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
 def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
     """One column of sums[row, column, chunk], added over the chunks, always in the same order."""
     AT_A_TIME: tl.constexpr = 16
@@ -174,16 +188,6 @@ def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def count_kl_rows(gate_ptr, rows, GATED: tl.constexpr, ROWS: tl.constexpr):
-    """`kl_rows`: all rows, or the gated ones, at least 1."""
-    gated = 0.0
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        gated += tl.sum((load_rows(gate_ptr, row, row < rows) != 0).to(tl.float32))
-    return tl.maximum(gated, 1.0) if GATED else rows * 1.0
-
-
-@triton.jit
 def exp_near_0(x):
     """exp with all digits near 0, where ratios are: there the GPU's own loses the last two bits."""
     series = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24))))
@@ -191,13 +195,12 @@ def exp_near_0(x):
 
 
 @triton.jit
-def clipped_term(advantage, ratio, clip_low, clip_high):
-    """`clipped_term_ref`."""
-    clamped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    term = tl.maximum(-advantage * ratio, -advantage * clamped)
-    high = (advantage > 0) & (ratio > 1.0 + clip_high)
-    low = (advantage < 0) & (ratio < 1.0 - clip_low)
-    return term, high, low
+def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high):
+    """`clipped_term_ref`, the bounds given as `log_bounds` too."""
+    high = (advantage > 0) & (log_ratio > log_high)
+    low = (advantage < 0) & (log_ratio < log_low)
+    kept = tl.where(high, 1.0 + clip_high, tl.where(low, 1.0 - clip_low, ratio))
+    return -advantage * kept, high, low
 
 
 # ---- registration --------------------------------------------------------------------------------

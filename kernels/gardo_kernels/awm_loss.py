@@ -10,8 +10,7 @@ For row b of R, freshly noised, target = noise - x0, the same for the trained an
     kl      = mean((v - v_ref)^2) where gate_b is not 0, else 0
     ema     = mean((v - v_ema)^2)
 
-    loss    = mean_b policy_b + beta sum_b gate_b kl_b / D + ema_beta mean_b ema_b
-    D       = R ("batch") or max(number of gated rows, 1) ("gated")
+    loss    = mean_b (policy_b + beta gate_b kl_b + ema_beta ema_b)
 
 The transforms are rows of one table: p = 1, where c(l) = l, with w = 1, t or t^2 ("uniform", "t",
 "t2"); p = 1/2 with w = t / 2 ("huber": w c(l) = t (sqrt(l + 1e-10) - 1e-5)); any p with w = t
@@ -30,7 +29,7 @@ exactly 0 for equal velocities, and log p - log p_old = w gain where p = 1. Else
 The gradient has a scalar a row for each difference, and does not need v_old:
 
     dL/dv = (A ratio act) w (l + 1e-10)^(p - 1) (2 / (R N)) (v - target)
-            + beta gate / D (2 / N) (v - v_ref) + ema_beta (2 / (R N)) (v - v_ema)
+            + beta gate (2 / (R N)) (v - v_ref) + ema_beta (2 / (R N)) (v - v_ema)
 
 act as in `policy_loss`. Source: AWM, arXiv 2509.25050, and its released code; the gate: GARDO,
 arXiv 2512.24138.
@@ -50,13 +49,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
-    Reduction,
-    check_kl_options,
+    check_kl,
     check_not_negative,
     check_positive,
     check_tensors,
@@ -64,18 +69,19 @@ from gardo_kernels._row_loss import (
     clipped_term_ref,
     constant_rows,
     constant_samples,
-    count_kl_rows,
     empty_results,
     error_where,
     exp_near_0,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
+    kl_pull,
     load_fp32,
     load_rows,
+    log_bounds,
     register_row_loss,
     sum_chunks,
+    within,
 )
 
 EPSILON = tl.constexpr(1e-10)
@@ -120,8 +126,7 @@ def _curved_gain_ref(gain_R: Tensor, l_R: Tensor, l_old_R: Tensor, power: float)
 def awm_loss_ref(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
-    adv_clip: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> AwmLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
     advantage_R = advantage_R.clamp(-adv_clip, adv_clip)
@@ -132,8 +137,10 @@ def awm_loss_ref(
         gain_R = _curved_gain_ref(gain_R, l_R, l_old_R, power)
     log_ratio_R = w_R * gain_R
     ratio_R = log_ratio_R.exp()
-    policy_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
+    policy_R, high_R, low_R = clipped_term_ref(
+        advantage_R, log_ratio_R, ratio_R, clip_low, clip_high
+    )
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     ema_R = torch.zeros_like(policy_R)
     if v_ema_RN is not None:
         ema_R = (v_RN - v_ema_RN).square().mean(1)
@@ -165,7 +172,7 @@ def _awm_loss_sums_kernel(
 
     For p not 1 also those of l_old and l: u^2, (v - target)^2.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     reference_2 = tl.zeros((BLOCK,), tl.float32)
@@ -215,17 +222,16 @@ def _curved_gain(gain, l, l_old, power):
 @triton.jit
 def _awm_loss_rows_kernel(
     sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
-    power, clip_low, clip_high, beta, ema_beta, adv_clip,
-    GATED: tl.constexpr, CURVED: tl.constexpr, ROWS: tl.constexpr,
+    power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip,
+    CURVED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
         advantage = load_rows(advantage_ptr, row, inside)
-        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        advantage = within(advantage, -adv_clip, adv_clip)
         w = load_rows(w_ptr, row, inside)
         gate = load_rows(gate_ptr, row, inside)
         gain = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
@@ -238,13 +244,15 @@ def _awm_loss_rows_kernel(
             curve = 1.0
         log_ratio = w * gain
         ratio = exp_near_0(log_ratio)
-        policy, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
+        policy, high, low = clipped_term(
+            advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
+        )
         kl = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements
         ema = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
-        moves = tl.where(high | low, 0.0, advantage * ratio)
+        moves = advantage * tl.where(high | low, 0.0, ratio)
         scale = 2.0 / (rows * 1.0 * elements)
         at = rows_ptr + row
         tl.store(at, policy, mask=inside)
@@ -253,11 +261,11 @@ def _awm_loss_rows_kernel(
         tl.store(at + 3 * rows, kl, mask=inside)
         tl.store(at + 4 * rows, ema, mask=inside)
         tl.store(at + 5 * rows, moves * w * curve * scale, mask=inside)
-        tl.store(at + 6 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
+        tl.store(at + 6 * rows, beta * gate * scale, mask=inside)
         tl.store(at + 7 * rows, ema_beta * scale, mask=inside)
         tl.store(flags_ptr + row, high, mask=inside)
         tl.store(flags_ptr + rows + row, low, mask=inside)
-    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows + ema_beta * ema_sum / rows)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows + ema_beta * ema_sum / rows)
 
 
 @triton.jit
@@ -266,8 +274,8 @@ def _awm_loss_bwd_kernel(
     HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
@@ -276,7 +284,8 @@ def _awm_loss_bwd_kernel(
     grad = policy_weight * (v - load_fp32(target_ptr, at, inside))
     if HAS_REF:
         kl_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + 3 * rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     if HAS_EMA:
         ema_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
         grad += ema_weight * (v - load_fp32(v_ema_ptr, at, inside))
@@ -290,8 +299,7 @@ def _awm_loss_bwd_kernel(
 def _awm_loss_op(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, reduction: str,
-    adv_clip: float,
+    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
@@ -299,7 +307,7 @@ def _awm_loss_op(
     sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
     launch(
-        _awm_loss_sums_kernel, (chunks, R),
+        _awm_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_R5C, N, chunks,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
         CHUNK=CHUNK, BLOCK=BLOCK,
@@ -307,8 +315,9 @@ def _awm_loss_op(
     launch(
         _awm_loss_rows_kernel, (1,),
         sums_R5C, advantage_R, w_R, gate_R, rows_SR, flags_FR, loss, R, N, chunks,
-        power, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
-        GATED=reduction == "gated", CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
+        power, *log_bounds(clip_low, clip_high), clip_low, clip_high,
+        beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
+        CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 
@@ -322,7 +331,7 @@ def _awm_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _awm_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _awm_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip
@@ -348,7 +357,6 @@ def awm_loss(
     ema_beta: float = 0.0,
     clip_low: float = 1.0,
     clip_high: float = 1.0,
-    reduction: Reduction = "batch",
     adv_clip: float = 5.0,
     backend: Backend = "auto",
 ) -> AwmLoss:
@@ -358,16 +366,17 @@ def awm_loss(
     velocity at the noised sample and v_old the one of before this iteration's updates; on the first
     of them it may be v, detached: every ratio is then 1. target = noise - x0. advantage, t: [R], t
     the noising time in [0, 1]. transform: a key of TRANSFORMS; power is p of "ghuber" alone. gate:
-    [R] bool or weight, None means every row; rows of gate 0 need no reference, whatever v_ref holds
-    there. v_ref None leaves the KL out, which is right for a micro-batch without gated rows. v_ema
-    is a velocity to stay near in every row. Only v receives a gradient.
+    [R] bool or the weight of each row's KL, None means 1 for every row; rows of gate 0 need no
+    reference, whatever v_ref holds there. The KL is averaged over all R rows: a mean over other
+    rows is asked for by weights. v_ref None leaves the KL out, which is right for a micro-batch
+    without gated rows. v_ema is a velocity to stay near in every row. Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old or target is fp64). The advantage is used
     as it is, up to the clamp: AWM divides it by 5 before.
 
     ValueError for shapes, dtypes or devices that do not fit, for negative clip ranges or betas,
-    power not positive, an unknown transform or reduction, beta > 0 with neither v_ref nor a gate,
-    and ema_beta > 0 without v_ema. Source: arXiv 2509.25050.
+    power not positive, an unknown transform, beta > 0 with neither v_ref nor a gate, and ema_beta >
+    0 without v_ema. Source: arXiv 2509.25050.
     """
     op = "awm_loss"
     samples = {"target": target, "v_ref": v_ref, "v_ema": v_ema, "v_old": v_old}
@@ -380,7 +389,7 @@ def awm_loss(
     check_not_negative(
         op, clip_low=clip_low, clip_high=clip_high, ema_beta=ema_beta, adv_clip=adv_clip
     )
-    check_kl_options(op, beta, reduction, gate, v_ref)
+    check_kl(op, beta, gate, v_ref)
     if ema_beta > 0 and v_ema is None:
         raise ValueError(
             f"{op}: ema_beta is {ema_beta} but v_ema is None; pass v_ema or ema_beta=0"
@@ -392,7 +401,7 @@ def awm_loss(
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
         *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, reduction, adv_clip),
+        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip),
     ]
     if not kernels:
         return awm_loss_ref(v.flatten(1).to(dtype), *inputs)

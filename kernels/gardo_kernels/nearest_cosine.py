@@ -105,7 +105,7 @@ def _normalise_kernel(
     for start in range(0, features, BLOCK):
         feature = start + tl.arange(0, BLOCK)[None, :]
         e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(e))
+        largest = tl.maximum(largest, tl.abs(e))  # drops NaN, which the squares keep
     scale = tl.max(largest, 1)[:, None]  # divided by it, no square under- or overflows
     scale = tl.where(scale == 0, 1.0, scale)
     square = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -162,7 +162,7 @@ def _chords_kernel(
             distance = tl.where(either > 0, 1.0, distance)
             total += tl.sum(tl.where(pair, distance, 0.0), 1)
             least = tl.min(tl.where(pair, distance, float("inf")), 1)
-            nearest = tl.minimum(nearest, least)
+            nearest = tl.minimum(nearest, least)  # drops NaN, which the total keeps
     tl.store(nearest_ptr + split * rows + row, nearest)
     tl.store(sums_ptr + split * rows + row, total)
 

@@ -9,8 +9,7 @@ and strength b,
     policy     = policy_scale (r L+ + (1 - r) L-) / b
     kl         = mean((v - v_ref)^2) where gate_b is not 0, else 0
 
-    loss       = mean_b policy_b + beta sum_b gate_b kl_b / D
-    D          = R ("batch") or max(number of gated rows, 1) ("gated")
+    loss       = mean_b (policy_b + beta gate_b kl_b)
 
 Means are over the N elements of a sample. policy_scale is the range of the clamped advantages, 5 in
 the release. Source: DiffusionNFT, arXiv 2509.16117, and its released code; the gate: GARDO, arXiv
@@ -32,24 +31,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
-    Reduction,
-    check_kl_options,
+    check_kl,
     check_positive,
     check_tensors,
     constant_rows,
     constant_samples,
-    count_kl_rows,
     empty_results,
     error_where,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
+    kl_pull,
     load_fp32,
     load_rows,
     register_row_loss,
@@ -87,8 +91,8 @@ def nft_preference(advantage: Tensor, adv_clip: float = 5.0) -> Tensor:
 
 def nft_loss_ref(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
-    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, reduction: str,
-    floor: float, b: float,
+    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, floor: float,
+    b: float,
 ) -> NftLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
 
@@ -100,7 +104,7 @@ def nft_loss_ref(
     plus_R, weight_plus_R = branch(b * v_RN + (1 - b) * v_old_RN)
     minus_R, weight_minus_R = branch((1 + b) * v_old_RN - b * v_RN)
     policy_R = policy_scale * (r_R * plus_R + (1 - r_R) * minus_R) / b
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R), reduction)
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     return NftLoss(
         loss=policy_R.mean() + beta * kl,
         policy_R=policy_R.detach(),
@@ -123,7 +127,7 @@ def _nft_loss_sums_kernel(
     HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     t = tl.load(t_ptr + row)
     plus_1 = tl.zeros((BLOCK,), tl.float32)
@@ -159,10 +163,9 @@ def _nft_loss_sums_kernel(
 @triton.jit
 def _nft_loss_rows_kernel(
     sums_ptr, t_ptr, r_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
-    policy_scale, floor, GATED: tl.constexpr, ROWS: tl.constexpr,
+    policy_scale, floor, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum = 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -172,8 +175,8 @@ def _nft_loss_rows_kernel(
         gate = load_rows(gate_ptr, row, inside)
         weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
         weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
-        weight_plus = tl.maximum(weight_plus, floor)
-        weight_minus = tl.maximum(weight_minus, floor)
+        weight_plus = tl.where(weight_plus < floor, floor, weight_plus)  # NaN stays
+        weight_minus = tl.where(weight_minus < floor, floor, weight_minus)
         plus = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements / weight_plus
         minus = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements / weight_minus
         kl = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
@@ -190,8 +193,8 @@ def _nft_loss_rows_kernel(
         tl.store(at + 5 * rows, minus, mask=inside)
         tl.store(at + 6 * rows, -scale * r / weight_plus, mask=inside)
         tl.store(at + 7 * rows, scale * (1.0 - r) / weight_minus, mask=inside)
-        tl.store(at + 8 * rows, beta * gate / kl_rows * 2.0 / elements, mask=inside)
-    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
+        tl.store(at + 8 * rows, beta * gate * (2.0 / (rows * 1.0 * elements)), mask=inside)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows)
 
 
 @triton.jit
@@ -200,8 +203,8 @@ def _nft_loss_bwd_kernel(
     rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream, t = tl.load(upstream_ptr), tl.load(t_ptr + row)
@@ -216,7 +219,8 @@ def _nft_loss_bwd_kernel(
     s = t * b * (v - v_old)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -227,7 +231,7 @@ def _nft_loss_bwd_kernel(
 def _nft_loss_op(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
     t_R: Tensor, r_R: Tensor, gate_R: Tensor | None, beta: float, policy_scale: float,
-    reduction: str, floor: float, b: float,
+    floor: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
@@ -235,15 +239,14 @@ def _nft_loss_op(
     sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, 0)
     launch(
-        _nft_loss_sums_kernel, (chunks, R),
+        _nft_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_R5C, N, chunks, b,
         HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
     launch(
         _nft_loss_rows_kernel, (1,),
         sums_R5C, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
-        beta if v_ref_RN is not None else 0.0, policy_scale, floor,
-        GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
+        beta if v_ref_RN is not None else 0.0, policy_scale, floor, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 
@@ -257,7 +260,7 @@ def _nft_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _nft_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _nft_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
         HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
     )  # fmt: skip
@@ -282,7 +285,6 @@ def nft_loss(
     v_ref: Tensor | None = None,
     beta: float = 0.0,
     policy_scale: float = 5.0,
-    reduction: Reduction = "batch",
     floor: float = 1e-5,
     backend: Backend = "auto",
 ) -> NftLoss:
@@ -290,29 +292,29 @@ def nft_loss(
 
     v, v_old, x_t, x0, v_ref: [R, ...] of equal shape, any floating dtype; v_old is the sampling
     (old) velocity at x_t. t, r: [R] in [0, 1], the noising time and `nft_preference` of the
-    advantage. b > 0. gate: [R] bool or weight, None means every row; rows of gate 0 need no
-    reference, whatever v_ref holds there. v_ref None leaves the KL out, which is right for a
-    micro-batch without gated rows. Only v receives a gradient.
+    advantage. b > 0. gate: [R] bool or the weight of each row's KL, None means 1 for every row;
+    rows of gate 0 need no reference, whatever v_ref holds there. The KL is averaged over all R
+    rows: a mean over other rows is asked for by weights. v_ref None leaves the KL out, which is
+    right for a micro-batch without gated rows. Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old, x_t or x0 is fp64).
 
     ValueError for shapes, dtypes or devices that do not fit, b or floor not positive, beta
-    negative, an unknown reduction, and beta > 0 with neither v_ref nor a gate. Source: arXiv
-    2509.16117.
+    negative, and beta > 0 with neither v_ref nor a gate. Source: arXiv 2509.16117.
     """
     op = "nft_loss"
     samples = {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
     row_values = {"t": t, "r": r, "gate": gate}
     check_tensors(op, v, samples, row_values)
     check_positive(op, b=b, floor=floor)
-    check_kl_options(op, beta, reduction, gate, v_ref)
+    check_kl(op, beta, gate, v_ref)
     dtype = compute_dtype(v, v_old, x_t, x0)
     kernels = choose_backend(op, backend, v, v_old, x_t, x0) == "triton"
     values = row_values.values()
     inputs = [
         *constant_samples(None if kernels else dtype, *samples.values()),
         *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(beta, policy_scale, reduction, floor, b),
+        *(beta, policy_scale, floor, b),
     ]
     if not kernels:
         return nft_loss_ref(v.flatten(1).to(dtype), *inputs)

@@ -37,7 +37,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import INTERPRETED, Backend, choose_backend, launch
+from gardo_kernels._launch import (
+    INTERPRETED,
+    Backend,
+    block_and_row,
+    choose_backend,
+    grid_of_rows,
+    launch,
+)
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -182,11 +189,11 @@ def _random_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[row, :count], BLOCK elements of a row in each program."""
-    row = tl.program_id(1).to(tl.int64)
+    block, row = block_and_row(count, BLOCK)
     seed_low, seed_high = low_high(tl.load(seed_ptr))
     id_low, id_high = low_high(tl.load(id_ptr + row))
     quads = tl.arange(0, BLOCK // 4)
-    quad = (tl.program_id(0).to(tl.int64) * (BLOCK // 4) + quads).to(tl.uint32)
+    quad = (block.to(tl.int64) * (BLOCK // 4) + quads).to(tl.uint32)
     a, b, c, d = philox_words(quad, stream.to(tl.uint32), id_low, id_high, seed_low, seed_high)
     if KIND == BITS:
         values = interleave(a, b, c, d, BLOCK).to(tl.int64)
@@ -196,7 +203,7 @@ def _random_kernel(
         n0, n1 = normal_pair(a, b, FAST)
         n2, n3 = normal_pair(c, d, FAST)
         values = interleave(n0, n1, n2, n3, BLOCK)
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + row * count + element, values, mask=element < count)
 
 
@@ -205,9 +212,8 @@ def _random(kind: tl.constexpr, seed: Seed, sample_id_B: Tensor, stream: int, co
     device, block = sample_id_B.device, 1024
     dtype = torch.int64 if kind is BITS else torch.float32
     out = torch.empty(len(sample_id_B), count, dtype=dtype, device=device)
-    grid = (triton.cdiv(count, block), len(sample_id_B))
     launch(
-        _random_kernel, grid,
+        _random_kernel, grid_of_rows(len(sample_id_B), count, block),
         out, seed_tensor(seed, device), sample_id_B.contiguous(), stream, count,
         KIND=kind, FAST=not INTERPRETED, BLOCK=block,
     )  # fmt: skip

@@ -8,8 +8,7 @@ With delta = v - v_old and u = (std / B) z, the sampler's noise in velocity unit
     A         = clamp(advantage, +-adv_clip)
     kl        = kl_scale mean((v - v_ref)^2) where gate_b is not 0, else 0
 
-    loss      = mean_b policy_b + beta sum_b gate_b kl_b / D
-    D         = R ("batch") or max(number of gated rows, 1) ("gated")
+    loss      = mean_b (policy_b + beta gate_b kl_b)
 
 h, B and kl_scale are read from each row's denoise step (`gardo.flow.transitions`). Means are over
 the N elements of a sample, not sums, so clip ranges are 1e-4 to 1e-5. The difference of two
@@ -23,10 +22,10 @@ formula above, because h B^2 2 u = B z. Its weight is 1 / -dt.
 The gradient is two scalars a row times two differences:
 
     dL/dv = -(weight A ratio act) (2 h B^2) / (R N) (u - q delta)
-            + beta gate / D (2 kl_scale / N) (v - v_ref)
+            + beta gate (2 kl_scale) / (R N) (v - v_ref)
 
-act = 0 where clipping is active (A > 0 and ratio > 1 + clip_high, or A < 0 and ratio < 1 -
-clip_low), else 1.
+act = 0 where clipping is active (A > 0 and log_ratio > log(1 + clip_high), or A < 0 and log_ratio <
+log(1 - clip_low)), else 1.
 
 Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; the gate: GARDO, arXiv 2512.24138, eq. 7; GRPO-Guard,
 arXiv 2510.22319.
@@ -49,33 +48,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import Backend, choose_backend, compute_dtype, launch
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
 from gardo_kernels._row_loss import (
     BLOCK,
     CHUNK,
     ROWS_AT_A_TIME,
-    Reduction,
-    check_kl_options,
+    check_kl,
     check_not_negative,
     check_tensors,
     clipped_term,
     clipped_term_ref,
     constant_rows,
     constant_samples,
-    count_kl_rows,
     empty_results,
     error_where,
     exp_near_0,
     gated_difference,
     gated_kl_ref,
     is_gated,
-    is_on,
     kernel_rows,
-    kl_rows,
+    kl_pull,
     load_fp32,
     load_rows,
+    log_bounds,
     register_row_loss,
     sum_chunks,
+    within,
 )
 
 
@@ -100,8 +105,8 @@ class PolicyLoss:
 def policy_loss_ref(
     v_RN: Tensor, v_old_RN: Tensor, u_RN: Tensor, v_ref_RN: Tensor | None,
     advantage_R: Tensor, h_R: Tensor, B_R: Tensor, weight_R: Tensor, gate_R: Tensor,
-    kl_scale_R: Tensor, clip_low: float, clip_high: float, beta: float, reduction: str,
-    adv_clip: float, quadratic: bool,
+    kl_scale_R: Tensor, clip_low: float, clip_high: float, beta: float, adv_clip: float,
+    quadratic: bool,
 ) -> PolicyLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
     advantage_R = advantage_R.clamp(-adv_clip, adv_clip)
@@ -111,9 +116,9 @@ def policy_loss_ref(
         gain_R = gain_R - delta_RN.square().mean(1)
     log_ratio_R = h_R * B_R.square() * gain_R
     ratio_R = log_ratio_R.exp()
-    term_R, high_R, low_R = clipped_term_ref(advantage_R, ratio_R, clip_low, clip_high)
+    term_R, high_R, low_R = clipped_term_ref(advantage_R, log_ratio_R, ratio_R, clip_low, clip_high)
     policy_R = weight_R * term_R
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, kl_scale_R, reduction)
+    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, kl_scale_R)
     return PolicyLoss(
         loss=policy_R.mean() + beta * kl,
         loss_R=policy_R.detach(),
@@ -130,8 +135,7 @@ def policy_loss_grad_ref(
     v: Tensor, v_old: Tensor, u: Tensor, *, advantage: Tensor, h: Tensor, B: Tensor,
     weight: Tensor | None = None, gate: Tensor | None = None, v_ref: Tensor | None = None,
     kl_scale: Tensor | None = None, clip_low: float = 1e-4, clip_high: float = 1e-4,
-    beta: float = 0.0, reduction: Reduction = "batch", adv_clip: float = 5.0,
-    quadratic: bool = True,
+    beta: float = 0.0, adv_clip: float = 5.0, quadratic: bool = True,
 ) -> Tensor:  # fmt: skip
     """dL/dv in closed form: [R, ...] fp32, or fp64 for fp64 inputs. Arguments as `policy_loss`."""
     out = policy_loss(
@@ -144,13 +148,13 @@ def policy_loss_grad_ref(
         v, dtype, advantage, h, B, weight, gate, kl_scale
     )
     R, N = v_RN.shape
-    act_R = (~(out.clipped_high_R | out.clipped_low_R)).to(dtype)
-    policy_weight_R = weight_R * advantage_R.clamp(-adv_clip, adv_clip) * out.ratio_R * act_R
+    moving_R = out.ratio_R.masked_fill(out.clipped_high_R | out.clipped_low_R, 0.0)
+    policy_weight_R = weight_R * advantage_R.clamp(-adv_clip, adv_clip) * moving_R
     policy_weight_R = policy_weight_R * 2 * h_R * B_R.square() / (R * N)
     direction_RN = u_RN - (v_RN - v_old_RN) if quadratic else u_RN
     grad_RN = -policy_weight_R[:, None] * direction_RN
     if v_ref_RN is not None:
-        kl_weight_R = beta * gate_R / kl_rows(gate_R, reduction) * 2 * kl_scale_R / N
+        kl_weight_R = beta * gate_R * 2 * kl_scale_R / (R * N)
         grad_RN = grad_RN + kl_weight_R[:, None] * gated_difference(v_RN, v_ref_RN, gate_R)
     return grad_RN.view(v.shape)
 
@@ -167,7 +171,7 @@ def _policy_loss_sums_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, row = block_and_row(elements, CHUNK)
     gated = is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
@@ -192,17 +196,16 @@ def _policy_loss_sums_kernel(
 @triton.jit
 def _policy_loss_rows_kernel(
     sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
-    loss_ptr, rows, elements, chunks, clip_low, clip_high, beta, adv_clip,
-    GATED: tl.constexpr, ROWS: tl.constexpr,
+    loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high, beta, adv_clip,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
-    kl_rows = count_kl_rows(gate_ptr, rows, GATED, ROWS)
     policy_sum, kl_sum = 0.0, 0.0
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
         advantage = load_rows(advantage_ptr, row, inside)
-        advantage = tl.minimum(tl.maximum(advantage, -adv_clip), adv_clip)
+        advantage = within(advantage, -adv_clip, adv_clip)
         B = load_rows(B_ptr, row, inside)
         strength = load_rows(h_ptr, row, inside) * B * B
         weight = load_rows(weight_ptr, row, inside)
@@ -210,22 +213,25 @@ def _policy_loss_rows_kernel(
         kl_scale = load_rows(kl_scale_ptr, row, inside)
         log_ratio = strength * (sum_chunks(sums_ptr, row, inside, chunks, 0, 2) / elements)
         ratio = exp_near_0(log_ratio)
-        term, high, low = clipped_term(advantage, ratio, clip_low, clip_high)
+        term, high, low = clipped_term(
+            advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
+        )
         policy = weight * term
         kl = kl_scale * (sum_chunks(sums_ptr, row, inside, chunks, 1, 2) / elements)
         policy_sum += tl.sum(policy)  # rows outside weigh 0
         kl_sum += tl.sum(gate * kl)
-        moves = tl.where(high | low, 0.0, weight * advantage * ratio)
+        moves = weight * advantage * tl.where(high | low, 0.0, ratio)
+        scale = 2.0 / (rows * 1.0 * elements)
         at = rows_ptr + row
         tl.store(at, policy, mask=inside)
         tl.store(at + rows, ratio, mask=inside)
         tl.store(at + 2 * rows, log_ratio, mask=inside)
         tl.store(at + 3 * rows, kl, mask=inside)
-        tl.store(at + 4 * rows, moves * (2.0 * strength / (rows * 1.0 * elements)), mask=inside)
-        tl.store(at + 5 * rows, beta * gate / kl_rows * 2.0 * kl_scale / elements, mask=inside)
+        tl.store(at + 4 * rows, moves * (strength * scale), mask=inside)
+        tl.store(at + 5 * rows, beta * gate * (kl_scale * scale), mask=inside)
         tl.store(flags_ptr + row, high, mask=inside)
         tl.store(flags_ptr + rows + row, low, mask=inside)
-    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / kl_rows)
+    tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows)
 
 
 @triton.jit
@@ -234,8 +240,8 @@ def _policy_loss_bwd_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, row = block_and_row(elements, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     at = row * elements + element
     upstream = tl.load(upstream_ptr)
@@ -247,7 +253,8 @@ def _policy_loss_bwd_kernel(
         direction -= v - load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
     if HAS_REF:
-        grad += kl_weight * error_where(v, v_ref_ptr, at, inside & is_on(kl_weight, BLOCK))
+        kl = tl.load(rows_ptr + 3 * rows + row)
+        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -259,7 +266,7 @@ def _policy_loss_op(
     v_RN: Tensor, v_old_RN: Tensor, u_RN: Tensor, v_ref_RN: Tensor | None,
     advantage_R: Tensor, h_R: Tensor, B_R: Tensor, weight_R: Tensor | None,
     gate_R: Tensor | None, kl_scale_R: Tensor | None, clip_low: float, clip_high: float,
-    beta: float, reduction: str, adv_clip: float, quadratic: bool,
+    beta: float, adv_clip: float, quadratic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     R, N = v_RN.shape
@@ -267,15 +274,15 @@ def _policy_loss_op(
     sums_R2C = v_RN.new_empty(R, 2, chunks, dtype=torch.float32)
     loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
     launch(
-        _policy_loss_sums_kernel, (chunks, R),
+        _policy_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
         v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_R2C, N, chunks,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
     launch(
         _policy_loss_rows_kernel, (1,),
         sums_R2C, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, flags_FR, loss,
-        R, N, chunks, clip_low, clip_high, beta if v_ref_RN is not None else 0.0, adv_clip,
-        GATED=reduction == "gated", ROWS=ROWS_AT_A_TIME,
+        R, N, chunks, *log_bounds(clip_low, clip_high), clip_low, clip_high,
+        beta if v_ref_RN is not None else 0.0, adv_clip, ROWS=ROWS_AT_A_TIME,
     )  # fmt: skip
     return loss, rows_SR, flags_FR
 
@@ -289,7 +296,7 @@ def _policy_loss_grad_op(
     R, N = v_RN.shape
     grad_RN = torch.empty_like(v_RN)
     launch(
-        _policy_loss_bwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _policy_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
         v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
         HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, BLOCK=BLOCK,
     )  # fmt: skip
@@ -321,7 +328,6 @@ def policy_loss(
     clip_low: float = 1e-4,
     clip_high: float = 1e-4,
     beta: float = 0.0,
-    reduction: Reduction = "batch",
     adv_clip: float = 5.0,
     quadratic: bool = True,
     backend: Backend = "auto",
@@ -330,18 +336,19 @@ def policy_loss(
 
     v, v_old, u, v_ref: [R, ...] of equal shape, any floating dtypes. v is the trained velocity,
     v_old the sampling one, u = u_scale z. advantage, h, B, weight, kl_scale: [R]; weight None means
-    1; kl_scale None means 1 (a squared velocity error). gate: [R] bool or weight, None means every
-    row; rows of gate 0 need no reference, whatever v_ref holds there. v_ref None leaves the KL out,
-    which is right for a micro-batch without gated rows. quadratic False leaves mean(delta^2) out of
-    the log-ratio (GRPO-Guard). Only v receives a gradient.
+    1; kl_scale None means 1 (a squared velocity error). gate: [R] bool or the weight of each row's
+    KL, None means 1 for every row; rows of gate 0 need no reference, whatever v_ref holds there.
+    The KL is averaged over all R rows: a mean over other rows is asked for by weights. v_ref None
+    leaves the KL out, which is right for a micro-batch without gated rows. quadratic False leaves
+    mean(delta^2) out of the log-ratio (GRPO-Guard). Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old or u is fp64); velocities and advantages
     without unit, KL in nats a mean element.
 
-    ValueError for shapes, dtypes or devices that do not fit, for negative clip ranges or beta, an
-    unknown reduction, and for beta > 0 with neither v_ref nor a gate: a KL to every row was asked
-    for and has no reference. Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; GARDO, arXiv 2512.24138,
-    eq. 7; GRPO-Guard, arXiv 2510.22319.
+    ValueError for shapes, dtypes or devices that do not fit, for negative clip ranges or beta, and
+    for beta > 0 with neither v_ref nor a gate: a KL to every row was asked for and has no
+    reference. Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; GARDO, arXiv 2512.24138, eq. 7;
+    GRPO-Guard, arXiv 2510.22319.
     """
     op = "policy_loss"
     row_values = {
@@ -349,14 +356,14 @@ def policy_loss(
     }  # fmt: skip
     check_tensors(op, v, {"v_old": v_old, "u": u, "v_ref": v_ref}, row_values)
     check_not_negative(op, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
-    check_kl_options(op, beta, reduction, gate, v_ref)
+    check_kl(op, beta, gate, v_ref)
     dtype = compute_dtype(v, v_old, u)
     kernels = choose_backend(op, backend, v, v_old, u) == "triton"
     values = row_values.values()
     inputs = [
         *constant_samples(None if kernels else dtype, v_old, u, v_ref),
         *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(clip_low, clip_high, beta, reduction, adv_clip, quadratic),
+        *(clip_low, clip_high, beta, adv_clip, quadratic),
     ]
     if not kernels:
         return policy_loss_ref(v.flatten(1).to(dtype), *inputs)

@@ -31,12 +31,14 @@ from torch import Tensor
 from gardo_kernels._launch import (
     INTERPRETED,
     Backend,
+    block_and_row,
     check_device,
     check_like,
     check_rows,
     check_samples,
     choose_backend,
     compute_dtype,
+    grid_of_rows,
     launch,
 )
 from gardo_kernels.philox import (
@@ -122,7 +124,7 @@ def _sde_step_fwd_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of a row; sums[row, block] = the block's sum of (std z)^2."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = block_and_row(elements, BLOCK)
     step = tl.load(step_ptr + row)
     within = (step >= 0) & (step < steps)  # a step outside the table gives NaN
     at = table_ptr + step * columns
@@ -171,7 +173,7 @@ def _sde_step_fwd_kernel(
         tl.store(m_ptr + here, x - sigma * v, mask=inside)
     if KEEP_SQUARE:
         square = tl.sum(tl.where(inside, noise * noise, 0.0)) * std * std
-        tl.store(sums_ptr + row * tl.num_programs(0) + block, square)
+        tl.store(sums_ptr + tl.program_id(0), square)
 
 
 # ---- op ------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def _sde_step_op(
     guided, keep_low = uncond_RN is not None, model_dtype != torch.float32
     outputs = _empty(x_RN, v_RN, guided, model_dtype, keep_u, keep_m, keep_square)
     launch(
-        _sde_step_fwd_kernel, (triton.cdiv(N, BLOCK), R),
+        _sde_step_fwd_kernel, grid_of_rows(R, N, BLOCK),
         x_RN, v_RN, uncond_RN, m_prev_RN, table_TK, step_R, seed, sample_id_R, *outputs,
         N, *table_TK.shape, guidance,
         HAS_NOISE=seed is not None, GUIDED=guided, HAS_M=m_prev_RN is not None, KEEP_LOW=keep_low,

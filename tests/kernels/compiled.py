@@ -62,6 +62,7 @@ class Code:
     other: int  # other global accesses, such as a row's scalars
     doubles: int
     atomics: int
+    drops: int  # minima and maxima of floats that drop NaN
 
 
 RANDOM = {"out_ptr": "*fp32", "seed_ptr": "*i64", "id_ptr": "*i64", "stream": "i64", "count": "i32"}
@@ -177,8 +178,8 @@ def few_specs() -> list[Spec]:
     """The kernels that see one value a row: what is left out is None, a gate may be booleans."""
     row_values = ("advantage", "h", "B", "w", "t", "r", "weight", "gate", "kl_scale", "leader")
     written = ("sums", "rows", "loss", "parts", "zero", "nearest", "mean")
-    numbers = ("clip_low", "clip_high", "beta", "ema_beta", "adv_clip", "power", "policy_scale",
-               "floor", "b")  # fmt: skip
+    numbers = ("log_low", "log_high", "clip_low", "clip_high", "beta", "ema_beta", "adv_clip",
+               "power", "policy_scale", "floor", "b")  # fmt: skip
     types = {**{f"{n}_ptr": "*fp32" for n in row_values + written}, "flags_ptr": "*i1",
              "leader_ptr": "*i32", "bounds_ptr": "*i32", **dict.fromkeys(numbers, "fp32"),
              **dict.fromkeys(("rows", "elements", "chunks"), "i32")}  # fmt: skip
@@ -186,7 +187,7 @@ def few_specs() -> list[Spec]:
         import_module(f"gardo_kernels.{n}")
         for n in ("policy_loss", "nft_loss", "awm_loss", "nearest_cosine")
     )
-    rows = {"GATED": True, "ROWS": loss.ROWS_AT_A_TIME}
+    rows = {"ROWS": loss.ROWS_AT_A_TIME}
     plain = {"weight_ptr": None, "kl_scale_ptr": None, **rows}
     means = {"ROWS": near.ROWS, "SPLITS": near.SPLITS, "BLOCK": near.MEANS_BLOCK}
     count = loss.ROWS_AT_A_TIME
@@ -242,6 +243,7 @@ def compiled(spec: Spec, architecture: int) -> Code:
         other=len(vectors) - len(wide),
         doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)", n) is not None for n in found),
         atomics=sum(re.match(r"(ATOM|RED)G?(\.|$)", n) is not None for n in found),
+        drops=sum(n.startswith("FMNMX") and ".NAN" not in n for n in found),
     )
 
 

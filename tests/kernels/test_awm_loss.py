@@ -80,16 +80,15 @@ def test_first_update_is_advantage_weighted_matching(transform):
     torch.testing.assert_close(grad, *torch.autograd.grad(matching, v), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
 @pytest.mark.parametrize("transform", LOG_P)
 @pytest.mark.parametrize("size", [0.05, 1.0])
-def test_gradcheck(transform, reduction, size):
+def test_gradcheck(transform, size):
     (v, v_old, target), options = problem(rows=4, shape=(3,), size=size)
     v.requires_grad_()
 
     def loss(v):
         return awm_loss(v, v_old, target, **options, **CLIP, transform=transform, beta=0.7,
-                        ema_beta=0.4, reduction=reduction).loss  # fmt: skip
+                        ema_beta=0.4).loss  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (v,))
 
@@ -110,8 +109,22 @@ def test_clip_by_hand():
     assert (v.grad[:, 0] == 0).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize(("reduction", "rows"), [("batch", 5), ("gated", 3)])
-def test_penalties(reduction, rows):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_narrow_clips_are_decided_to_a_thousandth_of_them(backend):
+    """As in the policy loss: with v = 1, v_old = 0 and a target of 1 or 0 the log-ratio is +-t."""
+    t = torch.tensor([9.995e-6, 1.0005e-5, 9.995e-6, 1.0005e-5])
+    v, target = torch.ones(4, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    v, target, t, advantage = on_device(v, target, t, advantage)
+    out = awm_loss(
+        v, 0 * v, target, advantage=advantage, t=t, transform="t", clip_low=1e-5, clip_high=1e-5,
+        backend=backend,
+    )  # fmt: skip
+    assert out.clipped_high_R.tolist() == [False, True, False, False]
+    assert out.clipped_low_R.tolist() == [False, False, False, True]
+
+
+def test_penalties():
     inputs, options = problem()
     plain = awm_loss(*inputs, **options)
     torch.testing.assert_close(plain.loss, plain.loss_R.mean())  # reported, not penalised
@@ -121,8 +134,11 @@ def test_penalties(reduction, rows):
     torch.testing.assert_close(plain.kl_R[gate], kl)
     assert (plain.kl_R[~gate] == 0).all()
     torch.testing.assert_close(plain.ema_R, ema)
-    out = awm_loss(*inputs, **options, beta=0.5, ema_beta=0.25, reduction=reduction)
-    torch.testing.assert_close(out.loss - plain.loss, 0.5 * kl.sum() / rows + 0.25 * ema.mean())
+    for weight in (True, 5 / 3):  # 5 / 3: a mean over the gated rows
+        weighed = options | {"gate": gate * weight}
+        out = awm_loss(*inputs, **weighed, beta=0.5, ema_beta=0.25)
+        penalty = 0.5 * weight * kl.sum() / 5 + 0.25 * ema.mean()
+        torch.testing.assert_close(out.loss - plain.loss, penalty)
     without = awm_loss(*inputs, **(options | {"v_ema": None, "v_ref": None}), beta=0.5)
     torch.testing.assert_close(without.loss, plain.loss)
     assert (without.ema_R == 0).all() and (without.kl_R == 0).all()
@@ -173,12 +189,11 @@ CASES += [("t2", torch.bfloat16), ("ghuber", torch.bfloat16), ("ghuber", torch.f
 def test_kernels_are_the_reference(shape, transform, dtype):
     """Sums of fp32 products in trees: a few 2^-24 of their size."""
     inputs, options = problem(shape=shape, dtype=dtype)
-    reduction = "batch" if dtype == torch.float32 else "gated"
     for left_out in ((), ("v_ref", "v_ema")):
         chosen = {k: x for k, x in options.items() if k not in left_out}
         (ours, grad), (exact, exact_grad) = both(
             awm_loss, inputs, chosen, **CLIP, transform=transform, beta=1.5,
-            ema_beta=0.0 if left_out else 0.5, reduction=reduction,
+            ema_beta=0.0 if left_out else 0.5,
         )  # fmt: skip
         check_statistics(ours, exact, 5e-6)
         check_gradient(grad, exact_grad, dtype)
@@ -188,10 +203,10 @@ def test_kernels_are_the_reference(shape, transform, dtype):
 @given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
        seed=st.integers(0, 1000), size=st.sampled_from([1e-3, 0.1, 1.0]),
        transform=st.sampled_from(list(LOG_P)), power=numbers(0.125, 2), low=numbers(0, 1),
-       high=numbers(0, 1), beta=numbers(0, 2), ema_beta=numbers(0, 2), adv_clip=numbers(0, 6),
-       reduction=st.sampled_from(["batch", "gated"]))  # fmt: skip
+       high=numbers(0, 1), beta=numbers(0, 2), ema_beta=numbers(0, 2),
+       adv_clip=numbers(0, 6))  # fmt: skip
 def test_kernels_with_any_coefficients(
-    data, n, rows, seed, size, transform, power, low, high, beta, ema_beta, adv_clip, reduction
+    data, n, rows, seed, size, transform, power, low, high, beta, ema_beta, adv_clip
 ):
     inputs, _ = problem(rows=rows, shape=(n,), dtype=torch.float32, size=size, seed=seed)
     lists = {"advantage": numbers(-8, 8), "t": numbers(0, 1), "gate": GATES}
@@ -203,7 +218,7 @@ def test_kernels_with_any_coefficients(
     options["v_ema"] = inputs[1]
     (ours, grad), (exact, exact_grad) = both(
         awm_loss, inputs, options, transform=transform, power=power, clip_low=low, clip_high=high,
-        beta=beta, ema_beta=ema_beta, adv_clip=adv_clip, reduction=reduction,
+        beta=beta, ema_beta=ema_beta, adv_clip=adv_clip,
     )  # fmt: skip
     for bound in (1 - low, 1 + high):  # at a bound the gradient jumps
         assume(((exact.ratio_R - bound).abs() > 1e-5).all())
@@ -295,7 +310,7 @@ def test_opcheck(power):
     tensors = (target, options["v_ref"].nan_to_num(), options["v_ema"], v_old,
                options["advantage"], options["t"], options["gate"].float())  # fmt: skip
     arguments = (v.to(DEVICE).requires_grad_(), *on_device(*tensors), power, 0.2, 0.1, 1.5, 0.5,
-                 "gated", 5.0)  # fmt: skip
+                 5.0)  # fmt: skip
     torch.library.opcheck(torch.ops.gardo.awm_loss.default, arguments)
 
 

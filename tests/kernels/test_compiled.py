@@ -12,24 +12,26 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BUDGET = {  # instructions an element at most: what a memory-bound kernel can afford
+# Instructions an element at most: what a memory-bound kernel can afford. Up to 4 of them are the
+# division by which a program finds its row, once for eight elements a thread.
+BUDGET = {
     "random_bits": 40,
     "random_uniform": 40,
     "random_normal": 64,
-    "sde_step_bf16": 60,
+    "sde_step_bf16": 64,
     "sde_step_fp32": 56,
     "sde_step_guided_bf16": 92,
     "awm_loss_sums_bf16": 64,
     "awm_loss_sums_fp32": 56,
-    "awm_loss_bwd_bf16": 24,
-    "awm_loss_bwd_fp32": 20,
+    "awm_loss_bwd_bf16": 28,
+    "awm_loss_bwd_fp32": 24,
     "policy_loss_sums_bf16": 40,
     "policy_loss_sums_fp32": 40,
-    "policy_loss_bwd_bf16": 24,
-    "policy_loss_bwd_fp32": 20,
+    "policy_loss_bwd_bf16": 28,
+    "policy_loss_bwd_fp32": 24,
     "nft_loss_sums_bf16": 64,
     "nft_loss_sums_fp32": 56,
-    "nft_loss_bwd_bf16": 32,
+    "nft_loss_bwd_bf16": 36,
     "nft_loss_bwd_fp32": 28,
     "nearest_cosine_normalise_bf16": 72,
     "nearest_cosine_normalise_fp32": 72,
@@ -57,6 +59,7 @@ REGISTERS = {  # where 64 are not enough
 # one value a row: few programs, far from any limit
 FEW = ("policy_loss_rows", "policy_loss_rows_plain", "nft_loss_rows", "awm_loss_rows",
        "nearest_cosine_means")  # fmt: skip
+KEPT_BY_SUMS = ("normalise_bf16", "normalise_fp32", "chords", "means", "tiles")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,12 @@ def test_no_stack_spills_doubles_or_atomics(codes: list[dict[str, Any]], name: s
         if code["name"] == name:
             assert code["stack"] == code["spills"] == 0, code
             assert code["doubles"] == code["atomics"] == 0, code
+
+
+def test_no_minimum_drops_nan(codes: list[dict[str, Any]]) -> None:
+    """But among distances, where sums beside the minima keep it."""
+    drops = {code["name"] for code in codes if code["drops"]}
+    assert drops <= {f"nearest_cosine_{name}" for name in KEPT_BY_SUMS}, drops
 
 
 @pytest.mark.parametrize("name", BUDGET)

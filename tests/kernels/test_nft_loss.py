@@ -70,13 +70,10 @@ def test_preference():
 
 
 @pytest.mark.parametrize("b", [1.0, 0.1])
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-def test_gradient_treats_the_weights_as_constants(b, reduction):
+def test_gradient_treats_the_weights_as_constants(b):
     # fp64, by hand: dL+-/dv = 2 (x0+- - x0)(-+ t b) / (N weight+-)
     (v, v_old, x_t, x0, t), options = problem()
-    out = nft_loss(
-        v.requires_grad_(), v_old, x_t, x0, t, **options, b=b, beta=0.3, reduction=reduction
-    )
+    out = nft_loss(v.requires_grad_(), v_old, x_t, x0, t, **options, b=b, beta=0.3)
     (grad,) = torch.autograd.grad(out.loss, v)
     v, t_ = v.detach(), t.view(-1, 1, 1)
     r_, gate, n = options["r"].view(-1, 1, 1), options["gate"], 12
@@ -85,9 +82,8 @@ def test_gradient_treats_the_weights_as_constants(b, reduction):
     weights = [e.abs().mean((1, 2), keepdim=True) for e in (plus, minus)]
     by_hand = 2 * t_ * b / n * (-r_ * plus / weights[0] + (1 - r_) * minus / weights[1])
     by_hand = 5 * by_hand / b / 5
-    rows = 5 if reduction == "batch" else 3
     kl = torch.zeros_like(v)
-    kl[gate] = 0.3 / rows * 2 / n * (v - options["v_ref"])[gate]
+    kl[gate] = 0.3 / 5 * 2 / n * (v - options["v_ref"])[gate]
     torch.testing.assert_close(grad, by_hand + kl, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(out.weight_plus_R, weights[0].flatten())
     torch.testing.assert_close(out.weight_minus_R, weights[1].flatten())
@@ -115,7 +111,7 @@ def test_perfect_predictions_meet_the_floor():
     assert torch.autograd.grad(out.loss, v)[0].isfinite().all()
 
 
-def test_reductions_and_gate():
+def test_the_kl_is_a_mean_over_all_rows():
     arguments, options = problem()
     plain = nft_loss(*arguments, **options, b=1.0)
     torch.testing.assert_close(plain.loss, plain.policy_R.mean())
@@ -123,16 +119,15 @@ def test_reductions_and_gate():
     expected = (arguments[0] - options["v_ref"])[gate].square().flatten(1).mean(1)
     torch.testing.assert_close(plain.kl_R[gate], expected)
     assert (plain.kl_R[~gate] == 0).all()
-    for reduction, rows in (("batch", 5), ("gated", 3)):
-        out = nft_loss(*arguments, **options, b=1.0, beta=0.5, reduction=reduction)
-        torch.testing.assert_close(out.loss - plain.loss, 0.5 * plain.kl_R.sum() / rows)
+    for weight in (True, 5 / 3):  # 5 / 3: a mean over the gated rows
+        out = nft_loss(*arguments, **(options | {"gate": gate * weight}), b=1.0, beta=0.5)
+        torch.testing.assert_close(out.loss - plain.loss, 0.5 * weight * plain.kl_R.mean())
     nothing = options | {"gate": torch.zeros(5, dtype=torch.bool)}
     everything = {"r": options["r"], "v_ref": arguments[1]}
-    for reduction in ("batch", "gated"):
-        out = nft_loss(*arguments, **nothing, b=1.0, beta=0.5, reduction=reduction)
-        torch.testing.assert_close(out.loss, plain.loss)
-        out = nft_loss(*arguments, **everything, b=1.0, beta=0.5, reduction=reduction)
-        torch.testing.assert_close(out.loss - plain.loss, 0.5 * out.kl_R.mean())
+    out = nft_loss(*arguments, **nothing, b=1.0, beta=0.5)
+    torch.testing.assert_close(out.loss, plain.loss)
+    out = nft_loss(*arguments, **everything, b=1.0, beta=0.5)
+    torch.testing.assert_close(out.loss - plain.loss, 0.5 * out.kl_R.mean())
 
 
 def test_policy_scale_and_fp32():
@@ -198,8 +193,6 @@ def test_bad_inputs():
     for name in ("b", "floor"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             nft_loss(v, v_old, x_t, x0, t, **(good | {name: 0.0}))
-    with pytest.raises(ValueError, match="reduction"):
-        nft_loss(v, v_old, x_t, x0, t, **good, reduction="sum")
     with pytest.raises(ValueError, match="v_ref is None"):
         nft_loss(v, v_old, x_t, x0, t, r=t, b=1.0, beta=0.1)
 
@@ -215,14 +208,14 @@ def of_kernels(**shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("reduction", "b"), [("batch", 1.0), ("gated", 0.1)])
-def test_kernels_are_the_reference(shape, dtype, reduction, b):
+@pytest.mark.parametrize("b", [1.0, 0.1])
+def test_kernels_are_the_reference(shape, dtype, b):
     """Sums of fp32 squares in trees: a few 2^-24 of their size."""
     inputs, options = of_kernels(shape=shape, dtype=dtype)
     for left_out in ((), ("gate", "v_ref")):
         chosen = {k: x for k, x in options.items() if k not in left_out}
         (ours, grad), (exact, exact_grad) = both(
-            nft_loss, inputs, chosen, b=b, beta=0.0 if left_out else 1.5, reduction=reduction
+            nft_loss, inputs, chosen, b=b, beta=0.0 if left_out else 1.5
         )
         check_statistics(ours, exact, 5e-6)
         check_gradient(grad, exact_grad, dtype)
@@ -231,8 +224,8 @@ def test_kernels_are_the_reference(shape, dtype, reduction, b):
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
        seed=st.integers(0, 1000), b=numbers(0.0625, 1), beta=numbers(0, 2), scale=numbers(0.5, 8),
-       floor=numbers(2.0**-10, 1), reduction=st.sampled_from(["batch", "gated"]))  # fmt: skip
-def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floor, reduction):
+       floor=numbers(2.0**-10, 1))  # fmt: skip
+def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floor):
     (v, v_old, x_t, x0, _), _ = of_kernels(rows=rows, shape=(n,), dtype=torch.float32, seed=seed)
     lists = {"t": numbers(0, 1), "r": numbers(0, 1), "gate": GATES}
     t, r, gate = (
@@ -242,7 +235,7 @@ def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floo
     v_ref = torch.where(gate[:, None] != 0, -v_old, torch.nan)
     (ours, grad), (exact, exact_grad) = both(
         nft_loss, (v, v_old, x_t, x0, t), {"r": r, "gate": gate, "v_ref": v_ref}, b=b, beta=beta,
-        policy_scale=scale, reduction=reduction, floor=floor,
+        policy_scale=scale, floor=floor,
     )  # fmt: skip
     check_statistics(ours, exact, 5e-6 * max(1.0, float(exact.policy_R.max())))
     # the gradient's two branches pull against each other: their sizes, not their difference, are
@@ -299,7 +292,7 @@ def test_opcheck():
     (v, v_old, x_t, x0, t), options = of_kernels(rows=3, dtype=torch.float32, shape=(40,))
     tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["r"], options["gate"])
     rows = [x.float().to(DEVICE) for x in tensors]
-    arguments = (v.to(DEVICE).requires_grad_(), *rows, 1.5, 5.0, "gated", 1e-5, 0.5)
+    arguments = (v.to(DEVICE).requires_grad_(), *rows, 1.5, 5.0, 1e-5, 0.5)
     torch.library.opcheck(torch.ops.gardo.nft_loss.default, arguments)
 
 

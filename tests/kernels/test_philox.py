@@ -183,7 +183,7 @@ def test_the_kernels_normals_hold_at_the_edge():
 
 def test_a_kernel_needs_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setattr("gardo_kernels._launch.INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="needs tensors on a GPU, these are on cpu"):
+    with pytest.raises(RuntimeError, match="needs tensors on an NVIDIA GPU, these are on cpu"):
         random_bits(0, ids(1), 0, 4, backend="triton")
     with pytest.raises(ValueError, match="backend 'cuda' is unknown"):
         random_bits(0, ids(1), 0, 4, backend="cuda")

@@ -178,10 +178,28 @@ def test_clip_by_hand():
     assert (v.grad[:, 0] == 0).tolist() == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_narrow_clips_are_decided_to_a_thousandth_of_them(backend):
+    """Log-ratios near log(1 +- 1e-5), where the ratios that fp32 has lie 1e-7 apart."""
+    bounds = torch.tensor([math.log1p(1e-5)] * 2 + [math.log1p(-1e-5)] * 2)
+    log_ratio = bounds * torch.tensor([0.9995, 1.0005, 0.9995, 1.0005])
+    log_ratio, advantage = on_device(log_ratio.repeat(2), torch.tensor([1.0] * 4 + [-1.0] * 4))
+    half, ones = torch.full((8, 1), 0.5, device=DEVICE), torch.ones(8, device=DEVICE)
+    v = (2 * half).requires_grad_()  # with u = 1/2 and q = 0 the log-ratio is h
+    out = policy_loss(
+        v, 0 * half, half, advantage=advantage, h=log_ratio, B=ones, clip_low=1e-5, clip_high=1e-5,
+        quadratic=False, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(out.log_ratio_R, log_ratio)
+    assert out.clipped_high_R.tolist() == [False, True] + [False] * 6
+    assert out.clipped_low_R.tolist() == [False] * 7 + [True]
+    (grad,) = torch.autograd.grad(out.loss, v)
+    assert (grad[:, 0] == 0).tolist() == (out.clipped_high_R | out.clipped_low_R).tolist()
+
+
 @pytest.mark.parametrize("gate", ["some", "none", "all", "weights", "absent"])
 @pytest.mark.parametrize(("seed", "variant"), [(0, PLAIN), (1, PLAIN), (0, GUARD)])
-def test_closed_form_gradient_is_autograds(reduction, gate, seed, variant):
+def test_closed_form_gradient_is_autograds(gate, seed, variant):
     v, v_old, u, options = problem(rows=8, seed=seed)
     if gate != "some":
         options["v_ref"] = torch.randn_like(v_old)
@@ -191,7 +209,7 @@ def test_closed_form_gradient_is_autograds(reduction, gate, seed, variant):
             "weights": torch.linspace(0, 2, 8, dtype=torch.float64),
             "absent": None,
         }[gate]
-    options |= CLIP | {"beta": 0.7, "reduction": reduction} | variant
+    options |= CLIP | {"beta": 0.7} | variant
     v.requires_grad_()
     out = policy_loss(v, v_old, u, **options)
     clipped = out.clipped_high_R | out.clipped_low_R
@@ -202,11 +220,10 @@ def test_closed_form_gradient_is_autograds(reduction, gate, seed, variant):
 
 
 @pytest.mark.parametrize("variant", [PLAIN, GUARD], ids=["plain", "guard"])
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-def test_gradcheck(reduction, variant):
+def test_gradcheck(variant):
     v, v_old, u, options = problem(rows=4, shape=(3,))
     v.requires_grad_()
-    options |= CLIP | {"beta": 0.7, "reduction": reduction} | of_rows(variant, 4)
+    options |= CLIP | {"beta": 0.7} | of_rows(variant, 4)
 
     def loss(v):
         return policy_loss(v, v_old, u, **options).loss
@@ -214,7 +231,7 @@ def test_gradcheck(reduction, variant):
     assert torch.autograd.gradcheck(loss, (v,))
 
 
-def test_reductions():
+def test_the_kl_is_a_mean_over_all_rows():
     v, v_old, u, options = problem(rows=5)
     plain = policy_loss(v, v_old, u, **options)
     gate, kl = options["gate"], plain.kl_R
@@ -223,9 +240,10 @@ def test_reductions():
     torch.testing.assert_close(kl[gate], options["kl_scale"][gate] * difference)
     assert torch.equal(kl[~gate], torch.zeros(2, dtype=kl.dtype))
     torch.testing.assert_close(plain.loss, plain.loss_R.mean())  # beta 0: reported, not penalised
-    batch = policy_loss(v, v_old, u, **options, beta=0.5, reduction="batch")
-    gated = policy_loss(v, v_old, u, **options, beta=0.5, reduction="gated")
+    batch = policy_loss(v, v_old, u, **options, beta=0.5)
     torch.testing.assert_close(batch.loss, plain.loss + 0.5 * kl.sum() / 5)
+    options["gate"] = gate * 5 / 3  # a mean over the gated rows is asked for by weights
+    gated = policy_loss(v, v_old, u, **options, beta=0.5)
     torch.testing.assert_close(gated.loss, plain.loss + 0.5 * kl.sum() / 3)
 
 
@@ -235,25 +253,23 @@ def test_gate_weights_scale_the_penalty_and_not_the_report():
     options["gate"] = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
     plain = policy_loss(v, v_old, u, **options)
     weighted = (options["gate"] * plain.kl_R).sum()
-    for reduction, rows in (("batch", 4), ("gated", 3)):
-        out = policy_loss(v, v_old, u, **options, beta=0.5, reduction=reduction)
-        torch.testing.assert_close(out.loss - plain.loss, 0.5 * weighted / rows)
+    out = policy_loss(v, v_old, u, **options, beta=0.5)
+    torch.testing.assert_close(out.loss - plain.loss, 0.5 * weighted / 4)
     all_on = options | {"gate": None}
     torch.testing.assert_close(policy_loss(v, v_old, u, **all_on).kl_R[1:], plain.kl_R[1:])
 
 
-@pytest.mark.parametrize("reduction", ["batch", "gated"])
-def test_nothing_gated_is_no_penalty(reduction):
+def test_nothing_gated_is_no_penalty():
     v, v_old, u, options = problem()
     options["gate"] = torch.zeros(5, dtype=torch.bool)
     options["v_ref"] = torch.full_like(v, torch.nan)
     v.requires_grad_()
-    out = policy_loss(v, v_old, u, **options, beta=0.5, reduction=reduction)
+    out = policy_loss(v, v_old, u, **options, beta=0.5)
     torch.testing.assert_close(out.loss.detach(), out.loss_R.mean())
     assert torch.equal(out.kl_R, torch.zeros(5, dtype=torch.float64))
     (grad,) = torch.autograd.grad(out.loss, v)
     assert grad.isfinite().all()
-    without = policy_loss(v, v_old, u, **(options | {"v_ref": None}), beta=0.5, reduction=reduction)
+    without = policy_loss(v, v_old, u, **(options | {"v_ref": None}), beta=0.5)
     torch.testing.assert_close(without.loss, out.loss)
 
 
@@ -273,14 +289,13 @@ def test_only_the_loss_has_a_gradient_and_only_to_v():
 @given(
     seed=st.integers(0, 1000),
     rows=st.integers(1, 6),
-    reduction=st.sampled_from(["batch", "gated"]),
     order=st.randoms(use_true_random=False),
 )
-def test_the_order_of_rows_does_not_matter(seed, rows, reduction, order):
+def test_the_order_of_rows_does_not_matter(seed, rows, order):
     v, v_old, u, options = problem(rows=rows, seed=seed)
     index = list(range(rows))
     order.shuffle(index)
-    settings = CLIP | {"beta": 0.4, "reduction": reduction}
+    settings = CLIP | {"beta": 0.4}
     out = policy_loss(v, v_old, u, **options, **settings)
     moved = {k: x[index] for k, x in options.items()}
     shuffled = policy_loss(v[index], v_old[index], u[index], **moved, **settings)
@@ -321,8 +336,6 @@ def test_bad_inputs():
     for name in ("clip_low", "clip_high", "beta", "adv_clip"):
         with pytest.raises(ValueError, match=f"{name} is -1"):
             policy_loss(v, v_old, u, **options, **{name: -1.0})
-    with pytest.raises(ValueError, match="reduction 'mean' is unknown"):
-        policy_loss(v, v_old, u, **options, reduction="mean")
     with pytest.raises(ValueError, match=r"beta is 0.1 but v_ref is None"):
         policy_loss(v, v_old, u, **(options | {"v_ref": None, "gate": None}), beta=0.1)
 
@@ -340,15 +353,13 @@ def of_kernels(**shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("reduction", "variant"), [("batch", PLAIN), ("gated", PLAIN),
-                                                    ("batch", GUARD)])  # fmt: skip
-def test_kernels_are_the_reference(shape, dtype, reduction, variant):
+@pytest.mark.parametrize("variant", [PLAIN, GUARD], ids=["plain", "guard"])
+def test_kernels_are_the_reference(shape, dtype, variant):
     """Sums of fp32 products in trees: a few 2^-24 of their size, here below 30."""
     inputs, options = of_kernels(shape=shape, dtype=dtype)
     for left_out in ((), ("v_ref",)):
         chosen = {k: x for k, x in (options | of_rows(variant, 5)).items() if k not in left_out}
-        (ours, grad), (exact, exact_grad) = both(policy_loss, inputs, chosen, **CLIP, beta=1.5,
-                                                 reduction=reduction)  # fmt: skip
+        (ours, grad), (exact, exact_grad) = both(policy_loss, inputs, chosen, **CLIP, beta=1.5)
         check_statistics(ours, exact, 3e-6)
         check_gradient(grad, exact_grad, dtype)
 
@@ -356,11 +367,8 @@ def test_kernels_are_the_reference(shape, dtype, reduction, variant):
 @settings(deadline=None, max_examples=25)
 @given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
        seed=st.integers(0, 1000), low=numbers(0, 0.5), high=numbers(0, 0.5), beta=numbers(0, 2),
-       adv_clip=numbers(0, 6), reduction=st.sampled_from(["batch", "gated"]),
-       quadratic=st.booleans())  # fmt: skip
-def test_kernels_with_any_coefficients(
-    data, n, rows, seed, low, high, beta, adv_clip, reduction, quadratic
-):
+       adv_clip=numbers(0, 6), quadratic=st.booleans())  # fmt: skip
+def test_kernels_with_any_coefficients(data, n, rows, seed, low, high, beta, adv_clip, quadratic):
     """|log-ratio| stays below 4, so what fp32 sums lose of it is a few 1e-6 of the ratio."""
     (v, v_old, u), _ = of_kernels(rows=rows, shape=(n,), dtype=torch.float32, size=0.2, seed=seed)
     ranges = {"advantage": (-8, 8), "h": (0, 1), "B": (-1, 1), "weight": (0, 20),
@@ -373,7 +381,7 @@ def test_kernels_with_any_coefficients(
     v_ref = torch.where(gate[:, None] != 0, -u, torch.nan)
     (ours, grad), (exact, exact_grad) = both(
         policy_loss, (v, v_old, u), options | {"gate": gate, "v_ref": v_ref}, clip_low=low,
-        clip_high=high, beta=beta, adv_clip=adv_clip, reduction=reduction, quadratic=quadratic,
+        clip_high=high, beta=beta, adv_clip=adv_clip, quadratic=quadratic,
     )  # fmt: skip
     for bound in (1 - low, 1 + high):  # at a bound the gradient jumps
         assume(((exact.ratio_R - bound).abs() > 1e-5).all())
@@ -439,7 +447,7 @@ def test_opcheck(quadratic):
     rows = on_device(*(options[name].float() for name in names))
     trained = v.to(DEVICE).requires_grad_()
     samples = on_device(v_old, u, options["v_ref"].nan_to_num())
-    arguments = (trained, *samples, *rows, 0.2, 0.1, 1.5, "batch", 5.0, quadratic)
+    arguments = (trained, *samples, *rows, 0.2, 0.1, 1.5, 5.0, quadratic)
     torch.library.opcheck(torch.ops.gardo.policy_loss.default, arguments)
 
 

@@ -66,6 +66,23 @@ def test_what_a_masked_score_holds_does_not_matter():
     assert torch.equal(win_rate(torch.ones(3), torch.zeros(3, dtype=torch.bool)), torch.zeros(3))
 
 
+def test_a_valid_nan_spoils_its_population_alone():
+    nan, inf = torch.nan, torch.inf
+    y_B = torch.tensor([1.0, nan, 3.0, 0.5, 0.25, inf])
+    assert win_rate(y_B).isnan().all()
+    group_B = torch.tensor([4, 4, 4, -1, -1, -1])
+    expected = torch.tensor([nan, nan, nan, 1 / 3, 0.0, 2 / 3])
+    torch.testing.assert_close(win_rate(y_B, group_B=group_B), expected, equal_nan=True)
+    mask_B = torch.tensor([True, True, False, True, True, True])  # masked out, it has 0 as ever
+    expected[2] = 0
+    rates = win_rate(y_B, mask_B, group_B=group_B)
+    torch.testing.assert_close(rates, expected, equal_nan=True)
+    mask_B = torch.tensor([True, False, True, True, True, True])
+    torch.testing.assert_close(
+        win_rate(y_B, mask_B, group_B=group_B), torch.tensor([0, 0, 0.5, 1 / 3, 0, 2 / 3])
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_any_real_dtype(dtype):
     y_B = torch.tensor([0, 1, 1, 0]).to(dtype)
