@@ -17,6 +17,7 @@ import os
 import platform
 import signal
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -157,12 +158,9 @@ def rows(study: Study, revisions: Mapping[tuple[str, int], str], machine: str) -
 
 
 def versions() -> str:
-    import deepspeed
-    import diffusers
-
     return (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
-        f"deepspeed {deepspeed.__version__}, diffusers {diffusers.__version__}"
+        f"deepspeed {version('deepspeed')}, diffusers {version('diffusers')}"
     )
 
 
