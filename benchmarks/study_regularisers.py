@@ -1,11 +1,12 @@
-"""No KL, uniform KL and GARDO on the built-in tiny Flux, same budget: one picture, one table.
+"""No KL, uniform KL and GARDO on the built-in tiny Flux, same budget, several seeds.
 
-    ./run study
+    ./run study                 100 iterations, seeds 42, 7 and 8, a run at a time on two ranks
+    ./run study --jobs 2        two runs at a time, each one rank of one thread
 
-Trains the three recipes one after the other on two ranks (about seven minutes each on two cores),
-or takes runs that are there already (--runs FOLDER), and writes
-benchmarks/results/tiny_regularisers.{png,csv,md}. README.md shows the last two between its `study`
-marks, which this script fills.
+Trains the three recipes with every seed and writes tiny_regularisers.{png,csv,md} to --out, by
+default benchmarks/results; README.md then shows the tables between its `study` marks, which this
+script fills. Runs are kept in --runs: a finished one is taken as it is, one that was cut goes on
+from its newest checkpoint, so the study may be stopped and started again.
 """
 
 from __future__ import annotations
@@ -14,56 +15,27 @@ import argparse
 import csv
 import os
 import platform
-import subprocess
-import sys
+import signal
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from diffusers import FluxPipeline
-from PIL import Image
 
 from gardo.config import load
-from gardo.report.metrics_log import read_metrics
-from gardo.report.pictures import save_grid
-from gardo.rollout import EVALUATION
-from gardo.settings import model_path
-from gardo.tiny import world
-from gardo_kernels import random_normal
-from pages import fill, revision
+from gardo.report.metrics_log import Record
+from pages import fill
+from study_figure import picture
+from study_runs import ARMS, ROOT, Run, Study, train
 
-ROOT = Path(__file__).parents[1]
-STEPS = 60  # the demo's budget and half as much again; both are reported
 RESULTS = ROOT / "benchmarks" / "results"
-ARMS = {  # recipe name: (title, colour)
-    "tiny_flux_grpo": ("no KL", "#c0392b"),
-    "tiny_flux_grpo_kl": ("uniform KL", "#7f8c8d"),
-    "tiny_flux_gardo": ("GARDO", "#2471a3"),
-}
-MEASURES = {
-    "tiny_count": "count by colour (proxy, optimised)",
-    "tiny_fidelity": "shape and colour fidelity (held out)",
-}
-
-
-def train(name: str, folder: Path, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "gardo.cli", "train", str(ROOT / "recipes" / f"{name}.yaml")]
-    settings = [f"run.folder={folder}", f"run.steps={STEPS}", *overrides]
-    subprocess.run(
-        [*command, "--gpus", "2", *(part for s in settings for part in ("--set", s))], check=True
-    )
-
-
-def run_folder(folder: Path, name: str) -> Path:
-    return folder / name.replace("_", "-")
-
-
-def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "evaluation"]
+PROXY, HELD_OUT, PATCHES = "tiny_count", "tiny_fidelity", "tiny_patches"
+FIELDS = (
+    *("arm", "seed", "iteration", "measure", "mean", "low", "high"),
+    *("change", "change_low", "change_high", "revision", "machine"),
+)
 
 
 def demo_steps() -> int:
@@ -71,138 +43,163 @@ def demo_steps() -> int:
     return load(ROOT / "recipes" / "tiny_flux_gardo.yaml").run.steps
 
 
-def versions() -> str:
-    import deepspeed
-    import diffusers
-    import torch
-
-    return (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
-        f"deepspeed {deepspeed.__version__}, diffusers {diffusers.__version__}, written at "
-        f"revision {revision()}"
-    )
+# ---- the tables ----------------------------------------------------------------------------------
 
 
-def table(arms: dict[str, list[dict[str, Any]]]) -> str:
-    def interval(values: dict[str, float], scale: float = 100, sign: str = "") -> str:
-        low, high = scale * values["low"], scale * values["high"]
-        return f"{scale * values['mean']:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+def interval(values: Mapping[str, float], sign: str = "") -> str:
+    """Mean and interval over prompts, in percent."""
+    mean, low, high = (f"{100 * values[end]:{sign}.1f}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
-    lines = [
-        "| | iterations | proxy, % | change | held-out, % | change | layout entropy | size | hue |",
-        "|---|---|---|---|---|---|---|---|---|",
+
+def over_seeds(values: Sequence[float], form: str) -> str:
+    """Mean, least and greatest: three seeds give no interval."""
+    return f"{fmean(values):{form}} ({min(values):{form}}, {max(values):{form}})"
+
+
+def at(study: Study, step: int) -> dict[str, dict[int, Record]]:
+    """{arm: {seed: the evaluation after `step` iterations}}."""
+    return {
+        arm: {seed: next(r for r in records if r["step"] == step) for seed, records in runs.items()}
+        for arm, runs in study.items()
+    }
+
+
+def change(record: Record, measure: str) -> float:
+    """In percent."""
+    return 100 * record["change"][measure]["mean"]
+
+
+def table(study: Study, steps: int) -> str:
+    """Every run after `steps` iterations, the start of each seed before, an arm's mean last."""
+
+    def row(title: str, seed: int, record: Record, *, changed: bool = True) -> str:
+        cells: list[Any] = [title, seed]
+        for measure in (PROXY, HELD_OUT):
+            cells.append(interval(record["rewards"][measure]))
+            cells.append(interval(record["change"][measure], "+") if changed else "")
+        cells.append(interval(record["change"][PATCHES], "+") if changed else "")
+        return line([*cells, f"{record['diversity']['layout']:.2f}"])
+
+    heads = ["proxy, %", "change", "held-out, %", "change", "patches, change", "layout entropy"]
+    lines = [line([f"after {steps} iterations", "seed", *heads]), "|---" * 8 + "|"]
+    lines += [
+        row("start", seed, record, changed=False)
+        for seed, record in next(iter(at(study, 0).values())).items()
     ]
-    start = next(iter(arms.values()))[0]
-    rows = [("start", start)]
-    for name, records in arms.items():
-        rows += [(ARMS[name][0], r) for r in records if r["step"] in (demo_steps(), STEPS)]
-    for title, record in rows:
-        proxy, held = (record["rewards"][m] for m in MEASURES)
-        changes = [
-            interval(record["change"][m], sign="+") if record["step"] else "" for m in MEASURES
-        ]
-        diversity = record["diversity"]
-        lines.append(
-            f"| {title} | {record['step']} | {interval(proxy)} | {changes[0]} | {interval(held)} | "
-            f"{changes[1]} | {diversity['layout']:.2f} | {diversity['size']:.2f} | "
-            f"{diversity['hue']:.2f} |"
+    for arm, by_seed in at(study, steps).items():
+        title, records = ARMS[arm][0], by_seed.values()
+        lines += [row(title, seed, record) for seed, record in by_seed.items()]
+        proxy, held_out, patches = (
+            over_seeds([change(r, m) for r in records], "+.1f") for m in (PROXY, HELD_OUT, PATCHES)
         )
+        layout = over_seeds([r["diversity"]["layout"] for r in records], ".2f")
+        cells = [f"**{title}**", "all", "", f"**{proxy}**", "", f"**{held_out}**", patches, layout]
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
-def picture(arms: dict[str, list[dict[str, Any]]], folder: Path, path: Path) -> None:
-    """Curves above, the same prompts with the same noise below."""
-    figure = plt.figure(figsize=(12, 8.6), dpi=110, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.5])
-    axes = upper.subplots(1, 3)
-    for name, records in arms.items():
-        title, colour = ARMS[name]
-        steps = [r["step"] for r in records]
-        for axis, measure in zip(axes, MEASURES, strict=False):
-            values = [r["rewards"][measure] for r in records]
-            axis.plot(steps, [v["mean"] for v in values], color=colour, label=title)
-            axis.fill_between(
-                steps, [v["low"] for v in values], [v["high"] for v in values],
-                color=colour, alpha=0.15,
-            )  # fmt: skip
-        axes[2].plot(steps, [r["diversity"]["layout"] for r in records], color=colour, label=title)
-    for axis, title in zip(axes, (*MEASURES.values(), "layout entropy, nats"), strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iterations")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    axes[2].set_ylim(0, 5.5)  # from 0: the layouts of all arms stay as diverse as they were
-    prompts = world.prompts()[::7]
-    panels = [("start", None), *((ARMS[n][0], run_folder(folder, n)) for n in arms)]
-    for axis, (title, run) in zip(lower.subplots(1, 4), panels, strict=True):
-        axis.imshow(sample_grid(prompts, run, path.with_suffix(".part.png")))
-        axis.set_title(f"{title}, {STEPS if run else 0} iterations", fontsize=10)
-        axis.axis("off")
-    lower.suptitle(
-        f"one row a prompt, the same noise in every panel: {', '.join(prompts)}", fontsize=8, y=0.02
+def demo_table(study: Study, steps: int) -> str:
+    """The changes after the demo's iterations: a row an arm and measure, a column a seed."""
+    seeds = list(next(iter(study.values())))
+    heads = [f"after {steps} iterations", "change of", *(f"seed {s}" for s in seeds), "all"]
+    lines = [line(heads), "|---" * len(heads) + "|"]
+    for arm, by_seed in at(study, steps).items():
+        for name, measure in (("proxy, %", PROXY), ("held-out, %", HELD_OUT)):
+            cells = [interval(by_seed[seed]["change"][measure], "+") for seed in seeds]
+            mean = over_seeds([change(by_seed[seed], measure) for seed in seeds], "+.1f")
+            lines.append(line([ARMS[arm][0], name, *cells, f"**{mean}**"]))
+    return "\n".join(lines)
+
+
+def line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def note(record: Record, revisions: Sequence[str], machine: str) -> str:
+    """What the tables' numbers are, and where and at which revisions the runs were trained."""
+    plural = "s" if len(revisions) > 1 else ""
+    return (
+        f"Each run: {record['image_count']} images of {record['prompt_count']} prompts, noise "
+        f"fixed by its seed. [Brackets]: 95 % intervals over prompts, changes paired with the same "
+        f"seed's start. (Parentheses): least and greatest of the seeds, no interval. Patches: the "
+        f"score for the right number of connected patches, which nothing optimises, in %. Entropy "
+        f"in nats. Trained at revision{plural} {', '.join(revisions)}; {machine}."
     )
-    figure.savefig(path)
 
 
-def sample_grid(prompts: list[str], run: Path | None, part: Path) -> Image.Image:
-    """Six images of each prompt through FluxPipeline, with the run's exported LoRA if any."""
-    pipeline = FluxPipeline.from_pretrained(model_path("builtin:flux"), dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    if run:
-        pipeline.load_lora_weights(run / "export")
-    noise = random_normal(0, torch.arange(6 * len(prompts)), EVALUATION, (64, 16))
-    images = pipeline(
-        [p for p in prompts for _ in range(6)],
-        latents=noise,
-        height=world.SIZE,
-        width=world.SIZE,
-        num_inference_steps=8,
-        max_sequence_length=8,
-        output_type="pt",
-    ).images
-    save_grid(images, part, columns=6, scale=3)
-    grid = Image.open(part).convert("RGB")
-    part.unlink()
-    return grid
+def report(study: Study, steps: int, demo: int, revisions: Sequence[str], machine: str) -> str:
+    """The tables and their note; the demo's only where it is another point of the same runs."""
+    first = next(iter(next(iter(study.values())).values()))
+    shared = demo != steps and any(r["step"] == demo for r in first)
+    tables = [table(study, steps), *([demo_table(study, demo)] if shared else [])]
+    return "\n\n".join([*tables, note(first[-1], revisions, machine)])
 
 
-def write_csv(arms: dict[str, list[dict[str, Any]]], path: Path, machine: str) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "iteration", "measure", "mean", "low", "high", "machine"])
-        for name, records in arms.items():
+# ---- the CSV -------------------------------------------------------------------------------------
+
+
+def rows(study: Study, revisions: Mapping[tuple[str, int], str], machine: str) -> list[list[Any]]:
+    """A row an arm, seed, iteration and measure, in the order of FIELDS."""
+    ends = ("mean", "low", "high")
+    found = []
+    for arm, by_seed in study.items():
+        for seed, records in by_seed.items():
+            where = [revisions[arm, seed], machine]
             for r in records:
-                for measure, v in r["rewards"].items():
-                    row = [ARMS[name][0], r["step"], measure, v["mean"], v["low"], v["high"]]
-                    writer.writerow([*row, machine])
+                run = [ARMS[arm][0], seed, r["step"]]
+                for measure, values in r["rewards"].items():
+                    changed = r["change"][measure]
+                    numbers = [values[e] for e in ends] + [changed[e] for e in ends]
+                    found.append([*run, measure, *numbers, *where])
                 for measure, value in r["diversity"].items():
-                    row = [ARMS[name][0], r["step"], f"entropy {measure}", value, "", ""]
-                    writer.writerow([*row, machine])
+                    found.append([*run, f"entropy {measure}", value, *[""] * 5, *where])
+    return found
+
+
+def versions() -> str:
+    return (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
+        f"deepspeed {version('deepspeed')}, diffusers {version('diffusers')}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100, help="iterations of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 7, 8])
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 1: on two ranks")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, help="folder with finished runs of the three recipes")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    options = parser.parse_args()
-    folder = options.runs or ROOT / "runs" / "study"
-    for name in ARMS:
-        if options.runs is None:
-            train(name, folder, options.set)
-    arms = {name: evaluations(run_folder(folder, name)) for name in ARMS}
-    machine = versions()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    picture(arms, folder, RESULTS / "tiny_regularisers.png")
-    write_csv(arms, RESULTS / "tiny_regularisers.csv", machine)
-    last = next(iter(arms.values()))[-1]
-    note = (
-        f"{last['image_count']} fixed-noise images of {last['prompt_count']} prompts; "
-        f"95 % intervals over prompts, changes paired with the start; one seed. Entropies in nats. "
-        f"Measured on {machine}."
-    )
-    text = f"{table(arms)}\n\n{note}"
-    (RESULTS / "tiny_regularisers.md").write_text(text + "\n", encoding="utf-8")
-    fill(ROOT / "README.md", "study", text)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: exit(128 + number))
+    options = arguments()
+    steps, out = options.steps, options.out.resolve()
+    runs = [Run(arm, seed, options.runs.resolve()) for seed in options.seeds for arm in ARMS]
+    train(runs, steps, options.set, options.jobs)
+
+    study: Study = {arm: {} for arm in ARMS}
+    for run in runs:
+        study[run.arm][run.seed] = run.evaluations()
+    seed, machine = options.seeds[0], versions()
+    out.mkdir(parents=True, exist_ok=True)
+    exports = {run.arm: run.folder / "export" for run in runs if run.seed == seed}
+    picture(study, exports, seed, steps, out / "tiny_regularisers.png")
+    with (out / "tiny_regularisers.csv").open("w", newline="", encoding="utf-8") as file:
+        trained_at = {(run.arm, run.seed): " ".join(run.revisions()) for run in runs}
+        csv.writer(file).writerows([FIELDS, *rows(study, trained_at, machine)])
+    revisions = list(dict.fromkeys(r for run in runs for r in run.revisions()))
+    text = report(study, steps, demo_steps(), revisions, machine)
+    (out / "tiny_regularisers.md").write_text(text + "\n", encoding="utf-8")
+    if out == RESULTS.resolve():
+        fill(ROOT / "README.md", "study", text)
     print(text)
 
 
