@@ -30,8 +30,8 @@ from PIL import Image
 from gardo.config import load
 from gardo.report.metrics_log import read_metrics
 from gardo.report.pictures import save_grid
-from gardo.rollout import EVALUATION
 from gardo.settings import model_path
+from gardo.streams import Stream
 from gardo.tiny import world
 from gardo_kernels import random_normal
 from pages import fill, revision
@@ -150,7 +150,7 @@ def sample_grid(prompts: list[str], run: Path | None, part: Path) -> Image.Image
     pipeline.set_progress_bar_config(disable=True)
     if run:
         pipeline.load_lora_weights(run / "export")
-    noise = random_normal(0, torch.arange(6 * len(prompts)), EVALUATION, (64, 16))
+    noise = random_normal(0, torch.arange(6 * len(prompts)), Stream.EVALUATION, (64, 16))
     images = pipeline(
         [p for p in prompts for _ in range(6)],
         latents=noise,
