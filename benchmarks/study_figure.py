@@ -17,8 +17,8 @@ from PIL import Image
 
 from gardo.report.metrics_log import Record
 from gardo.report.pictures import save_grid
-from gardo.rollout import EVALUATION
 from gardo.settings import model_path
+from gardo.streams import Stream
 from gardo.tiny import world
 from gardo_kernels import random_normal
 from study_runs import ARMS, Study
@@ -81,7 +81,7 @@ def sample_grid(prompts: Sequence[str], export: Path | None, part: Path) -> Imag
     pipeline.set_progress_bar_config(disable=True)
     if export:
         pipeline.load_lora_weights(export)
-    noise = random_normal(0, torch.arange(6 * len(prompts)), EVALUATION, (64, 16))
+    noise = random_normal(0, torch.arange(6 * len(prompts)), Stream.EVALUATION, (64, 16))
     images = pipeline(
         [p for p in prompts for _ in range(6)],
         latents=noise,

@@ -26,6 +26,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "gardo_kernels": "| torch triton",
     "plugins":       "|",
     "settings":      "|",
+    "streams":       "|",
     "types":         "| torch",
     "contract":      "types |",
     "data":          "gardo_kernels | torch",
@@ -55,11 +56,12 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
 AT_START = {  # when the module is imported, as opposed to when a function of it runs
     "plugins":       "|",
     "settings":      "|",
+    "streams":       "|",
     "cli":           "| typer rich",
 }
 # fmt: on
-FOR_ALL = {"plugins", "settings"}  # every part of gardo may import these
-ALONE = {"gardo_kernels", "plugins", "settings"}  # except these
+FOR_ALL = {"plugins", "settings", "streams"}  # every part of gardo may import these
+ALONE = {"gardo_kernels", "plugins", "settings", "streams"}  # except these
 
 ONLY_IN = {"deepspeed": "gardo.distributed.zero"}
 
@@ -159,7 +161,9 @@ def test_one_home(library: str, home: str) -> None:
     assert users <= {home}, f"only {home} may import {library}"
 
 
-@pytest.mark.parametrize("module", ["gardo", "gardo.plugins", "gardo.settings", "gardo.cli"])
+@pytest.mark.parametrize(
+    "module", ["gardo", "gardo.plugins", "gardo.settings", "gardo.streams", "gardo.cli"]
+)
 def test_torch_is_not_loaded_by(module: str) -> None:
     """The table cannot see what an allowed import drags in; a fresh interpreter can."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

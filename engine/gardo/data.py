@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from gardo.streams import Stream
 from gardo_kernels import random_uniform
 
-EPOCH = 1 << 26  # stream of the random generator
 MAX_BYTES = 64 << 20
 
 
@@ -48,5 +48,5 @@ def step_prompts(prompts: Sequence[str], step: int, count: int, seed: int) -> li
 
 def _drawn(size: int, position: int, seed: int) -> int:
     epoch, index = divmod(position, size)
-    order = random_uniform(seed, torch.tensor([epoch]), EPOCH, size)[0].argsort(stable=True)
+    order = random_uniform(seed, torch.tensor([epoch]), Stream.EPOCH, size)[0].argsort(stable=True)
     return int(order[index])

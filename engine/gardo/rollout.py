@@ -18,17 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gardo.streams import Stream
 from gardo.types import Batch, Credit, Points, Rollout, SamplePlan, select
 from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
-
-# Streams of the random generator; a denoise step t uses stream t.
-INITIAL = 1 << 20  # the first latents
-FRESH = 1 << 21  # plus the time's index: noise added to finished images (NFT, AWM)
-TIMES = 1 << 22  # which times a sample trains on
-SHARES = 1 << 23  # which update a sample belongs to
-LATE = 1 << 24  # ReFL's late step
-EVALUATION = 1 << 25  # the first latents of evaluation
-WINDOW = 1 << 26  # where a window of trained steps stands
 
 
 def noise_id(step: int, sample_B: Tensor) -> Tensor:
@@ -127,7 +119,7 @@ def _denoise(
     x = random_normal(
         seed,
         first_of_group_B if plan.same_initial_noise else identity_B,
-        INITIAL,
+        Stream.INITIAL,
         shape,
         backend=kernels,
     )
@@ -245,7 +237,7 @@ def fresh_points(
     identity_B = noise_id(rollout.step, rollout.sample_B)
     shape = rollout.final_BX.shape[1:]
     noise_BKX = torch.stack(
-        [random_normal(rollout.seed, identity_B, FRESH + k, shape, backend=kernels)
+        [random_normal(rollout.seed, identity_B, Stream.FRESH + k, shape, backend=kernels)
          for k in range(K)],
         1,
     )  # fmt: skip
@@ -273,7 +265,7 @@ def update_of(
     samples on any number of ranks.
     """
     block_B = sample_B // updates
-    draw = random_uniform(seed, noise_id(step, block_B), SHARES, updates, backend=kernels)
+    draw = random_uniform(seed, noise_id(step, block_B), Stream.SHARES, updates, backend=kernels)
     order = draw.argsort(dim=1, stable=True)
     return order.gather(1, (sample_B % updates)[:, None])[:, 0]
 

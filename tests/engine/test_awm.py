@@ -30,7 +30,8 @@ from gardo.algorithms.gardo import (
     ReferenceSettings,
 )
 from gardo.flow import sd3_sigmas
-from gardo.rollout import FRESH, noise_id, teach
+from gardo.rollout import noise_id, teach
+from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
 
@@ -85,7 +86,7 @@ def test_points_are_the_images_noised_at_those_times():
     t = points.sigma_R[:, None, None]
     x0 = rollout.final_BX[points.sample_R]
     noise = torch.stack(
-        [random_normal(SEED, noise_id(STEP, rollout.sample_B), FRESH + k, (3, 2))
+        [random_normal(SEED, noise_id(STEP, rollout.sample_B), Stream.FRESH + k, (3, 2))
          for k in range(4)], 1,
     ).flatten(0, 1)  # fmt: skip
     torch.testing.assert_close(points.extra["target"], noise - x0)

@@ -105,6 +105,16 @@ def test_every_full_size_recipe_loads_and_fits(path: Path, ranks: int, tmp_path:
     assert "data.prompts: no such file" in refusal(path)
 
 
+# The scripts of DanceGRPO and MixGRPO take FluxPipeline's default, the others name their number.
+TEXT_TOKENS = {"flux_dance_hpsv2": 512, "flux_mix_hpsv2": 512}
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
+def test_every_full_size_recipe_has_its_sources_text_tokens(path: Path) -> None:
+    model = read_yaml(path.read_text(encoding="utf-8"), path.name)["model"]
+    assert model["text_tokens"] == TEXT_TOKENS.get(path.stem, 128)
+
+
 @pytest.mark.parametrize("path", TINY, ids=lambda p: p.stem)
 def test_every_tiny_recipe_loads_and_fits_two_ranks(path: Path) -> None:
     recipe = load(path)

@@ -129,6 +129,30 @@ def test_schedule_is_the_pipelines(policy, steps):
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-7)
 
 
+def told(policy: Policy) -> list[torch.Tensor]:
+    """Every later call of the transformer adds the times that it is told, one row's."""
+    seen: list[torch.Tensor] = []
+    hook = lambda _module, _args, kwargs: seen.append(kwargs["timestep"][0])  # noqa: E731
+    policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_told_the_pipelines_times(make, family, dtype):
+    """In bf16 to the bit; in fp32 up to the last bits: ours is rounded from float64."""
+    policy = make(family, dtype)
+    conditioning, seen = policy.encode(PROMPTS), told(policy)
+    images(policy, 28)
+    theirs, last_bits = torch.stack(seen), 2.4e-7 if dtype == torch.float32 else 0
+    seen.clear()
+    for sigma in transitions(policy.sigmas(28), "ode").column("model_sigma"):
+        with torch.no_grad():
+            policy.velocity(latents(policy), sigma.expand(len(PROMPTS)), conditioning)
+    ours = torch.stack(seen)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=last_bits, atol=0)
+
+
 def test_sd3_schedule_follows_the_scheduler(make):
     policy = make("sd3")
     scheduler = policy.pipeline.scheduler

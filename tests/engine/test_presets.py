@@ -31,14 +31,12 @@ SAMPLER = SamplerSettings(steps=14, train_steps=6)
 
 
 def built(section):
-    """The wrapper of a recipe's section, as the recipe's schema would check it."""
-    whole = filled(section)
-    plugin, settings_of = BASES[whole["base"]["name"]]
-    base = settings_of(**whole["base"])
-    settings = GardoSettings(**{**whole, "base": base})
+    """The wrapper of a recipe's section."""
+    settings = GardoSettings(**section)
     Gardo.check(settings, SAMPLER)
     world = World(sampler=SAMPLER, sigmas=sd3_sigmas(14), seed=1)
-    return Gardo(settings, world, plugin(base, world))
+    plugin, _ = BASES[settings.base.name]
+    return Gardo(settings, world, plugin(settings.base, world))
 
 
 def preset(name, base="flow_grpo", **section):
@@ -102,6 +100,51 @@ def test_what_is_given_wins(name, base):
     assert settings.reference.reset_kl == 0.7
     assert settings.base.kl_reduction == "batch" and settings.base.beta == 0.5
     assert settings.base.advantage.std == "group"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("base", BASES)
+def test_settings_are_filled_as_mappings_are(name, base):
+    """What was given to settings wins, also where it is their default; the rest is the preset's."""
+    settings_of = BASES[base][1]
+    given = {"beta": settings_of().beta, "advantage": {"scale": 6.0}}
+    expected = GardoSettings(preset=name, base={"name": base, **given}, gate={"fraction": 0.15})
+    advantage = AdvantageSettings(scale=6.0)
+    settings = GardoSettings(
+        preset=name,
+        base=settings_of(beta=given["beta"], advantage=advantage),
+        gate=GateSettings(fraction=0.15),
+    )
+    assert settings == expected
+    assert type(settings.base) is type(expected.base) is settings_of
+    assert settings.base.beta == settings_of().beta
+    assert settings.base.kl_reduction == PRESETS[name][base]["base"]["kl_reduction"]
+    assert settings.base.advantage == AdvantageSettings(std="none", scale=6.0)
+    assert settings.gate.sign == name and settings.gate.fraction == 0.15
+
+
+def test_settings_of_a_class_of_ones_own_keep_their_class():
+    class Own(FlowGRPOSettings):
+        more: int = 1
+
+    base = GardoSettings(preset="official_code", base=Own(more=2)).base
+    assert type(base) is Own and base.more == 2 and base.kl_reduction == "gated"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"name": "flow_grpo", "clip_rage": 1e-4}, "clip_rage"),
+        ({"name": "flow_grpo", "beta": "0.1"}, "beta"),
+        ({"name": "grpo"}, "'grpo' is none of"),
+        ({"beta": 0.1}, "a mapping with its name"),
+        (3, "a mapping with its name"),
+    ],
+)
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_a_base_is_checked(preset, base, message):
+    with pytest.raises(ValueError, match=message):
+        GardoSettings(preset=preset, base=base)
 
 
 def test_a_recipe_is_filled_and_checked():

@@ -483,6 +483,7 @@ def test_report_shows_the_run(run_folder: Path) -> None:
         "Ratio error",
         "Time of a step",
         "Diversity",
+        "max |ratio - 1|",
     ):
         assert title in page
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gardo import plugins
@@ -17,6 +19,7 @@ from gardo.rewards import dinov3, tiny_count, tiny_patches
 from gardo.rewards.base import Panel, Reward
 from gardo.rewards.tiny_fidelity import REJECTED, TinyFidelity
 from gardo.rewards.tiny_shape import TinyShape
+from gardo.settings import model_path
 from gardo.tiny import make, world
 
 CPU = torch.device("cpu")
@@ -322,6 +325,44 @@ def test_features_place_layouts_together(features: dinov3.Dinov3) -> None:
     )
     closer = (a * near).sum(-1) > (a * far).sum(-1)
     assert float(closer.float().mean()) > 0.9
+
+
+def altered(folder: Path, changes: dict[str, Tensor | None]) -> str:
+    """The built-in DINOv3 with weights of another value, or without those that are None."""
+    source = Path(model_path("builtin:dinov3"))
+    shutil.copy(source / "config.json", folder)
+    state = load_file(source / "model.safetensors") | changes
+    kept = {name: weight for name, weight in state.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm.weight": None}, "lacks norm.weight; is it a whole DINOv3ViTModel of this size"),
+        ({"norm.bias": None, "norm.weight": None}, "lacks norm.bias and 1 more;"),
+        ({"norm.weight": torch.ones(3)}, "has another shape of norm.weight;"),
+        ({"head.weight": torch.ones(3)}, "also has head.weight;"),
+    ],
+)
+def test_a_dinov3_that_is_not_whole_is_refused(
+    changes: dict[str, Tensor | None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"path: .*{message}"):
+        build("dinov3", "features", path=altered(tmp_path, changes), size=32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_features_of_a_smaller_type_are_float32(features: dinov3.Dinov3, dtype: str) -> None:
+    """Tokens are rounded to 8 bits (bf16); their mean is taken in fp32, and is nearer."""
+    small = build("dinov3", "features", path="builtin:dinov3", size=32, dtype=dtype)
+    assert {p.dtype for p in small.model.parameters()} == {getattr(torch, dtype)}
+    images, prompts = clean(6, 36)
+    values, _ = small.score(images, prompts)
+    exact, _ = features.score(images, prompts)
+    assert values.dtype == exact.dtype == torch.float32
+    assert float((values - exact).norm(dim=-1).max()) < 2**-6 * float(exact.norm(dim=-1).min())
 
 
 # ---- the panel -----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from gardo.report.pictures import save_grid
+from gardo.streams import Stream
 from gardo_kernels import random_normal
 
 model, lora, prompts_file, out = sys.argv[1:]
@@ -46,7 +47,7 @@ torch.set_num_threads(1)
 pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
 pipeline.load_lora_weights(lora)
 prompts = Path(prompts_file).read_text().split("\\n")[:4]
-noise = random_normal(42, torch.arange(8), 1 << 25, (64, 16))
+noise = random_normal(42, torch.arange(8), Stream.EVALUATION, (64, 16))
 images = [
     pipeline(
         [p for p in prompts[first // 2 : first // 2 + 2] for _ in range(2)],

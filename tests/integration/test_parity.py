@@ -306,6 +306,7 @@ import sys
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
+from gardo.streams import Stream
 from gardo_kernels import random_normal
 
 model, lora, seen, prompts = sys.argv[1:]
@@ -314,7 +315,7 @@ pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
 pipeline.load_lora_weights(lora)
 images = pipeline(
     open(prompts).read().split("\\n")[:4],
-    latents=random_normal(7, torch.arange(4), 1 << 25, (64, 16)),
+    latents=random_normal(7, torch.arange(4), Stream.EVALUATION, (64, 16)),
     height=32, width=32, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=8,
     output_type="pt",
 ).images

@@ -35,8 +35,9 @@ from gardo.distributed.shards import masters
 from gardo.export import export_universal
 from gardo.phases import sampled, scored, taught
 from gardo.rewards.base import Panel
-from gardo.rollout import INITIAL, noise_id
+from gardo.rollout import noise_id
 from gardo.session import Session, open_session
+from gardo.streams import Stream
 from gardo.train import train
 from gardo_kernels import random_normal
 
@@ -412,7 +413,7 @@ def run(name: str, out: Path, gathers: Gathers) -> None:
     session.panel = FirstImages(session.panel.rewards)
     plan, engine = session.geometry, session.engine
     sample_B = torch.arange(plan.first, plan.first + plan.samples, device=engine.device)
-    noise = random_normal(7, noise_id(0, sample_B), INITIAL, session.policy.latent_shape)
+    noise = random_normal(7, noise_id(0, sample_B), Stream.INITIAL, session.policy.latent_shape)
     seen = {"start": velocity(session), "sigmas": session.algorithm.world.sigmas}
     if case.cut is not None:
         cut_after(session, case.cut)

@@ -31,8 +31,9 @@ from gardo.algorithms.base import (
     World,
 )
 from gardo.algorithms.kl import KLSettings, note_kl
-from gardo.rollout import TIMES, fresh_points, noise_id, update_of
+from gardo.rollout import fresh_points, noise_id, update_of
 from gardo.settings import Pair
+from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import awm_loss, random_uniform
 
@@ -126,7 +127,7 @@ class AWM(Algorithm):
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         world, identity_B = self.world, noise_id(rollout.step, rollout.sample_B)
         K = world.sampler.train_steps
-        draw_BK = random_uniform(rollout.seed, identity_B, TIMES, K, backend=world.kernels)
+        draw_BK = random_uniform(rollout.seed, identity_B, Stream.TIMES, K, backend=world.kernels)
         step_BK = stratified_steps(draw_BK, *self.settings.trained(self.table.steps))
         points, x0_RX, noise_RX = fresh_points(rollout, step_BK, kernels=world.kernels)
         update_B = update_of(

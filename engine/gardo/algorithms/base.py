@@ -108,7 +108,10 @@ class Context(Protocol):
     """What a loss may call."""
 
     def velocity(self, batch: Batch) -> Tensor:
-        """The trained model's velocity at the batch's rows, fp32, with gradients."""
+        """The trained model's velocity at the batch's rows, in its dtype, with gradients.
+
+        A loss does its arithmetic in fp32: bf16 differences of velocities would be rounded.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, with gradients."""

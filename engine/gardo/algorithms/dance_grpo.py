@@ -17,7 +17,8 @@ import torch
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.flow_grpo import ClippedSettings, FlowGRPO
 from gardo.flow import Transitions
-from gardo.rollout import TIMES, noise_id
+from gardo.rollout import noise_id
+from gardo.streams import Stream
 from gardo.types import Credit, Points, Rollout, select
 from gardo_kernels import random_uniform
 
@@ -42,7 +43,7 @@ class DanceGRPO(FlowGRPO):
         recorded, count = len(rollout.step_T), self.world.sampler.train_steps
         identity_B = noise_id(rollout.step, rollout.sample_B)
         draw_BT = random_uniform(
-            rollout.seed, identity_B, TIMES, recorded, backend=self.world.kernels
+            rollout.seed, identity_B, Stream.TIMES, recorded, backend=self.world.kernels
         )
         chosen_BK = draw_BT.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
         first_B = recorded * torch.arange(len(identity_B), device=chosen_BK.device)

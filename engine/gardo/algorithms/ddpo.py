@@ -33,7 +33,7 @@ class DDPO(FlowGRPO):
 
     def ratio_terms(self, batch: Batch, velocity_RX: Tensor) -> dict[str, Any]:
         points, now = batch.points, velocity_RX.detach()
-        residual = points.velocities["rollout"].to(now.dtype) - now + points.extra["u"]
+        residual = points.velocities["rollout"].float() - now.float() + points.extra["u"]
         return {"v_old": now, "u": residual, "h": points.extra["h"]}
 
 

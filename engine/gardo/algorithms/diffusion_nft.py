@@ -31,7 +31,8 @@ from gardo.algorithms.base import (
     World,
 )
 from gardo.algorithms.kl import KLSettings, gated_share, note_kl
-from gardo.rollout import TIMES, fresh_points, noise_id
+from gardo.rollout import fresh_points, noise_id
+from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import nft_loss, nft_preference, random_uniform
 
@@ -94,7 +95,9 @@ class DiffusionNFT(Algorithm):
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
         identity_B = noise_id(rollout.step, rollout.sample_B)
         kernels = self.world.kernels
-        order = random_uniform(rollout.seed, identity_B, TIMES, self.table.steps, backend=kernels)
+        order = random_uniform(
+            rollout.seed, identity_B, Stream.TIMES, self.table.steps, backend=kernels
+        )
         step_BK = order.argsort(dim=1, stable=True)[:, : self.world.sampler.train_steps]
         points, x0_RX, _ = fresh_points(rollout, step_BK, kernels=kernels)
         return points.with_extra(x0=x0_RX)

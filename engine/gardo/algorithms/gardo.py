@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor
 
 from gardo.algorithms.advantage import group_statistics
@@ -38,6 +38,7 @@ from gardo.algorithms.base import (
     World,
 )
 from gardo.algorithms.gardo_presets import Preset, filled
+from gardo.plugins import resolve
 from gardo.settings import Pair, Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import Backend, nearest_cosine, win_rate
@@ -123,6 +124,16 @@ class GardoSettings(AlgorithmSettings):
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return filled(value)
+
+    @field_validator("base")
+    @classmethod
+    def _base_settings(cls, value: Any) -> Any:
+        """Settings stay what they are, as in a recipe, whose schema has made them."""
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError("base: settings of an algorithm, or a mapping with its name")
+        return resolve("gardo.algorithms", value["name"]).Settings.model_validate(value)
 
 
 def _ordered(value_B: Tensor, sample_B: Tensor) -> Tensor:

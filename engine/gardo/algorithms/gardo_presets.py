@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 Preset = Literal["paper", "official_code"]
 
 _NO_STD = {"std": "none"}
@@ -59,6 +61,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def _filled(given: Any, preset: Any) -> Any:
     """`given` with what it leaves out taken from `preset`, section by section."""
+    if isinstance(given, BaseModel) and isinstance(preset, dict):
+        given = {name: getattr(given, name) for name in given.model_fields_set}
     if not isinstance(given, dict) or not isinstance(preset, dict):
         return given
     both = {name: _filled(given[name], preset[name]) for name in given if name in preset}
@@ -66,9 +70,15 @@ def _filled(given: Any, preset: Any) -> Any:
 
 
 def filled(settings: Any) -> Any:
-    """The fields of a `gardo` section with its preset's where it leaves them out."""
+    """The fields of a `gardo` section with its preset's where it leaves them out.
+
+    A section is a mapping or settings; what settings leave out is what they were not given.
+    """
     if not isinstance(settings, dict) or settings.get("preset") not in PRESETS:
         return settings
     preset, base = PRESETS[settings["preset"]], settings.get("base")
     name = base.get("name") if isinstance(base, dict) else getattr(base, "name", None)
-    return _filled(settings, _filled(preset.get(str(name), {}), preset["*"]))
+    whole = _filled(settings, _filled(preset.get(str(name), {}), preset["*"]))
+    if isinstance(base, BaseModel):
+        whole["base"] = type(base).model_validate(whole["base"])
+    return whole

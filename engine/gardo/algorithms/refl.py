@@ -20,7 +20,8 @@ from gardo.algorithms.base import (
     SamplerSettings,
     World,
 )
-from gardo.rollout import LATE, noise_id, recorded_points
+from gardo.rollout import noise_id, recorded_points
+from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import random_uniform
 
@@ -52,7 +53,7 @@ class ReFL(Algorithm):
         steps = self.table.steps
         late = max(1, round(self.settings.late * steps))
         draw = random_uniform(
-            self.world.seed, noise_id(step, torch.zeros(1, dtype=torch.int64)), LATE, 1
+            self.world.seed, noise_id(step, torch.zeros(1, dtype=torch.int64)), Stream.LATE, 1
         )
         return SamplePlan(
             transitions=self.table,

@@ -24,7 +24,8 @@ from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
-from gardo.rollout import EVALUATION, rows_of
+from gardo.rollout import rows_of
+from gardo.streams import Stream
 from gardo_kernels import Backend, nearest_cosine, random_normal
 
 
@@ -59,7 +60,7 @@ class Evaluator:
 
     def initial_latents(self, image_I: Tensor) -> Tensor:
         return random_normal(
-            self.seed, image_I, EVALUATION, self.policy.latent_shape, backend=self.kernels
+            self.seed, image_I, Stream.EVALUATION, self.policy.latent_shape, backend=self.kernels
         )
 
     def batch(self, image_B: Tensor) -> tuple[Tensor, list[str]]:

@@ -78,7 +78,7 @@ class FluxPolicy(Policy):
             hidden_states=x_RX.to(self.dtype),
             encoder_hidden_states=conditioning["text"],
             pooled_projections=conditioning["pooled"],
-            timestep=sigma_R.to(self.dtype),
+            timestep=(1000 * sigma_R).to(self.dtype) / 1000,  # rounded where the pipeline rounds
             guidance=guidance_R,
             img_ids=self._image_ids,
             txt_ids=self._text_ids,

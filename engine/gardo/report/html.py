@@ -36,7 +36,7 @@ _METRICS = {
     "gate_share": ("Gate share", "samples under the KL term, %", 100.0, True),
     "clip_fraction": ("Clip fraction", "rows whose ratio is clipped, %", 100.0, True),
     "ratio": ("Ratio", "mean of new over old probability", 1.0, False),
-    "ratio_error": ("Ratio error", "mean |ratio - 1|", 1.0, True),
+    "ratio_error": ("Ratio error", "max |ratio - 1| of a row", 1.0, True),
     "grad_norm": ("Gradient norm", "before clipping", 1.0, True),
     "diversity": ("Diversity while training", "", 1.0, False),
     "lr": ("Learning rate", "", 1.0, True),

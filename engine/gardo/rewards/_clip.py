@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import cached_file
 
+from gardo.rewards._loading import filled_model
 from gardo.rewards.base import RewardSettings
 from gardo.settings import is_hub_id, model_path
 
@@ -99,7 +100,9 @@ def load_model(model_class: Any, path: str, revision: str | None) -> Any:
     """
     where = f"path: {path!r}"
     _check_type(where, path, revision, ("clip", model_class.config_class.model_type))
-    return _filled(model_class, where, model_path(path), revision=revision, use_safetensors=True)
+    return filled_model(
+        model_class, where, model_path(path), revision=revision, use_safetensors=True
+    )
 
 
 def build_clip(config_path: str, state: dict[str, Tensor], where: str) -> CLIPModel:
@@ -110,7 +113,7 @@ def build_clip(config_path: str, state: dict[str, Tensor], where: str) -> CLIPMo
     """
     _check_type(f"base: {config_path!r}", config_path, None, ("clip",))
     config = CLIPConfig.from_pretrained(model_path(config_path))
-    return _filled(CLIPModel, where, None, config=config, state_dict=state, exact=True)
+    return filled_model(CLIPModel, where, None, config=config, state_dict=state, exact=True)
 
 
 def _check_type(where: str, path: str, revision: str | None, kinds: tuple[str, ...]) -> None:
@@ -118,32 +121,6 @@ def _check_type(where: str, path: str, revision: str | None, kinds: tuple[str, .
     if found not in kinds:
         wanted = " or ".join(dict.fromkeys(kinds))
         raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
-
-
-def _filled(
-    model_class: Any, where: str, name: str | None, *, exact: bool = False, **options: Any
-) -> Any:
-    """`from_pretrained`, but an error for weights that it would otherwise draw at random."""
-    model, report = model_class.from_pretrained(
-        name,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the report names them
-        output_loading_info=True,
-        **options,
-    )
-    wrong = {
-        "lacks": report["missing_keys"],
-        "has another shape of": {key for key, *_ in report["mismatched_keys"]},
-        "also has": report["unexpected_keys"] if exact else (),
-    }
-    for what, keys in wrong.items():
-        if keys:
-            first, more = min(keys), len(keys) - 1
-            raise ValueError(
-                f"{where} {what} {first}{f' and {more} more' if more else ''}; "
-                f"is it a whole {model_class.__name__} of this size?"
-            )
-    return model
 
 
 def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:

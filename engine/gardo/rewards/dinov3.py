@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import DINOv3ViTModel
 
+from gardo.rewards._loading import filled_model
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import is_hub_id, model_path
 
@@ -31,6 +32,9 @@ class Dinov3Settings(RewardSettings):
     role: Literal["features"] = "features"
     path: str = Field("facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder")
     size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the model; features are float32"
+    )
 
     @field_validator("path")
     @classmethod
@@ -59,18 +63,22 @@ class Dinov3(Reward):
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
         super().__init__(settings, device)
-        model = DINOv3ViTModel.from_pretrained(
-            model_path(settings.path), dtype=torch.float32, use_safetensors=True
+        model = filled_model(
+            DINOv3ViTModel,
+            f"path: {settings.path!r}",
+            model_path(settings.path),
+            exact=True,
+            use_safetensors=True,
         )
-        self.model = model.to(device).eval()
+        self.model = model.to(device, getattr(torch, settings.dtype)).eval()
 
     @torch.no_grad()
     def score(
         self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        pixels = preprocess(images_B3HW.to(self.device), self.settings.size)
+        pixels = preprocess(images_B3HW.to(self.device), self.settings.size).to(self.model.dtype)
         first = 1 + self.model.config.num_register_tokens
-        features = self.model(pixels).last_hidden_state[:, first:].mean(1)
+        features = self.model(pixels).last_hidden_state[:, first:].float().mean(1)
         return features, torch.ones(len(features), dtype=torch.bool, device=features.device)
 
 

@@ -45,9 +45,8 @@ from torch import Tensor
 from gardo import plugins
 from gardo.rewards.base import Gathering, Reward, RewardSettings, provides
 from gardo.rewards.bradley_terry import predicted_win_rate
+from gardo.streams import Stream
 from gardo_kernels import random_uniform
-
-OPPONENTS = 1 << 27  # stream of the random generator
 
 
 class PreferenceSettings(RewardSettings):
@@ -143,7 +142,7 @@ class Tournament:
         self.gather, device = place.gather, place.sample_B.device
         sample_A, group_A = self.gather(place.sample_B), self.gather(place.group_B)
         draw_A = random_uniform(
-            place.seed, (place.step << 32) + sample_A, OPPONENTS, 1, backend="torch"
+            place.seed, (place.step << 32) + sample_A, Stream.OPPONENTS, 1, backend="torch"
         )[:, 0]
         order = sample_A.argsort()
         order = order[draw_A[order].argsort(stable=True)]
