@@ -87,9 +87,10 @@ def _devices(device: torch.device) -> Iterator[Finding]:
 
 def _kernels(device: torch.device, kernels: Backend) -> Iterator[Finding]:
     if kernels == "triton" and not kernels_run_on(device):
-        yield Finding("kernels", "problem", "kernels: triton needs a GPU; use auto or torch")
+        yield Finding("kernels", "problem", "kernels: triton needs an NVIDIA GPU; use auto or torch")
         return
-    takes = "triton" if kernels == "triton" or (kernels == "auto" and device.type == "cuda") else ""
+    on_gpu = device.type == "cuda" and kernels_run_on(device)
+    takes = kernels == "triton" or (kernels == "auto" and on_gpu)
     for name, run in OPS.items():
         if not takes:
             yield Finding(f"kernel {name}", "ok", "plain torch")

@@ -296,8 +296,8 @@ def open_session(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if recipe.kernels == "triton" and not kernels_run_on(device):
         raise RecipeError(
-            f"{source}: kernels: triton needs a GPU, this run is on the {device.type}; use auto or "
-            "torch"
+            f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
+            "auto or torch"
         )
     if not cuda:
         use_threads(recipe, world)

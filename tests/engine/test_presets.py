@@ -128,7 +128,7 @@ def test_settings_of_a_class_of_ones_own_keep_their_class():
         more: int = 1
 
     base = GardoSettings(preset="official_code", base=Own(more=2)).base
-    assert type(base) is Own and base.more == 2 and base.kl_reduction == "gated"
+    assert type(base) is Own and base.more == 2 and base.kl_reduction == "released"
 
 
 @pytest.mark.parametrize(
