@@ -87,7 +87,7 @@ def _devices(device: torch.device) -> Iterator[Finding]:
 
 def _kernels(device: torch.device, kernels: Backend) -> Iterator[Finding]:
     if kernels == "triton" and not kernels_run_on(device):
-        yield Finding("kernels", "problem", "kernels: triton needs an NVIDIA GPU; use auto or torch")
+        yield Finding("kernels", "problem", "triton needs an NVIDIA GPU; use auto or torch")
         return
     on_gpu = device.type == "cuda" and kernels_run_on(device)
     takes = kernels == "triton" or (kernels == "auto" and on_gpu)
