@@ -47,8 +47,7 @@ def picture(
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     lower.suptitle(
-        f"training seed {seed}; one row a prompt, the same noise in every panel: "
-        f"{', '.join(prompts)}",
+        f"seed {seed}; one row a prompt, the same noise in every panel: {', '.join(prompts)}",
         fontsize=8,
         y=0.02,
     )
