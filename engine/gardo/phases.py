@@ -120,20 +120,20 @@ def held_to_contract(
     s.ctx.rollout = rollout
     ahead: list[tuple[Batch, Tensor]] = []
 
-    def probe(points: Points) -> float:
-        batch = batch_of(points, credit, work[0])
+    def probe(now: Points) -> float:
+        batch = batch_of(now, credit, work[0])
         velocity_RX = ahead[0][1] if ahead else s.ctx.velocity(batch)
         ahead[:] = [(batch, velocity_RX)]
         log_ratio_R = s.algorithm.log_ratio(batch, velocity_RX.detach())
         seen = Metrics().maximum("error", log_ratio_R.expm1().abs())
         return s.engine.reduce(seen)["error"]
 
-    def recompute(points: Points) -> Points:
+    def recompute(now: Points) -> Points:
         # no graph may wait for its backward pass while other forward passes run: ZeRO-3 counts them
         ahead[:] = [(batch, velocity_RX.detach()) for batch, velocity_RX in ahead]
-        trained_R = torch.zeros_like(points.sample_R, dtype=torch.bool)
+        trained_R = torch.zeros_like(now.sample_R, dtype=torch.bool)
         trained_R[torch.cat([part.rows for part in work])] = True
-        return taught(s, points, rollout, {"train": trained_R})
+        return taught(s, now, rollout, {"train": trained_R})
 
     points = s.algorithm.contract.hold(points, probe, recompute)
     first = batch_of(points, credit, work[0])

@@ -316,12 +316,11 @@ def parts(
 def batch_of(points: Points, credit: Credit, part: Part) -> Batch:
     """A micro-batch of points; `credit` is this rank's."""
     chosen = select(points, part.rows)
-    weight_B = credit.gate_B.float() if credit.kl_weight_B is None else credit.kl_weight_B
     return Batch(
         points=chosen,
         advantage_R=credit.advantage_B[chosen.sample_R],
         gate_R=credit.gate_B[chosen.sample_R],
-        kl_weight_R=weight_B[chosen.sample_R],
+        kl_weight_R=credit.kl_weight_or_gate[chosen.sample_R],
         last=part.last,
         share=part.share,
     )

@@ -84,8 +84,13 @@ class Credit:
 
     advantage_B: Tensor  # fp32
     gate_B: Tensor  # bool, True where the KL to the reference applies
-    kl_weight_B: Tensor | None = None  # fp32, of that KL in the mean over an update; None: the gate
+    kl_weight_B: Tensor | None = None  # fp32, of the KL in the mean over an update
     info: Mapping[str, float] = field(default_factory=dict)  # for the log
+
+    @property
+    def kl_weight_or_gate(self) -> Tensor:
+        """What the KL of each sample weighs, fp32; the gate, where nothing has weighed it."""
+        return self.gate_B.float() if self.kl_weight_B is None else self.kl_weight_B
 
     def with_info(self, **more: float) -> Credit:
         return replace(self, info={**self.info, **more})

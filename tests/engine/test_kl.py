@@ -72,7 +72,7 @@ def test_released_is_the_mean_over_all_micro_batches_that_there_are(gated, all_r
 
 @pytest.mark.parametrize(("micro_batch", "fraction", "share"), [(9, 0.05, 0.37), (3, 0.1, 0.27)])
 def test_released_is_what_the_releases_loop_gives(micro_batch, fraction, share):
-    """48 prompts x 24 images in two updates on 8 GPUs, shuffled and cut as the release does."""
+    """48 prompts x 24 images in two updates, shuffled (over the ranks too) and cut."""
     generator = torch.Generator().manual_seed(0)
     samples = 576
     kl_B = torch.rand(samples, generator=generator).double()

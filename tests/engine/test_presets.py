@@ -64,7 +64,9 @@ def test_paper_fills_what_is_left_out():
         fraction=0.1, limits=(0.0, 1.0), warmup=20, sign="paper", base="valid", ties="equal"
     )
     assert settings.diversity.normalise == "raw"
-    assert settings.reference == ReferenceSettings(reset_kl=1e-4, reset_updates=100)
+    assert settings.reference == ReferenceSettings(
+        reset_kl=1e-4, statistic="gated", reset_updates=100
+    )
     assert settings.base.advantage == AdvantageSettings(std="none")
     assert settings.base.kl_reduction == "batch" and settings.base.beta == 0.02
 
@@ -83,6 +85,20 @@ def test_official_code_fills_what_is_left_out():
     nft = preset("official_code", "diffusion_nft").settings
     assert nft.reference == ReferenceSettings(reset_kl=0.15, statistic="loss", reset_iterations=16)
     assert nft.base.kl_reduction == "released"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "base", ["flow_grpo", "diffusion_nft", "awm", "mix_grpo", "flow_grpo_fast", "dance_grpo",
+             "grpo_guard", "ddpo"],
+)  # fmt: skip
+def test_the_statistic_is_of_the_kl_that_the_base_has(name, base):
+    """The loss's KL only where the preset weighs it as the release does, for its threshold."""
+    settings = GardoSettings(preset=name, base={"name": base, "beta": 0.5})
+    if settings.reference.statistic == "loss":
+        assert settings.base.kl_reduction == "released"
+    released = name == "official_code" and base in ("flow_grpo", "diffusion_nft")
+    assert (settings.reference.statistic == "loss") == released
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -342,6 +342,31 @@ def test_the_last_micro_batch_holds_the_rest():
     assert sizes == [7, 7, 4, 7, 7, 4]
 
 
+@pytest.mark.parametrize(("busiest", "left"), [(0, 4), (3, 4), (7, 8), (9, 12), (12, 12)])
+def test_idle_rows_fill_up_what_the_busiest_rank_needs(busiest, left):
+    """Three of twelve rows weigh something: whole micro-batches of four, at least one, in order."""
+    index = torch.arange(12)
+    points = Points(
+        sample_R=index, prompt_R=index, step_R=index, sigma_R=torch.ones(12), x_RX=index[:, None]
+    )  # fmt: skip
+    idle_R = ~torch.isin(index, torch.tensor([1, 5, 10]))
+    asked = []
+
+    def agree(mine):
+        asked.append(mine)
+        return max(mine, busiest)
+
+    cut = parts(
+        points, sample_B=index, updates=1, micro_batch=4, seed=1, step=0, idle_R=idle_R,
+        agree_max=agree,
+    )  # fmt: skip
+    rows = torch.cat([part.rows for part in cut]).tolist()
+    assert asked == [3] and len(rows) == left and rows == sorted(rows)
+    assert {1, 5, 10} <= set(rows)
+    assert [part.last for part in cut] == [False] * (len(cut) - 1) + [True]
+    assert all(part.share == left / 12 for part in cut)
+
+
 def test_updates_hold_the_same_samples_on_any_ranks():
     for step in range(4):
         whole, _ = split(0, 24, updates=3, micro_batch=6, step=step)

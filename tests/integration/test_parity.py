@@ -54,6 +54,8 @@ TWO_RANKS = [
     "gardo-full-stage1+uneven",
     "gardo-full-zero+offload_all+uneven",
     "flow_grpo-lora-zero+tight+each+recompute",
+    "gardo_released-lora-zero+tight+once",
+    "gardo_nft_released-full-zero+once",
 ]
 ALL_ROWS = "gardo-lora-local+uneven+all_rows"
 STALE = "flow_grpo-lora-zero+tight+each+stale"

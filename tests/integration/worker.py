@@ -70,10 +70,23 @@ MECHANISMS = {
     "diversity": {"features": "dinov3"},
     "reference": {"reset_updates": 4},
 }
+RELEASED = {"kl_reduction": "released", "kl_micro_batch": 3}
 ALGORITHMS = {
     **BASES,
     "gardo": {"name": "gardo", "base": BASES["flow_grpo"], **MECHANISMS},
     "gardo_awm": {"name": "gardo", "base": BASES["awm"], **MECHANISMS},
+    "gardo_released": {
+        "name": "gardo",
+        "base": {**BASES["flow_grpo"], **RELEASED},
+        **MECHANISMS,
+        "reference": {"reset_kl": 5e-5, "statistic": "loss"},
+    },
+    "gardo_nft_released": {
+        "name": "gardo",
+        "base": {**BASES["diffusion_nft"], **RELEASED},
+        **MECHANISMS,
+        "reference": {"reset_kl": 5e-5, "statistic": "loss"},
+    },
     "gardo_nft": {"name": "gardo", "base": BASES["diffusion_nft"], **MECHANISMS},
     "gardo_flash": {"name": "gardo", "base": BASES["flash"], **MECHANISMS},
 }

@@ -96,10 +96,14 @@ def group_credit(scores: Scores, settings: AdvantageSettings, *, gate: bool) -> 
 
 
 def without_credit(points: Points, credit: Credit) -> Tensor:
-    """Rows of samples without an advantage and without a gate, bool [R]."""
-    return ((credit.advantage_B == 0) & ~credit.gate_B)[points.sample_R]
+    """Rows of samples without an advantage and without a KL, bool [R]."""
+    return ~_counts(credit.advantage_B, credit.kl_weight_or_gate)[points.sample_R]
 
 
 def with_credit(batch: Batch) -> Tensor:
-    """1.0 in rows of samples with an advantage or a gate, [R]; the others only fill it up."""
-    return ((batch.advantage_R != 0) | batch.gate_R).float()
+    """1.0 in rows with an advantage or a KL, [R]; the others only fill the batch up."""
+    return _counts(batch.advantage_R, batch.kl_weight_R).float()
+
+
+def _counts(advantage: Tensor, kl_weight: Tensor) -> Tensor:
+    return (advantage != 0) | (kl_weight != 0)

@@ -30,7 +30,7 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
-from gardo.algorithms.kl import KLSettings, note_kl
+from gardo.algorithms.kl import KLSettings, asks_reference, note_kl
 from gardo.rollout import fresh_points, noise_id, update_of
 from gardo.settings import Pair
 from gardo.streams import Stream
@@ -144,7 +144,7 @@ class AWM(Algorithm):
         if self.world.updates > 1 and self.settings.old_velocity == "auto":
             wanted["train"] = ~points.extra["detached"]
         if self.has_kl:
-            wanted["reference"] = credit.gate_B[points.sample_R]
+            wanted["reference"] = asks_reference(points, credit)
         return wanted
 
     def weightless(self, points: Points, credit: Credit) -> Tensor | None:

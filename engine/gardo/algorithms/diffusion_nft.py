@@ -30,7 +30,7 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
-from gardo.algorithms.kl import KLSettings, gated_share, note_kl
+from gardo.algorithms.kl import KLSettings, asks_reference, gated_share, note_kl
 from gardo.rollout import fresh_points, noise_id
 from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
@@ -106,9 +106,7 @@ class DiffusionNFT(Algorithm):
         everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
         if not self.has_kl:
             return {"old": everywhere}
-        all_rows = self.settings.kl_reduction == "released"
-        gated_R = everywhere if all_rows else credit.gate_B[points.sample_R]
-        return {"old": everywhere, "reference": gated_R}
+        return {"old": everywhere, "reference": asks_reference(points, credit)}
 
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings

@@ -31,7 +31,7 @@ from gardo.algorithms.base import (
     SlotMoves,
     World,
 )
-from gardo.algorithms.kl import KLSettings, note_kl
+from gardo.algorithms.kl import KLSettings, asks_reference, note_kl
 from gardo.contract import NoRatio, OldVelocity, RatioContract
 from gardo.flow import Transitions
 from gardo.rollout import recorded_points
@@ -161,7 +161,7 @@ class FlowGRPO(Algorithm):
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
         if not self.has_kl or self._reference_is_sampler or "reference" in points.velocities:
             return {}
-        return {"reference": credit.gate_B[points.sample_R]}
+        return {"reference": asks_reference(points, credit)}
 
     def weightless(self, points: Points, credit: Credit) -> Tensor:
         return without_credit(points, credit)

@@ -103,7 +103,7 @@ class ReferenceSettings(Strict):
     statistic: Literal["gated", "loss"] = Field(
         "gated",
         description="the KL that is compared with reset_kl: the mean of the gated rows, or as the "
-        "loss has it, without beta: ungated rows count, with what `kl_reduction` gives them",
+        "loss has it, without beta: over all rows, ungated ones with their weight, mostly 0",
     )
     reset_updates: int | None = Field(None, ge=1, description="gradient steps")
     reset_iterations: int | None = Field(None, ge=1)
@@ -119,6 +119,10 @@ class GardoSettings(AlgorithmSettings):
     gate: GateSettings | None = None
     diversity: DiversitySettings | None = None
     reference: ReferenceSettings | None = None
+
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        weights: tuple[float, float] = self.base.kl_weights(gated, samples)
+        return weights
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +171,7 @@ def uncertainty(
     return (uncertainty_B * 1e6).round() / 1e6  # win rates are fractions: ties must stay ties
 
 
-def counted(
+def base_of(
     uncertainty_B: Tensor, valid_B: Tensor, base: Literal["valid", "nonnegative"]
 ) -> Tensor:
     """The samples that a `base` is: all valid ones, or those of U >= 0. bool [B]"""
@@ -185,7 +189,7 @@ def most_uncertain(
 
     The base is all valid samples, or those of U >= 0. Ties go to the lower sample id.
     """
-    count = math.floor(fraction * int(counted(uncertainty_B, valid_B, base).sum()) + 0.5)
+    count = math.floor(fraction * int(base_of(uncertainty_B, valid_B, base).sum()) + 0.5)
     by_sample = sample_B.argsort(stable=True)
     ranked = torch.where(valid_B, uncertainty_B, -torch.inf)[by_sample]
     order = by_sample[ranked.argsort(descending=True, stable=True)]
@@ -209,8 +213,7 @@ class Gate:
         uncertainty_B = uncertainty(scores, settings.population, settings.ties)
         if settings.sign == "official_code":
             uncertainty_B = -uncertainty_B
-        population_B = counted(uncertainty_B, scores.valid_B, settings.base)
-        seen = uncertainty_B[population_B]
+        seen = uncertainty_B[base_of(uncertainty_B, scores.valid_B, settings.base)]
         statistic = float(seen.clamp(min=0).mean()) if len(seen) else 0.0
         self._adapt(statistic)
         gate_B = most_uncertain(
@@ -359,9 +362,6 @@ class Gardo(Algorithm):
     @property
     def has_kl(self) -> bool:
         return self.base.has_kl
-
-    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
-        return self.base.kl_weights(gated, samples)
 
     def plan(self, step: int) -> SamplePlan:
         return self.base.plan(step)

@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "fraction": 0.1, "limits": (0.0, 1.0), "warmup": 20,
             },
             "diversity": {"normalise": "raw"},
-            "reference": {"reset_kl": 1e-4, "statistic": "gated", "reset_updates": 100},
+            "reference": {"reset_kl": 1e-4, "reset_updates": 100},
         },
         "flow_grpo": {"base": {"kl_reduction": "batch", "advantage": _NO_STD}},
         "diffusion_nft": {
@@ -42,14 +42,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "zero_advantage": False, "fraction": 0.1, "limits": (0.02, 0.2), "warmup": 1,
             },
             "diversity": {"normalise": "group_mean"},
-            "reference": {"reset_kl": 3e-4, "statistic": "loss", "reset_iterations": 16},
+            "reference": {"reset_kl": 3e-4, "reset_iterations": 16},
         },
         "flow_grpo": {
             "base": {"kl_reduction": "released", "clip_range": 1e-4, "advantage": _NO_STD},
+            "reference": {"statistic": "loss"},
         },
         "diffusion_nft": {
             "base": {"kl_reduction": "released", "beta": 0.04, "advantage": _NO_STD},
-            "reference": {"reset_kl": 0.15},
+            "reference": {"reset_kl": 0.15, "statistic": "loss"},
         },
         "awm": {
             "base": {"kl_reduction": "released", "advantage": _NO_STD},

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.algorithms.base import AlgorithmSettings
-from gardo.types import Batch, Credit, Metrics
+from gardo.types import Batch, Credit, Metrics, Points
 
 
 class KLSettings(AlgorithmSettings):
@@ -70,6 +70,11 @@ def weighed(
     weights = [*map(kl_weights, gated.tolist(), samples.tolist())]
     table = torch.tensor(weights, dtype=torch.float32, device=update_B.device)
     return replace(credit, kl_weight_B=table[update_B, 1 - credit.gate_B.long()])
+
+
+def asks_reference(points: Points, credit: Credit) -> Tensor:
+    """The rows whose KL weighs something, bool [R]."""
+    return (credit.kl_weight_or_gate != 0)[points.sample_R]
 
 
 def note_kl(metrics: Metrics, kl_R: Tensor, batch: Batch) -> None:

@@ -32,7 +32,9 @@ _LARGE, _SMALL = 1400, 560  # longest side of an embedded picture, pixels
 _METRICS = {
     "loss": ("Loss", "", 1.0, False),
     "policy_loss": ("Policy loss", "", 1.0, False),
-    "kl": ("KL to the reference", "mean over elements", 1.0, True),
+    "kl": ("KL to the reference", "mean over elements, gated rows", 1.0, True),
+    "kl_loss": ("KL in the loss", "mean over all rows, as weighed, without beta", 1.0, True),
+    "rows_left_out": ("Rows left out", "without advantage and KL", 1.0, True),
     "gate_share": ("Gate share", "samples under the KL term, %", 100.0, True),
     "clip_fraction": ("Clip fraction", "rows whose ratio is clipped, %", 100.0, True),
     "ratio": ("Ratio", "mean of new over old probability", 1.0, False),
