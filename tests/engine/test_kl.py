@@ -169,7 +169,9 @@ def test_released_nft_asks_the_reference_everywhere():
     )
     assert algorithm.teachers(points, credit)["reference"].all()
     assert (credit.kl_weight_B > 0).all()
-    algorithm = build(DiffusionNFT, DiffusionNFTSettings(kl_reduction="gated"))
+    algorithm, _, _, credit, points = gated_update(
+        DiffusionNFT, DiffusionNFTSettings(kl_reduction="gated")
+    )
     asked = algorithm.teachers(points, credit)["reference"]
     assert torch.equal(asked, credit.gate_B[points.sample_R])
 
