@@ -148,12 +148,12 @@ def work(folder: Path, weights: str, way: str, out: Path) -> None:
 def measure(folder: Path, weights: str, way: str) -> list[dict[str, float]]:
     """Both ranks' numbers of one launch."""
     with tempfile.TemporaryDirectory() as temporary:
-        launcher = Path(sys.executable).parent / "deepspeed"
+        here = [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"}  # fmt: skip
+                       "PYTHONPATH": os.pathsep.join(filter(None, here))}  # fmt: skip
         done = subprocess.run(
-            [sys.executable, launcher, "--log_level", "error", "--num_gpus", "2",
-             "--master_port", str(29300 + os.getpid() % 300), __file__,
+            [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error",
+             "--num_gpus", "2", "--master_port", str(29300 + os.getpid() % 300), __file__,
              "--worker", str(folder), weights, way, temporary],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip

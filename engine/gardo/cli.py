@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -30,15 +31,10 @@ SetOption = Annotated[
 
 
 def _launcher() -> list[str]:
-    """The deepspeed launcher of this very Python."""
-    from gardo.doctor import launcher
-
-    found = launcher()
-    if not found:
-        raise typer.BadParameter(
-            "the deepspeed launcher is not on PATH; install deepspeed in this environment"
-        )
-    return [sys.executable, found] if Path(found).parent == Path(sys.executable).parent else [found]
+    """The deepspeed launcher of this very Python, wherever its script lies."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise typer.BadParameter("the launcher is missing: pip install deepspeed")
+    return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def _run(command: list[str]) -> int:

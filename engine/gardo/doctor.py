@@ -1,4 +1,4 @@
-"""What this machine can do for a run: versions, GPUs, which kernels run, the launcher, attention.
+"""What this machine can do for a run: versions, GPUs, which kernels run, attention.
 
 Every fused op is run on a small input by the backend that a run here would take, and compared with
 plain torch in fp64: a kernel that is compiled wrongly on this machine is named before it trains.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,9 +50,6 @@ def examine(kernels: Backend = "auto") -> Iterator[Finding]:
     yield from _packages()
     yield from _devices(device)
     yield from _kernels(device, kernels)
-    found = launcher()
-    missing = "deepspeed is not on PATH; pip install deepspeed"
-    yield Finding("launcher", "ok" if found else "problem", found or missing)
 
 
 def _packages() -> Iterator[Finding]:
@@ -181,9 +176,3 @@ OPS: Mapping[str, Callable[[Backend, torch.device], list[Tensor]]] = {
     "awm_loss": _awm_loss,
     "nearest_cosine": _nearest_cosine,
 }
-
-
-def launcher() -> str | None:
-    """The deepspeed launcher of this very Python, or the one on PATH."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    return str(beside) if beside.is_file() else shutil.which("deepspeed")

@@ -74,11 +74,13 @@ def type_command(
     recipe: Path = ROOT / "recipes" / "tiny_flux_gardo.yaml",
 ) -> subprocess.CompletedProcess[str]:
     """Types the demo's command, or another recipe's, with these settings on top."""
-    command = f"deepspeed --num_gpus {ranks} --module gardo.train {recipe.relative_to(ROOT)}"
-    command += " --resume" if resume else ""
     settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
     env = environment(accelerator)
     env["PATH"] = f"{bin_folder()}:{env['PATH']}"
+    script = shutil.which("deepspeed", path=env["PATH"])  # beside packages of another folder: none
+    typed = script or f"{sys.executable} -m deepspeed.launcher.runner"
+    command = f"{typed} --num_gpus {ranks} --module gardo.train {recipe.relative_to(ROOT)}"
+    command += " --resume" if resume else ""
     return subprocess.run(
         [*command.split(), *(p for s in settings for p in ("--set", s))],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,

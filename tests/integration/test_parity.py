@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +83,8 @@ COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0"
 
 
 def environment(accelerator: str = "cpu") -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
+    here = [str(ROOT / "engine"), str(ROOT / "kernels")]
+    path = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
         **os.environ,
         "PYTHONPATH": path,
@@ -95,12 +95,11 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
 
 def launch(ranks: int, *arguments: str, accelerator: str = "cpu") -> None:
     """Runs the worker, through the deepspeed launcher unless `ranks` is 0."""
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     port = 29600 + os.getpid() % 300
     command = [sys.executable, str(WORKER)]
     if ranks:
-        command = [sys.executable, launcher, "--num_gpus", str(ranks), "--master_port", str(port),
-                   str(WORKER)]  # fmt: skip
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
+                   "--master_port", str(port), str(WORKER)]  # fmt: skip
     done = subprocess.run(
         [*command, *arguments],
         env=environment(accelerator),
