@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # as a script has it, also for `python -m`
 
+from campaign.exit_codes import NEEDS_GPU, UNFINISHED
 from pages import ROOT, revision
 
 State = Literal["passed", "failed", "cut", "skipped", "left"]
@@ -40,7 +41,6 @@ FOLDER = "{out}"  # in a command: the step's folder
 SECONDS = "{seconds}"  # in a command: how long it may take, less what it needs to end
 RESERVE = 10.0  # seconds of the budget kept for the summary and the archive
 FACTS = ("gpu", "driver", "torch", "triton", "revision")
-NEEDS_GPU = 3  # exit code of a measurement that found no GPU
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ STEPS = (
          pytest("tests/integration/test_gpu.py"), 540, 180),
     Step("kernels-quick", "two cases of every op against its competitors",
          ("benchmarks/bench_kernels.py", "--quick", "--out", FOLDER), 150, 60),
+    Step("flux", "FLUX.1-dev's shapes, random weights: what fits, sampling, training, kinds of op",
+         ("-m", "campaign.flux_full", "--out", FOLDER, "--seconds", SECONDS), 420, 120),
+    Step("ratio-noise", "bf16 on-policy |ratio - 1| over batch shapes, checkpointing, attention",
+         ("-m", "campaign.ratio_noise", "--out", FOLDER, "--seconds", SECONDS), 300, 90),
     Step("kernels", "every case of every op, and the targets",
          ("benchmarks/bench_kernels.py", "--out", FOLDER, "--budget-seconds", SECONDS), 540, 120),
     Step("demo", "the demo on this GPU, in bf16",
@@ -141,7 +145,9 @@ def run(step: Step, folder: Path, seconds: float) -> Row:
             code = None
         finally:
             end(process)  # whatever it has left running, too
-    states: dict[int | None, State] = {None: "cut", 0: "passed", NEEDS_GPU: "skipped"}
+    states: dict[int | None, State] = {
+        None: "cut", UNFINISHED: "cut", 0: "passed", NEEDS_GPU: "skipped"
+    }  # fmt: skip
     return {
         "state": states.get(code, "failed"), "seconds": round(time.monotonic() - start, 1),
         "code": code, "detail": last_line(log),

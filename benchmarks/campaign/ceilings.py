@@ -19,6 +19,8 @@ import torch
 
 from core_ops.machine import this_machine
 
+from .exit_codes import NEEDS_GPU
+
 COPIES = (64, 512, 4096)  # MiB of the source
 MATRICES = (4096, 8192, 16384)
 REPS = 20
@@ -42,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("needs an NVIDIA GPU")
-        return 3
+        return NEEDS_GPU
     machine = this_machine("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "ceilings.csv").open("w", newline="", encoding="utf-8") as file:

@@ -32,10 +32,10 @@ from torch.autograd import DeviceType
 from core_ops.machine import Machine
 from gardo_kernels import policy_loss
 
+from .exit_codes import NEEDS_GPU
 from .flux_model import (
     ATTENTION,
     FULL,
-    NEEDS_GPU,
     SMALL,
     TRAINED,
     Row,
@@ -43,6 +43,7 @@ from .flux_model import (
     Table,
     add_lora,
     build,
+    exit_code,
     flops,
     graphs,
     measure_all,
@@ -344,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(shape, machine, options.ceiling)
     measure_all(cases(shape), table, bench, start + options.seconds)
     print(report(table))
-    return 0
+    return exit_code(table)
 
 
 if __name__ == "__main__":

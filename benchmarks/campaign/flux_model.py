@@ -32,7 +32,8 @@ from core_ops.machine import Machine, this_machine
 from gardo.flow import transitions
 from gardo.policies.flux import FluxPolicy, FluxSettings
 
-NEEDS_GPU = 3  # exit code of a measurement that found no GPU
+from .exit_codes import UNFINISHED
+
 STEPS, TRAINED, NOISE_LEVEL = 6, 4, 0.9  # GARDO's sampler for Flux
 RANDOM_B = 0.002  # std of a trained LoRA's B: the adapter adds about 3 % to a layer's output
 ATTENTION = (  # of diffusers' dispatcher; its hub_ backends need a network
@@ -368,7 +369,7 @@ def this_place() -> Machine:
     machine = this_machine("auto")
     machine.reps_at_once = 1
     if machine.is_gpu:
-        machine.cache = None  # a flush is not wanted, and it is memory
+        machine.other = None  # a flush is not wanted, and it is memory
     return machine
 
 
@@ -376,6 +377,11 @@ def tally(table: Table) -> str:
     """How many rows are in each state."""
     states = [row["status"] for row in table.rows]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def exit_code(table: Table) -> int:
+    """Whether the time sufficed for all cases."""
+    return UNFINISHED if any(row["status"] == "left out" for row in table.rows) else 0
 
 
 def number(value: float) -> float:

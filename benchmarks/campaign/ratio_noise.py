@@ -29,10 +29,10 @@ from torch import Tensor
 from core_ops.machine import Machine
 from gardo_kernels import policy_loss
 
+from .exit_codes import NEEDS_GPU
 from .flux_model import (
     ATTENTION,
     FULL,
-    NEEDS_GPU,
     SMALL,
     TRAINED,
     Row,
@@ -41,6 +41,7 @@ from .flux_model import (
     Table,
     add_lora,
     build,
+    exit_code,
     measure_all,
     number,
     rows_of,
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(options.out / "ratio_noise.csv", COLUMNS)
     measure_all(cases(shape), table, Bench(shape, machine), start + options.seconds)
     print(report(table))
-    return 0
+    return exit_code(table)
 
 
 if __name__ == "__main__":
