@@ -18,10 +18,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from campaign.exit_codes import UNFINISHED
 from core_ops import report
 from core_ops.cases import Case
 from core_ops.counting import Counter, memory, tensors
@@ -41,23 +42,33 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def timed(cases: Sequence[Case], machine: Machine, seconds: float, quick: bool) -> list[Row]:
-    """Rows of every case; of those that the budget leaves no time for, a row that says so."""
-    rows: list[Row] = []
+LEFT_OUT = "left out"
+
+
+def timed(
+    cases: Sequence[Case], machine: Machine, seconds: float, quick: bool, before: Sequence[Row] = ()
+) -> Iterator[list[Row]]:
+    """Rows of each case; of those that the budget leaves no time for, a row that says so.
+
+    `before`: what an earlier run has measured; it is not measured again.
+    """
+    known = report.by_case([r for r in before if not str(r["failure"]).startswith(LEFT_OUT)])
     ways = WAYS if machine.is_gpu else CPU_WAYS
     reps = 5 if quick or not machine.is_gpu else 50
     start = time.monotonic()
     for case in cases:
+        if rows := known.get(report.case_of(case.names())):
+            yield list(rows.values())
+            continue
         name = " ".join(str(value) for value in case.names().values())
         if time.monotonic() - start > seconds:
-            failure = {"failure": f"left out: the budget of {seconds:g} s was spent"}
-            rows.append(row_of(case, "all", failure, machine.facts()))
+            failure = {"failure": f"{LEFT_OUT}: the budget of {seconds:g} s was spent"}
+            yield [row_of(case, "all", failure, machine.facts())]
             continue
         found = measure(case, machine, only=ways, reps=reps)
-        rows += found
         times = (f"{r['way']} {r['median_us'] or r['failure']}" for r in found)
         say(f"{name}: {', '.join(times)}")
-    return rows
+        yield found
 
 
 def counted(cases: Sequence[Case], machine: Machine) -> list[Row]:
@@ -132,7 +143,7 @@ def save(folder: Path, found: dict[str, list[Row]]) -> None:
         drawings[name](report.read(folder / f"kernels_{name}.csv"), folder / f"kernels_{name}.png")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="two cases of an op, five reps")
@@ -140,17 +151,28 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=480.0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, help="folder for the CSV files")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --out has measured; exit code 4 if some "
+        "cases are left"
+    )  # fmt: skip
     options = parser.parse_args()
+    folder = options.out or RESULTS
     machine = this_machine(options.device)
     whole = not options.quick and set(options.op) == set(OPS)
     found: dict[str, list[Row]] = {}
     if machine.is_gpu:
         cases = gpu_cases(options.op, options.quick)
-        found["gpu"] = timed(cases, machine, options.budget_seconds, options.quick)
+        before = report.read(folder / "kernels_gpu.csv") if options.resume else []
+        found["gpu"] = []
+        for rows in timed(cases, machine, options.budget_seconds, options.quick, before):
+            found["gpu"] += rows
+            if options.out:  # what is cut short keeps what it has
+                report.write(folder / "kernels_gpu.csv", found["gpu"])
     else:
         say("on a CPU: the torch paths only, and no claim about speed")
         cases = cpu_cases(options.op, options.quick)
-        found["cpu"] = timed(cases, machine, options.budget_seconds, options.quick)
+        some = timed(cases, machine, options.budget_seconds, options.quick)
+        found["cpu"] = [row for rows in some for row in rows]
         found["counts"] = counted(counted_cases(options.op, options.quick), machine)
         if whole:
             found["compiled"] = machine_code(machine)
@@ -160,10 +182,12 @@ def main() -> None:
     else:
         print(report.targets_table(found.get("gpu", [])))
     if whole or options.out:
-        save(options.out or RESULTS, found)
-    if whole and options.out in (None, RESULTS):
+        save(folder, found)
+    if whole and folder == RESULTS:
         fill_readme(RESULTS)
+    left = any(str(row["failure"]).startswith(LEFT_OUT) for row in found.get("gpu", []))
+    return UNFINISHED if options.resume and left else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -79,7 +79,8 @@ STEPS = (
     Step("ratio-noise", "bf16 on-policy |ratio - 1| over batch shapes, checkpointing, attention",
          ("-m", "campaign.ratio_noise", "--out", FOLDER, "--seconds", SECONDS), 300, 90),
     Step("kernels", "every case of every op, and the targets",
-         ("benchmarks/bench_kernels.py", "--out", FOLDER, "--budget-seconds", SECONDS), 540, 120),
+         ("benchmarks/bench_kernels.py", "--resume", "--out", FOLDER, "--budget-seconds", SECONDS),
+         540, 120),
     Step("demo", "the demo on this GPU, in bf16",
          ("-m", "gardo.cli", "train", *DEMO, "--set", "distributed.precision=bfloat16"), 300, 60),
 )  # fmt: skip

@@ -242,8 +242,21 @@ def test_what_fails_is_a_row_and_what_is_wrong_is_not_timed(monkeypatch):
 
 
 def test_a_spent_budget_is_said():
-    (row,) = bench.timed([Case("sde_step", (2, 8, 4))], Machine(), -1.0, quick=True)
+    ((row,),) = bench.timed([Case("sde_step", (2, 8, 4))], Machine(), -1.0, quick=True)
     assert row["failure"] == "left out: the budget of -1 s was spent" and row["op"] == "sde_step"
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    """The first call has time for one case; the second takes its rows from the file."""
+    cases = [Case("sde_step", (2, 8, 4)), Case("sde_step", (3, 8, 4))]
+    (first,) = bench.timed(cases[:1], Machine(), 60.0, quick=True)
+    (left,) = bench.timed(cases[1:], Machine(), -1.0, quick=True)
+    file = tmp_path / "kernels_gpu.csv"
+    report.write(file, first + left)
+    kept, measured = bench.timed(cases, Machine(), 60.0, quick=True, before=report.read(file))
+    assert kept == [{name: str(value) for name, value in row.items()} for row in first]
+    assert {row["way"] for row in measured} == {"released", "eager", "copy"}
+    assert all(row["median_us"] for row in measured)
 
 
 # ---- targets and reports -------------------------------------------------------------------------
