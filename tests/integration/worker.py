@@ -85,7 +85,7 @@ ALGORITHMS = {
         "name": "gardo",
         "base": {**BASES["diffusion_nft"], **RELEASED},
         **MECHANISMS,
-        "reference": {"reset_kl": 5e-5, "statistic": "loss"},
+        "reference": {"reset_kl": 2e-4, "statistic": "loss"},
     },
     "gardo_nft": {"name": "gardo", "base": BASES["diffusion_nft"], **MECHANISMS},
     "gardo_flash": {"name": "gardo", "base": BASES["flash"], **MECHANISMS},
