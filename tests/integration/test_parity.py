@@ -51,7 +51,6 @@ TWO_RANKS = [
     "gardo-lora-zero+tight+once+uneven",
     "gardo-full-stage2+uneven",
     "gardo-full-stage1+uneven",
-    "gardo-full-zero+offload_all+uneven",
     "flow_grpo-lora-zero+tight+each+recompute",
     "gardo_released-lora-zero+tight+once",
     "gardo_nft_released-full-zero+once",
@@ -66,6 +65,7 @@ EXTRAS = [
     *(f"gardo-{w}-{e}+offload" for w in ("lora", "full") for e in ("stage1", "stage2", "zero")),
     *(f"gardo-{w}-{e}+buckets+clip" for w in ("lora", "full") for e in ("stage1", "stage2")),
     "refl-full-zero+hpz",
+    "gardo-full-zero+offload_all+uneven",
 ]
 ALGORITHMS = [f"{a}-{w}-zero+tight" for w in ("lora", "full")
               for a in ("flow_grpo", "kl_in_reward", "diffusion_nft", "awm", "gardo", "gardo_nft",
