@@ -136,11 +136,13 @@ def held_to_contract(
         return taught(s, now, rollout, {"train": trained_R})
 
     points = s.algorithm.contract.hold(points, probe, recompute)
-    first = batch_of(points, credit, work[0])
+    first: list[Batch] = []
     if ahead and ahead[0][1].requires_grad:
-        first, velocity_RX = ahead[0]
-        s.ctx.ahead = (first.points, velocity_RX)
-    return itertools.chain([first], (batch_of(points, credit, part) for part in work[1:]))
+        batch, velocity_RX = ahead[0]
+        s.ctx.ahead = (batch.points, velocity_RX)
+        first = [batch]
+    rest = (batch_of(points, credit, part) for part in work[len(first) :])
+    return itertools.chain(first, rest)
 
 
 def evaluate(s: Session, step: int) -> None:
