@@ -58,7 +58,7 @@ def pytest(*arguments: str) -> tuple[str, ...]:
             *arguments)  # fmt: skip
 
 
-NO_CHIP = [f"--ignore=tests/kernels/test_{name}.py" for name in ("compiled", "benchmark")]
+NO_CHIP = ["--ignore=tests/kernels/test_compiled.py"]
 DEMO = ("recipes/tiny_flux_gardo.yaml", "--gpus", "1", "--set", f"run.folder={FOLDER}/runs")
 
 STEPS = (

@@ -17,7 +17,8 @@ from unittest import mock
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gardo_kernels"}
 NOT_SHIPPED = {"README.md"}  # for readers of the source
 

@@ -20,8 +20,8 @@ from gardo.config import Recipe, check, dump, load, read_yaml
 from gardo.planner import geometry
 from gardo.recipe_errors import RecipeError
 from gardo.tiny import world
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = [p for p in RECIPES if p.stem.startswith("tiny_")]
 FULL_SIZE = [p for p in RECIPES if p not in TINY]

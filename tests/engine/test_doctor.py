@@ -5,15 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
 
 from gardo import doctor
 from gardo_kernels import Backend
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/tiny_flux_gardo.yaml"
 
 

@@ -17,9 +17,10 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from gardo.report.metrics_log import read_metrics
+from tests import ROOT
 from tests.integration.test_parity import launch
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_flux_gardo.json"
+GOLDEN = ROOT / "tests" / "golden" / "tiny_flux_gardo.json"
 CASE = "gardo-lora-local"
 
 

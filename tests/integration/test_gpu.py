@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from gardo.report.metrics_log import read_metrics
+from tests import ROOT
 from tests.integration.test_launch import type_command
-from tests.integration.test_parity import ROOT, check_slots, check_teachers, launch, steps_of
+from tests.integration.test_parity import check_slots, check_teachers, launch, steps_of
 from tests.integration.test_resume import MIDDLE, same_bits
 
 pytestmark = pytest.mark.gpu

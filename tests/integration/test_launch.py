@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from gardo.distributed.saved import committed
 from gardo.report.metrics_log import read_metrics
 from gardo.train import main
-from tests.integration.test_parity import ROOT, environment
+from tests import ROOT
+from tests.integration.test_parity import environment
 
 SMALL = [
     "run.steps=1",

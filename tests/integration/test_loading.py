@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import pytest
 
-from tests.integration.test_parity import ROOT
+import bench_load
 
 
 @pytest.mark.full
 def test_a_rank_holds_its_part_of_the_model_and_no_more() -> None:
     """The benchmark on 0.3 billion parameters: half of them on each of two ranks, plus a LoRA."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        bench = importlib.import_module("bench_load")
-    finally:
-        sys.path.pop(0)
-    rows = bench.rows_of(1152, ["lora"])
+    rows = bench_load.rows_of(1152, ["lora"])
     size = rows[0]["model_mib"]
     assert rows[0]["parameters"] > 3e8
     peaks = {(r["way"], r["rank"]): r["peak_above_mib"] for r in rows}

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from gardo.flow import shifted_linear_sigmas
 from gardo.report.metrics_log import read_metrics
+from tests import ROOT
 
 WORKER = Path(__file__).parent / "worker.py"
-ROOT = WORKER.parents[2]
 ONE_RANK = ["gardo-lora-zero+tight", "diffusion_nft-full-zero+full", "flow_grpo-full-stage1"]
 TWO_RANKS = [
     "gardo-lora-zero+tight+once",

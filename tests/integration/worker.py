@@ -40,8 +40,7 @@ from gardo.session import Session, open_session
 from gardo.streams import Stream
 from gardo.train import train
 from gardo_kernels import random_normal
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 BASES: dict[str, dict[str, Any]] = {
     "flow_grpo": {"name": "flow_grpo", "clip_range": 1.0e-3, "beta": 1.0, "kl": "gaussian"},

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from gardo_kernels import awm_loss
 from tests.kernels.row_losses import (
     DEVICE,
     GATES,
@@ -17,8 +19,6 @@ from tests.kernels.row_losses import (
     numbers,
     on_device,
 )
-
-from gardo_kernels import awm_loss
 
 LOG_P = {  # as AWM writes them, of the error l, the time t, the power p
     "uniform": lambda l, t, p: -l,

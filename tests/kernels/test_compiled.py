@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 # Instructions an element at most: what a memory-bound kernel can afford. Up to 4 of them are the
 # division by which a program finds its row, once for eight elements a thread.
 BUDGET = {

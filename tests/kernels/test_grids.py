@@ -4,7 +4,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from tests.kernels.row_losses import DEVICE
 
 from gardo_kernels import (
     awm_loss,
@@ -14,6 +13,7 @@ from gardo_kernels import (
     random_normal,
     sde_step,
 )
+from tests.kernels.row_losses import DEVICE
 
 ROWS, WIDTH = 70_000, 3
 ONES = torch.ones(ROWS, WIDTH, device=DEVICE)

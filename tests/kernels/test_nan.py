@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tests.kernels.row_losses import DEVICE, both
 
 from gardo_kernels import (
     STEP_COLUMNS,
@@ -16,6 +15,7 @@ from gardo_kernels import (
     sde_step,
 )
 from gardo_kernels._launch import launch
+from tests.kernels.row_losses import DEVICE, both
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
 R, N, ROW, ELEMENT = 4, 1500, 2, 1300  # past a block; the row and its element that are NaN

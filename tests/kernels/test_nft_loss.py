@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gardo_kernels import nft_loss, nft_preference
 from tests.kernels.row_losses import (
     DEVICE,
     GATES,
@@ -17,8 +19,6 @@ from tests.kernels.row_losses import (
     check_statistics,
     numbers,
 )
-
-from gardo_kernels import nft_loss, nft_preference
 
 
 def golden():

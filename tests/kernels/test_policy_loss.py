@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from gardo_kernels import policy_loss, policy_loss_grad_ref
 from tests.kernels.row_losses import (
     DEVICE,
     GATES,
@@ -19,8 +21,6 @@ from tests.kernels.row_losses import (
     numbers,
     on_device,
 )
-
-from gardo_kernels import policy_loss, policy_loss_grad_ref
 
 # Samplers of the golden example, s .9 -> .8 with sigmas[1] = .96: h, B, std, KL scale (flow_grpo).
 FLOW = (1 / (2 * 0.441), -0.1245, math.sqrt(0.441), 0.1245**2 / (2 * 0.441 * 10))

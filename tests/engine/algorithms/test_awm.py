@@ -5,19 +5,6 @@ import json
 
 import pytest
 import torch
-from tests.engine.test_algorithms import (
-    COUNT,
-    SEED,
-    STEP,
-    LinearPolicy,
-    Trained,
-    engine_for,
-    minibatches,
-    nudge,
-    roll,
-    scores_of,
-    whole,
-)
 
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.awm import AWM, AWMSettings, stratified_steps
@@ -34,6 +21,19 @@ from gardo.rollout import noise_id, teach
 from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
+from tests.engine.algorithms.test_algorithms import (
+    COUNT,
+    SEED,
+    STEP,
+    LinearPolicy,
+    Trained,
+    engine_for,
+    minibatches,
+    nudge,
+    roll,
+    scores_of,
+    whole,
+)
 
 WHOLE = {"times": (0, 4)}
 

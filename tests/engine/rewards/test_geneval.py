@@ -12,14 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.geneval_models import (
-    CPU,
-    SIZE,
-    names,
-    pictures,
-    save_clip,
-    segmenter,
-)
 from torch import Tensor
 from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
@@ -29,6 +21,14 @@ from gardo import plugins
 from gardo.rewards.geneval import Geneval, GenevalSettings
 from gardo.rewards.geneval_prompts import CLASSES, COLOURS, RELATIONS, Asked, Request, parse, text
 from gardo.rewards.geneval_rules import Found, fraction, keep, strict, verdicts
+from tests.engine.rewards.geneval_models import (
+    CPU,
+    SIZE,
+    names,
+    pictures,
+    save_clip,
+    segmenter,
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-try:
-    from campaign import flux_full, flux_model, ratio_noise
-    from campaign.flux_model import SMALL, Unavailable
-    from core_ops.machine import Machine
-finally:
-    sys.path.pop(0)
+from campaign import flux_full, flux_model, ratio_noise
+from campaign.flux_model import SMALL, Unavailable
+from core_ops.machine import Machine
 
 CPU = torch.device("cpu")
 SCRIPTS = {"flux_full": flux_full, "ratio_noise": ratio_noise}

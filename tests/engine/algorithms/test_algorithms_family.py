@@ -7,19 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.engine.linear_policy import (
-    COUNT,
-    SEED,
-    STEP,
-    LinearPolicy,
-    Trained,
-    build,
-    minibatches,
-    nudge,
-    roll,
-    scores_of,
-    whole,
-)
 
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.base import SamplerSettings, World
@@ -34,6 +21,19 @@ from gardo.contract import NoRatio, RatioContract
 from gardo.flow import shifted_linear_sigmas, transitions
 from gardo.rollout import Part, batch_of, rows_of
 from gardo.types import Metrics, Rollout
+from tests.engine.algorithms.linear_policy import (
+    COUNT,
+    SEED,
+    STEP,
+    LinearPolicy,
+    Trained,
+    build,
+    minibatches,
+    nudge,
+    roll,
+    scores_of,
+    whole,
+)
 
 DANCE = {"sde": "dance", "noise_level": 0.3, "schedule": "shifted_linear",
          "model_time": "integer", "same_initial_noise": True}  # fmt: skip

@@ -3,16 +3,16 @@
 import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.linear_policy import LinearPolicy, build, roll, scores_of, whole
 
 from gardo import plugins
 from gardo.algorithms.mix_grpo import Progressive
+from tests import ROOT
+from tests.engine.algorithms.linear_policy import LinearPolicy, build, roll, scores_of, whole
 
-PAGE = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
+PAGE = (ROOT / "docs/algorithms.md").read_text()
 ALGORITHMS = {  # settings, sampler
     "flow_grpo": ({"beta": 0.5, "clip_range": 0.9}, {}),
     "flow_grpo_fast": ({"beta": 0.5, "clip_range": 0.9}, {"steps": 6, "train_steps": 2}),

@@ -23,8 +23,8 @@ from gardo.recipe_errors import RecipeError
 from gardo.rewards.base import Gathering, Panel, Reward, RewardSettings
 from gardo.rewards.bradley_terry import predicted_win_rate, strengths
 from gardo.rewards.preference import Preference, PreferenceSettings
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -1,18 +1,13 @@
 """The study of ./run study: its tables, rows and curves, and what is left to train."""
 
 import json
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from study_figure import CURVES, curves  # noqa: E402
-from study_regularisers import FIELDS, demo_table, report, rows, table  # noqa: E402
-from study_runs import ARMS, Run  # noqa: E402
+from study_figure import CURVES, curves
+from study_regularisers import FIELDS, demo_table, report, rows, table
+from study_runs import ARMS, Run
 
 MEASURES = ("tiny_count", "tiny_fidelity", "tiny_patches")
 

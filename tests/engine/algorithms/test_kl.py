@@ -7,7 +7,17 @@ from itertools import combinations
 
 import pytest
 import torch
-from tests.engine.linear_policy import (
+
+from gardo.algorithms.awm import AWM, AWMSettings
+from gardo.algorithms.ddpo import DDPO, DDPOSettings
+from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
+from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from gardo.algorithms.grpo_guard import GRPOGuard, GRPOGuardSettings
+from gardo.algorithms.kl import KLSettings, gated_share, weighed
+from gardo.algorithms.refl import ReFL, ReFLSettings
+from gardo.rollout import update_of
+from gardo.types import Credit, Metrics
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
     STEP,
@@ -19,16 +29,6 @@ from tests.engine.linear_policy import (
     roll,
     scores_of,
 )
-
-from gardo.algorithms.awm import AWM, AWMSettings
-from gardo.algorithms.ddpo import DDPO, DDPOSettings
-from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
-from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
-from gardo.algorithms.grpo_guard import GRPOGuard, GRPOGuardSettings
-from gardo.algorithms.kl import KLSettings, gated_share, weighed
-from gardo.algorithms.refl import ReFL, ReFLSettings
-from gardo.rollout import update_of
-from gardo.types import Credit, Metrics
 
 AWM_SETTINGS = partial(AWMSettings, times=(0, 4))  # of the five steps here
 KINDS = (

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
+import bench_kernels as bench
+from core_ops import cases, measure, released, report, shapes, targets
+from core_ops.cases import Case
+from core_ops.counting import Counter
+from core_ops.machine import Machine
 from gardo.flow import flux_sigmas, transitions
 from gardo_kernels import random_normal
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-try:
-    names = ("cases", "counting", "machine", "measure", "released", "report", "shapes", "targets")
-    modules = {name: import_module(f"core_ops.{name}") for name in names}
-    bench = import_module("bench_kernels")
-finally:
-    sys.path.pop(0)
-cases, counting, measure, targets = (modules[n] for n in names if n in
-                                     ("cases", "counting", "measure", "targets"))  # fmt: skip
-released, report, shapes = modules["released"], modules["report"], modules["shapes"]
-Case, Counter, Machine = cases.Case, counting.Counter, modules["machine"].Machine
 CPU = torch.device("cpu")
 
 

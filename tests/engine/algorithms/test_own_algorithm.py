@@ -3,7 +3,6 @@
 import math
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import read_metrics
 from gardo.session import open_session
 from gardo.train import train
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/algorithms.md").read_text()
 CODE, RECIPE = re.findall(r"```(?:python|yaml)\n(.*?)```", PAGE, re.DOTALL)
 

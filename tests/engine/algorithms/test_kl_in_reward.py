@@ -4,7 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from tests.engine.test_algorithms import (
+
+from gardo.algorithms.advantage import AdvantageSettings, group_credit
+from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from gardo.algorithms.gardo import Gardo, GardoSettings, GateSettings
+from gardo.types import Metrics, Scores
+from tests.engine.algorithms.test_algorithms import (
     COUNT,
     STEP,
     LinearPolicy,
@@ -15,11 +20,6 @@ from tests.engine.test_algorithms import (
     scores_of,
     whole,
 )
-
-from gardo.algorithms.advantage import AdvantageSettings, group_credit
-from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
-from gardo.algorithms.gardo import Gardo, GardoSettings, GateSettings
-from gardo.types import Metrics, Scores
 
 
 def drifted(algorithm, size=0.3):

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.engine.linear_policy import COUNT, SEED, LinearPolicy, build, roll
 
 from gardo.algorithms.base import SamplerSettings
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
@@ -21,6 +20,7 @@ from gardo.algorithms.mix_grpo import (
 )
 from gardo.flow import transitions
 from gardo.rollout import rows_of
+from tests.engine.algorithms.linear_policy import COUNT, SEED, LinearPolicy, build, roll
 
 WINDOWS = {
     "progressive": Progressive(iterations=2),

@@ -5,7 +5,21 @@ import json
 
 import pytest
 import torch
-from tests.engine.linear_policy import (
+from torch import nn
+
+from gardo.algorithms.advantage import AdvantageSettings
+from gardo.algorithms.awm import AWM, AWMSettings
+from gardo.algorithms.base import DecaySettings, SamplerSettings
+from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
+from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from gardo.algorithms.refl import ReFL, ReFLSettings
+from gardo.contract import NoRatio, RatioContract, RatioContractBroken
+from gardo.flow import sd3_sigmas
+from gardo.rollout import noise_id, teach
+from gardo.streams import Stream
+from gardo.types import Batch, Metrics, Points, Scores
+from gardo_kernels import policy_loss, random_normal
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
     STEP,
@@ -21,20 +35,6 @@ from tests.engine.linear_policy import (
     scores_of,
     whole,
 )
-from torch import nn
-
-from gardo.algorithms.advantage import AdvantageSettings
-from gardo.algorithms.awm import AWM, AWMSettings
-from gardo.algorithms.base import DecaySettings, SamplerSettings
-from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
-from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
-from gardo.algorithms.refl import ReFL, ReFLSettings
-from gardo.contract import NoRatio, RatioContract, RatioContractBroken
-from gardo.flow import sd3_sigmas
-from gardo.rollout import noise_id, teach
-from gardo.streams import Stream
-from gardo.types import Batch, Metrics, Points, Scores
-from gardo_kernels import policy_loss, random_normal
 
 
 class Stated(nn.Module):

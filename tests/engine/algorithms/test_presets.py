@@ -1,7 +1,5 @@
 """GARDO's presets, and what the release does that the paper does not."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -24,6 +22,7 @@ from gardo.config import load
 from gardo.flow import sd3_sigmas
 from gardo.recipe_errors import RecipeError
 from gardo.types import Scores
+from tests import ROOT
 
 BASES = {"flow_grpo": (FlowGRPO, FlowGRPOSettings), "awm": (AWM, AWMSettings),
          "diffusion_nft": (DiffusionNFT, DiffusionNFTSettings)}  # fmt: skip
@@ -164,7 +163,7 @@ def test_a_base_is_checked(preset, base, message):
 
 
 def test_a_recipe_is_filled_and_checked():
-    path = Path(__file__).parents[2] / "recipes/tiny_flux_gardo.yaml"
+    path = ROOT / "recipes/tiny_flux_gardo.yaml"
     released = [
         "algorithm.preset=official_code", "algorithm.gate=", "algorithm.gate.fraction=0.12",
         "algorithm.reference=null", "algorithm.base.clip_range=0.002",

@@ -9,16 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.geneval_models import (
-    SIZE,
-    as_pil,
-    detector_config,
-    names,
-    pictures,
-    save_clip,
-    segmenter,
-    source,
-)
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import (
@@ -35,6 +25,16 @@ from gardo.rewards.geneval_vision import (
     Sighting,
     bounds,
     cut_out,
+)
+from tests.engine.rewards.geneval_models import (
+    SIZE,
+    as_pil,
+    detector_config,
+    names,
+    pictures,
+    save_clip,
+    segmenter,
+    source,
 )
 
 

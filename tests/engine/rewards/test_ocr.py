@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gardo import plugins
 from gardo.rewards.ocr import MATCHING, Ocr, plain, sign, target_of, to_pictures
+from tests import ROOT
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
 
 
 def build(**settings: Any) -> Ocr:

@@ -5,15 +5,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from gpu_campaign import (  # noqa: E402
+from gpu_campaign import (
     FACTS,
     FOLDER,
     SECONDS,
@@ -26,6 +22,7 @@ from gpu_campaign import (  # noqa: E402
     pack,
     unpack,
 )
+from tests import ROOT
 
 HERE = {**dict.fromkeys(FACTS, "x"), "gpu": "a GPU"}
 WRITES = f"open('{FOLDER}/rows.csv', 'a').write('row ')"

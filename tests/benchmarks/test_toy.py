@@ -2,18 +2,14 @@
 
 import csv
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from study_toy import FIELDS, MEASURES, Comparison, claims, table  # noqa: E402
-from toy_train import Run, positions  # noqa: E402
-from toy_world import (  # noqa: E402
+from study_toy import FIELDS, MEASURES, Comparison, claims, table
+from tests import ROOT
+from toy_train import Run, positions
+from toy_world import (
     Mixture,
     PlanePolicy,
     load,
