@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from gardo import cli, config
+from gardo.algorithms.base import plugin_of
 from gardo.algorithms.flow_grpo import FlowGRPO
 from gardo.config import Recipe, check, dump, load, read_yaml
 from gardo.planner import geometry
@@ -640,7 +641,7 @@ def test_an_algorithm_by_dotted_path_loads(
     settings = recipe.algorithm.base if wrapped else recipe.algorithm
     section = "algorithm.base" if wrapped else "algorithm"
     assert settings.strength == 2.0 and settings.clip_range == 1e-3
-    plugin = config.algorithm_plugin(settings)
+    plugin = plugin_of(settings)
     assert plugin.__name__ == "Mine" and issubclass(plugin, FlowGRPO)
     assert geometry(recipe, rank=0, world=2).rows == 144
     assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)

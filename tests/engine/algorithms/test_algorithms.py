@@ -24,8 +24,8 @@ from tests.engine.algorithms.linear_policy import (
     SEED,
     STEP,
     LinearPolicy,
-    Trained,
     build,
+    context,
     engine_for,
     log_prob,
     minibatches,
@@ -70,9 +70,9 @@ def test_flow_grpo_is_its_formula_on_the_recorded_steps(kl, sde):
     credit = dataclasses.replace(credit, gate_B=torch.arange(COUNT) % 3 == 0)
     points = algorithm.points(rollout, credit)
     reference = points.velocities["rollout"] + 0.1 * points.x_RX
-    batch = whole(points.with_velocity("reference", reference), credit)
+    batch = whole(points.with_velocity("reference", reference), credit, rollout)
     nudge(policy, 0.1)
-    ctx = Trained(policy, rollout)
+    ctx = context(policy)
     loss, metrics = algorithm.loss(ctx, batch)
 
     def column(name):
@@ -111,8 +111,8 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_the_policy_gradient():
     valid_B = torch.arange(COUNT) != 5
     credit = algorithm.credit(scores_of(rollout, valid_B))
     assert not credit.gate_B.any()
-    batch = whole(algorithm.points(rollout, credit), credit)
-    ctx = Trained(policy, rollout)
+    batch = whole(algorithm.points(rollout, credit), credit, rollout)
+    ctx = context(policy)
     assert torch.equal(algorithm.log_ratio(batch, ctx.velocity(batch)), torch.zeros(COUNT))
     loss, metrics = algorithm.loss(ctx, batch)
     loss.backward()
@@ -131,14 +131,15 @@ def test_recomputed_velocities_take_the_place_of_the_rollouts():
     credit = algorithm.credit(scores_of(rollout))
     points = algorithm.points(rollout, credit)
     nudge(policy, 0.1)
-    ctx = Trained(policy, rollout)
-    assert algorithm.log_ratio(whole(points, credit), ctx.velocity(whole(points, credit))).any()
+    ctx = context(policy)
+    batch = whole(points, credit, rollout)
+    assert algorithm.log_ratio(batch, ctx.velocity(batch)).any()
     engine = engine_for(policy)
     points = teach(
         points, {"train": torch.ones(24, dtype=torch.bool)}, policy=policy,
-        conditioning=rollout.conditioning, engine=engine, use=engine.slots.use, micro_batch=24,
+        conditioning=rollout.conditioning, engine=engine, micro_batch=24,
     )  # fmt: skip
-    _, metrics = algorithm.loss(ctx, whole(points, credit))
+    _, metrics = algorithm.loss(ctx, whole(points, credit, rollout))
     assert metrics["ratio"] == 1.0 and metrics["clip_fraction"] == 0
     assert metrics["kl"] == 0, "the reference is the sampling policy"
 
@@ -151,7 +152,7 @@ def test_flow_grpo_without_beta_has_no_reference():
     points = algorithm.points(rollout, credit)
     algorithm.after_step(None, Metrics())
     assert algorithm.teachers(points, credit) == {}
-    _, metrics = algorithm.loss(Trained(LinearPolicy(), rollout), whole(points, credit))
+    _, metrics = algorithm.loss(context(LinearPolicy()), whole(points, credit, rollout))
     assert "kl" not in metrics
 
 
@@ -165,8 +166,8 @@ def test_nan_in_the_model_breaks_the_ratio_contract():
         policy.net.bias[0] = torch.nan
 
     def probe(points):
-        batch = whole(points, credit)
-        velocity = Trained(policy, rollout).velocity(batch)
+        batch = whole(points, credit, rollout)
+        velocity = context(policy).velocity(batch)
         error = algorithm.log_ratio(batch, velocity).expm1().abs()
         return Metrics().maximum("error", error)["error"]
 
@@ -232,8 +233,8 @@ def golden_batch(advantage):
     gate = torch.ones(1, dtype=torch.bool)
     advantage_R = torch.tensor([advantage])
     batch = Batch(
-        points=points, advantage_R=advantage_R, gate_R=gate, kl_weight_R=gate.float()
-    )  # fmt: skip
+        points=points, advantage_R=advantage_R, gate_R=gate, kl_weight_R=gate.float(), rollout=None
+    )
     return batch, velocity
 
 
@@ -370,8 +371,9 @@ def test_refl_formula_and_margin():
         extra={"sigma": torch.ones(3)},
     )  # fmt: skip
     batch = Batch(
-        points=points, advantage_R=torch.zeros(3), gate_R=index.bool(), kl_weight_R=torch.zeros(3)
-    )
+        points=points, advantage_R=torch.zeros(3), gate_R=index.bool(), kl_weight_R=torch.zeros(3),
+        rollout=None,
+    )  # fmt: skip
     loss, metrics = build(ReFL, ReFLSettings()).loss(ctx, batch)
     assert loss.item() == pytest.approx(1e-3 * (2 + 1 + 0) / 3, rel=1e-5)
     assert metrics["reward_x0"] == pytest.approx(mean + 4 / 3 * std, rel=1e-6)
@@ -390,14 +392,14 @@ def test_refl_gradient_goes_through_decoder_and_reward():
     rollout = roll(policy, algorithm)
     credit = algorithm.credit(scores_of(rollout))
     assert not credit.advantage_B.any() and not credit.gate_B.any()
-    batch = whole(algorithm.points(rollout, credit), credit)
-    loss, _ = algorithm.loss(Trained(policy, rollout), batch)
+    batch = whole(algorithm.points(rollout, credit), credit, rollout)
+    loss, _ = algorithm.loss(context(policy), batch)
     loss.backward()
 
     velocity, twin = recorded_velocity(policy, rollout)
     sigma = rollout.transitions.column("sigma")[rollout.step_T].double()
     x0 = rollout.state_BTX[:, 0].double() - sigma * velocity[:, 0]
-    reward = Trained(twin, rollout).score(twin.decode(x0), batch)
+    reward = context(twin).score(twin.decode(x0), batch)
     exact = 1e-3 * torch.relu(2 - (reward - 0.1671736) / 1.0333395).mean()
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
@@ -408,7 +410,7 @@ def test_refl_gradient_goes_through_decoder_and_reward():
     with torch.no_grad():
         policy.decoder.weight.zero_()
     policy.zero_grad()
-    algorithm.loss(Trained(policy, rollout), batch)[0].backward()
+    algorithm.loss(context(policy), batch)[0].backward()
     assert not policy.net.weight.grad.any(), "a gradient that does not pass the decoder"
 
 
@@ -446,14 +448,14 @@ def test_micro_batches_add_up_to_the_update(plugin, settings):
     points = algorithm.points(rollout, credit)
     for name in algorithm.teachers(points, credit):
         points = points.with_velocity(name, 0.5 * points.x_RX)
-    ctx = Trained(policy, rollout)
+    ctx = context(policy)
     rows = COUNT * algorithm.rows_per_sample(settings, algorithm.world.sampler)
     assert len(points.sample_R) == rows
     gradients, means = [], []
     for micro_batch in (rows, rows // 4):
         policy.zero_grad()
         totals = Metrics()
-        for batch in minibatches(points, credit, sample_B=rollout.sample_B, updates=1,
+        for batch in minibatches(points, credit, rollout, sample_B=rollout.sample_B, updates=1,
                                  micro_batch=micro_batch, seed=SEED, step=STEP):  # fmt: skip
             loss, metrics = algorithm.loss(ctx, batch)
             (loss * micro_batch / rows).backward()

@@ -10,8 +10,8 @@ from torch import nn
 
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.base import SamplerSettings, World
-from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
-from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from gardo.algorithms.diffusion_nft import DiffusionNFTSettings
+from gardo.algorithms.flow_grpo import FlowGRPOSettings
 from gardo.algorithms.gardo import (
     DiversitySettings,
     Gardo,
@@ -65,9 +65,7 @@ def random_scores(count=60, seed=0, groups=5):
 
 
 def gardo(base=None, **parts):
-    base = base or FlowGRPOSettings(beta=0.04)
-    plugin = {"flow_grpo": FlowGRPO, "diffusion_nft": DiffusionNFT}[base.name]
-    return Gardo(GardoSettings(base=base, **parts), WORLD, plugin(base, WORLD))
+    return Gardo(GardoSettings(base=base or FlowGRPOSettings(beta=0.04), **parts), WORLD)
 
 
 # ---- uncertainty and the choice of samples ----------------------------------------------------
