@@ -263,6 +263,34 @@ class Transitions:
         """One coefficient at the step of each row: index_R [R] int64 in 0..T-1 -> [R] fp32."""
         return self.table_TK[index_R, _column_index(name)]
 
+    def log_prob(
+        self,
+        x_next_RX: Tensor,
+        x_RX: Tensor,
+        velocity_RX: Tensor,
+        step_R: Tensor,
+        *,
+        m_prev_RX: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x' | x) of given steps under a velocity, differentiable in it: [R].
+
+        x', x, velocity, m_prev: [R, ...] of equal shape, any floating dtypes; step_R [R] int64 in
+        0..T-1. -h mean((x' - A x - B v - C m_prev)^2) + log_std_term, in nats an element (CPS: up
+        to a constant and a factor), fp32, or fp64 where x' is. NaN for a step without noise. It
+        subtracts numbers of order 1: ratios of two policies are for `gardo_kernels.policy_loss`,
+        which takes the difference of the velocities instead.
+        """
+        dtype = torch.float64 if x_next_RX.dtype == torch.float64 else torch.float32
+        A, B, C = (
+            self.rows(step_R, name).to(dtype).view(-1, *[1] * (x_RX.ndim - 1)) for name in "ABC"
+        )
+        mean_RX = A * x_RX.to(dtype) + B * velocity_RX.to(dtype)
+        if m_prev_RX is not None:
+            mean_RX = mean_RX + C * m_prev_RX.to(dtype)
+        error_R = (x_next_RX.to(dtype) - mean_RX).square().flatten(1).mean(1)
+        log_prob_R = self.rows(step_R, "log_std_term") - self.rows(step_R, "h") * error_R
+        return torch.where(self.rows(step_R, "std") > 0, log_prob_R, torch.nan)
+
     def to(self, device: torch.device | str) -> "Transitions":
         """The same table on another device."""
         return Transitions(self.table_TK.to(device))
