@@ -122,3 +122,21 @@ def recorded_velocity(policy, rollout):
         for i, t in enumerate(rollout.step_T)
     ]
     return torch.stack(steps, 1), twin
+
+
+class Stated(nn.Module):
+    """A context whose velocities and rewards are parameters."""
+
+    def __init__(self, velocity, reward=None):
+        super().__init__()
+        self.velocities = nn.Parameter(velocity)
+        self.rewards = None if reward is None else nn.Parameter(reward)
+
+    def velocity(self, batch):
+        return self.velocities
+
+    def decode(self, latents):
+        return latents
+
+    def score(self, images, batch):
+        return self.rewards

@@ -21,7 +21,7 @@ from gardo.rollout import noise_id, teach
 from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
-from tests.engine.algorithms.test_algorithms import (
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
     STEP,

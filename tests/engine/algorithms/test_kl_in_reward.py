@@ -9,7 +9,7 @@ from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.algorithms.gardo import Gardo, GardoSettings, GateSettings
 from gardo.types import Metrics, Scores
-from tests.engine.algorithms.test_algorithms import (
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     STEP,
     LinearPolicy,
