@@ -192,8 +192,7 @@ def test_later_updates_ask_what_the_weights_said_before():
     wanted = algorithm.teachers(points, credit)
     assert set(wanted) == {"ema", "train", "reference"} and wanted["ema"].all()
     asked = points.with_extra(wanted=wanted["train"])
-    cut = {"sample_B": rollout.sample_B, "updates": 2, "micro_batch": 12, "seed": SEED,
-           "step": STEP}  # fmt: skip
+    cut = {"updates": 2, "micro_batch": 12}
     both = minibatches(asked, credit, rollout, **cut)
     assert [batch.points.extra["wanted"].tolist() for batch in both] == [[False] * 12, [True] * 12]
     taught_points = taught(points, algorithm, credit, policy, rollout)
