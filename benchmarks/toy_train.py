@@ -9,50 +9,17 @@ Shapes: B samples, 2 coordinates.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from gardo import plugins
-from gardo.algorithms.base import Algorithm, World
+from gardo.algorithms import World, build
 from gardo.distributed.local import LocalEngine
 from gardo.flow import shifted_linear_sigmas, transitions
-from gardo.rewards.base import Panel
-from gardo.rollout import batch_of, parts, sample, teach
-from gardo.types import Batch, Metrics, SamplePlan, Scores
+from gardo.rollout import LossContext, batch_of, parts, sample, teach
+from gardo.types import Metrics, SamplePlan, Scores
 from toy_world import CPU, PlanePolicy, Toy, Training, panel
 
 EVALUATION_STEP = 1 << 20  # an iteration that training never reaches: its noise is nobody else's
-
-
-class PlaneContext:
-    """What a loss may call."""
-
-    def __init__(self, policy: PlanePolicy, panel: Panel) -> None:
-        self.policy, self.panel = policy, panel
-
-    def velocity(self, batch: Batch) -> Tensor:
-        return self.policy.velocity(batch.points.x_RX, batch.points.sigma_R, {})
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.policy.decode(latents)
-
-    def score(self, images: Tensor, batch: Batch) -> Tensor:
-        return self.panel.differentiable_score(images, [""] * len(images))
-
-
-def build_algorithm(section: Mapping[str, Any], world: World) -> Algorithm:
-    """The algorithm of a section as recipes have it, the base inside its wrapper."""
-    plugin = plugins.resolve("gardo.algorithms", section["name"])
-    if "base" not in section:
-        settings = plugin.Settings.model_validate(section)
-        plugin.check(settings, world.sampler)
-        return plugin(settings, world)
-    base = build_algorithm(section["base"], world)
-    settings = plugin.Settings.model_validate({**section, "base": base.settings})
-    plugin.check(settings, world.sampler)
-    return plugin(settings, world, base)
 
 
 def positions(policy: PlanePolicy, settings: Training, seed: int) -> Tensor:
@@ -82,7 +49,7 @@ class Run:
         sampler = self.settings.sampler
         sigmas = shifted_linear_sigmas(sampler.steps, self.settings.shift)
         world = World(sampler=sampler, sigmas=sigmas, seed=seed)
-        self.algorithm = build_algorithm(toy.arms[arm].algorithm, world)
+        self.algorithm = build(toy.arms[arm].algorithm, world)
         self.engine = LocalEngine(
             dict(self.policy.named_parameters()),
             optimizer=self.settings.optimizer,
@@ -91,7 +58,7 @@ class Run:
             device=CPU,
         )
         self.engine.make_slots(self.algorithm.slots)
-        self.ctx = PlaneContext(self.policy, self.panel)
+        self.ctx = LossContext(self.policy, self.panel.differentiable_score)
 
     def iteration(self, step: int) -> tuple[Scores, Metrics, list[str]]:
         """Sample, score, credit, teach, train: one gradient step on all rows at once."""
@@ -122,7 +89,6 @@ class Run:
             policy=self.policy,
             conditioning=rollout.conditioning,
             engine=engine,
-            use=engine.reading,
             micro_batch=rows,
         )
         totals = Metrics()
@@ -130,7 +96,7 @@ class Run:
             points, sample_B=rollout.sample_B, updates=1, micro_batch=rows, seed=self.seed,
             step=step,
         ):  # fmt: skip
-            batch = batch_of(points, credit, part)
+            batch = batch_of(points, credit, part, rollout)
             loss, metrics = algorithm.loss(self.ctx, batch)
             totals.add(metrics)
             engine.backward(loss, last=batch.last)

@@ -41,8 +41,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
-    "config":        "recipe_errors data algorithms distributed policies rewards tiny |",
-    "evaluation":    "types config rollout policies rewards distributed report gardo_kernels tiny"
+    "config":        "recipe_errors data algorithms distributed evaluation policies rewards |",
+    "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types config recipe_errors policies rewards gardo_kernels"

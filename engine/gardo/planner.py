@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.config import Recipe, algorithm_plugin
+from gardo.config import Recipe
 from gardo.recipe_errors import RecipeError
 
 
@@ -36,16 +36,15 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
             f"step. Nearest that do: prompts_per_step {' or '.join(map(str, near))}."
         )
     samples = prompts * images // world
-    innermost = getattr(recipe.algorithm, "base", None) or recipe.algorithm
-    rows_per_sample = algorithm_plugin(innermost).rows_per_sample(innermost, recipe.sampler)
-    rows = samples // updates * rows_per_sample
+    steps = recipe.rows_per_sample
+    rows = samples // updates * steps
     micro_batch = recipe.train.micro_batch or rows
     if rows % micro_batch:
         fitting = [m for m in range(1, rows + 1) if rows % m == 0]
         near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
         raise RecipeError(
             f"{source}: train.micro_batch: {micro_batch} does not divide the {rows} rows "
-            f"({samples // updates} samples x {rows_per_sample} steps) of an update on each of "
+            f"({samples // updates} samples x {steps} steps) of an update on each of "
             f"{world} ranks. Nearest that do: {' or '.join(map(str, near))}."
         )
     return Geometry(

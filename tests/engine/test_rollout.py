@@ -235,18 +235,18 @@ def test_every_rank_calls_the_teacher_as_often(mine, other, calls):
     rows[mine] = True
     entered = []
 
-    @contextmanager
-    def use(weights):
-        entered.append(weights)
-        yield
+    class Reader(TwoRanks):
+        @contextmanager
+        def reading(self, weights):
+            entered.append(weights)
+            yield
 
     taught = teach(
         points,
         {"reference": rows},
         policy=policy,
         conditioning=rollout.conditioning,
-        engine=TwoRanks(other),
-        use=use,
+        engine=Reader(other),
         micro_batch=3,
     )
     assert policy.calls == calls
@@ -282,7 +282,6 @@ def test_teachers_speak_with_their_own_weights():
         policy=policy,
         conditioning=rollout.conditioning,
         engine=engine,
-        use=slots.use,
         micro_batch=10,
     )
     old, now = taught.velocities["old"], taught.velocities["train"]
@@ -310,7 +309,7 @@ def split(first, count, *, updates, micro_batch, step=0, steps=3, seed=5):
     cut = parts(
         points, sample_B=sample_B, updates=updates, micro_batch=micro_batch, seed=seed, step=step
     )  # fmt: skip
-    batches = [batch_of(points, credit, part) for part in cut]
+    batches = [batch_of(points, credit, part, rollout=None) for part in cut]
     for batch in batches:
         samples = sample_B[batch.points.sample_R]
         assert torch.equal(batch.advantage_R, samples.float())

@@ -83,7 +83,7 @@ COMPARED = ("policy_loss", "kl", "gate_share", "ratio", "grad_norm", "reward_x0"
 
 
 def environment(accelerator: str = "cpu") -> dict[str, str]:
-    here = [str(ROOT / "engine"), str(ROOT / "kernels")]
+    here = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT)]
     path = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
         **os.environ,

@@ -26,6 +26,7 @@ from gardo.algorithms.base import (
     Algorithm,
     Context,
     DecaySettings,
+    Needs,
     SamplerSettings,
     SlotMoves,
     World,
@@ -92,6 +93,10 @@ class AWM(Algorithm):
         self.updates = 0
 
     @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        return Needs(images_per_prompt=2)  # it compares them
+
+    @classmethod
     def slots_of(cls, settings: AWMSettings) -> tuple[str, ...]:
         wanted = {"reference": settings.beta, "ema": settings.ema_beta}
         return tuple(name for name, weight in wanted.items() if weight)
@@ -109,10 +114,6 @@ class AWM(Algorithm):
                 f"sampler.train_steps: {sampler.train_steps} of the times {first} to {last}; at "
                 f"most {last + 1 - first}"
             )
-
-    @property
-    def has_kl(self) -> bool:
-        return self.settings.beta > 0
 
     def plan(self, step: int) -> SamplePlan:
         return SamplePlan(

@@ -26,6 +26,7 @@ from gardo.algorithms.base import (
     Algorithm,
     Context,
     DecaySettings,
+    Needs,
     SamplerSettings,
     SlotMoves,
     World,
@@ -65,6 +66,10 @@ class DiffusionNFT(Algorithm):
         self.updates = 0
 
     @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        return Needs(images_per_prompt=2)  # it compares them
+
+    @classmethod
     def slots_of(cls, settings: DiffusionNFTSettings) -> tuple[str, ...]:
         return ("old", "reference") if settings.beta else ("old",)
 
@@ -75,10 +80,6 @@ class DiffusionNFT(Algorithm):
                 f"sampler.train_steps: {sampler.train_steps} times of {sampler.steps} steps; "
                 f"at most {sampler.steps}"
             )
-
-    @property
-    def has_kl(self) -> bool:
-        return self.settings.beta > 0
 
     def plan(self, step: int) -> SamplePlan:
         return SamplePlan(

@@ -112,7 +112,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
-        self._shards = self._make_shards(trainable)
+        self.shards = self._make_shards(trainable)
         self._gather, self.gather_note = self._choose_gather(module, blocks, rollout)
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
@@ -151,7 +151,7 @@ class ZeroEngine:
         return once, f"weights gathered once a phase: {sizes}"
 
     def make_slots(self, names: Sequence[str]) -> Slots:
-        self.slots = Slots(self._shards, names, host=self._settings.slots == "host")
+        self.slots = Slots(self.shards, names, host=self._settings.slots == "host")
         return self.slots
 
     @contextmanager

@@ -12,21 +12,42 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from gardo.config import EvaluateSettings
 from gardo.distributed.base import Engine
-from gardo.evaluation.attributes import attribute_labels
+from gardo.evaluation import attributes
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
+from gardo.settings import Strict
 from gardo.streams import Stream
 from gardo_kernels import Backend, nearest_cosine, random_normal
+
+
+class EvaluateSettings(Strict):
+    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
+
+    every: int = Field(
+        50, ge=1, description="iterations; the first and the last are always evaluated"
+    )
+    prompts: str | None = Field(None, description="text file; the training prompts if left out")
+    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
+    images_per_prompt: int = Field(8, ge=1)
+    steps: int = Field(8, ge=1, description="denoise steps")
+    batch: int = Field(16, ge=1, description="images a forward")
+    diversity: Literal["none", "attributes", "features"] = "none"
+    shown: int = Field(6, ge=1, description="prompts in the sample picture")
+
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError where the images of a prompt could not be measured as `diversity` says."""
+        if self.diversity == "attributes":
+            attributes.check_prompt(prompt)
 
 
 class Evaluator:
@@ -121,7 +142,7 @@ class Evaluator:
                 nan = torch.full_like(value, torch.nan)
                 columns[f"reward/{name}"] = torch.where(mask, value.float(), nan)
         if self.settings.diversity == "attributes":
-            for name, label in attribute_labels(images, prompts).items():
+            for name, label in attributes.attribute_labels(images, prompts).items():
                 columns[f"label/{name}"] = label
         return columns
 

@@ -21,12 +21,12 @@ from gardo.rollout import noise_id, teach
 from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
-from tests.engine.algorithms.test_algorithms import (
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
     STEP,
     LinearPolicy,
-    Trained,
+    context,
     engine_for,
     minibatches,
     nudge,
@@ -55,10 +55,10 @@ def prepared(settings, **more):
 
 def taught(points, algorithm, credit, policy, rollout):
     engine = engine_for(policy)
-    slots = engine.make_slots(algorithm.slots)
+    engine.make_slots(algorithm.slots)
     return teach(
         points, algorithm.teachers(points, credit), policy=policy,
-        conditioning=rollout.conditioning, engine=engine, use=slots.use, micro_batch=24,
+        conditioning=rollout.conditioning, engine=engine, micro_batch=24,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_loss_is_its_formula(transform):
     points = taught(points, algorithm, credit, policy, rollout)
     points = points.with_velocity("reference", points.velocities["ema"] + 0.1 * points.x_RX)
     nudge(policy, 0.02)
-    ctx, batch = Trained(policy, rollout), whole(points, credit)
+    ctx, batch = context(policy), whole(points, credit, rollout)
     loss, metrics = algorithm.loss(ctx, batch)
 
     def mean(difference):
@@ -174,7 +174,7 @@ def test_the_first_update_is_the_policy_gradient():
     algorithm, policy, rollout, credit, points = prepared(settings)
     assert algorithm.slots == () and not algorithm.has_kl
     assert algorithm.teachers(points, credit) == {}
-    ctx, batch = Trained(policy, rollout), whole(points, credit)
+    ctx, batch = context(policy), whole(points, credit, rollout)
     loss, metrics = algorithm.loss(ctx, batch)
     assert metrics["ratio"] == 1 and "kl" not in metrics and "ema_kl" not in metrics
     loss.backward()
@@ -192,16 +192,14 @@ def test_later_updates_ask_what_the_weights_said_before():
     wanted = algorithm.teachers(points, credit)
     assert set(wanted) == {"ema", "train", "reference"} and wanted["ema"].all()
     asked = points.with_extra(wanted=wanted["train"])
-    both = list(minibatches(asked, credit, sample_B=rollout.sample_B, updates=2, micro_batch=12,
-                            seed=SEED, step=STEP))  # fmt: skip
+    cut = {"sample_B": rollout.sample_B, "updates": 2, "micro_batch": 12, "seed": SEED,
+           "step": STEP}  # fmt: skip
+    both = minibatches(asked, credit, rollout, **cut)
     assert [batch.points.extra["wanted"].tolist() for batch in both] == [[False] * 12, [True] * 12]
     taught_points = taught(points, algorithm, credit, policy, rollout)
     nudge(policy, 0.1)  # the first update
-    first, second = minibatches(
-        taught_points, credit, sample_B=rollout.sample_B, updates=2, micro_batch=12, seed=SEED,
-        step=STEP,
-    )  # fmt: skip
-    ctx = Trained(policy, rollout)
+    first, second = minibatches(taught_points, credit, rollout, **cut)
+    ctx = context(policy)
     assert algorithm.loss(ctx, first)[1]["ratio"] == 1
     assert algorithm.loss(ctx, second)[1]["ratio"] != 1
     current = build(AWMSettings(old_velocity="current", **WHOLE), updates=2)
@@ -241,7 +239,7 @@ def wrapped(base, **parts):
     settings = GardoSettings(base=base, **parts)
     algorithm = build(base)
     Gardo.check(settings, algorithm.world.sampler)
-    return Gardo(settings, algorithm.world, algorithm)
+    return Gardo(settings, algorithm.world)
 
 
 def judged(rollout):
@@ -276,7 +274,7 @@ def test_gardo_around_awm_one_mechanism_at_a_time(part):
     assert int(algorithm.teachers(points, credit)["reference"].sum()) == 3 * gated
     points = taught(points, algorithm, credit, policy, rollout)
     nudge(policy, 0.1)
-    _, metrics = algorithm.loss(Trained(policy, rollout), whole(points, credit))
+    _, metrics = algorithm.loss(context(policy), whole(points, credit, rollout))
     assert metrics["gate_share"] == gated / COUNT and metrics["kl"] > 0
     algorithm.after_update(slots)
     events = algorithm.after_step(slots, metrics)

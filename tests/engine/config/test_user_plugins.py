@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gardo import config, plugins
+from gardo.algorithms.base import plugin_of
 from gardo.algorithms.flow_grpo import FlowGRPO
 from gardo.config import check, dump, load, read_yaml
 from gardo.planner import geometry
@@ -17,6 +18,7 @@ from tests.engine.config.recipe import refusal, values, written
 PLUGINS = """
 from typing import Literal
 from pydantic import Field
+from gardo.algorithms.base import plugin_of
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.rewards.base import Reward, RewardSettings
 
@@ -61,7 +63,7 @@ def test_an_algorithm_by_dotted_path_loads(
     recipe = load(path)
     settings = recipe.algorithm.base if wrapped else recipe.algorithm
     assert settings.strength == 2.0 and settings.clip_range == 1e-3
-    plugin = config.algorithm_plugin(settings)
+    plugin = plugin_of(settings)
     assert plugin.__name__ == "Mine" and issubclass(plugin, FlowGRPO)
     assert geometry(recipe, rank=0, world=2).rows == 144
     assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)
