@@ -33,7 +33,11 @@ def resolve(package: str, name: str) -> Any:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{name!r} cannot be imported ({error})") from error
-    known = names(package)
-    if name not in known:
-        raise ValueError(f"{name!r} is none of {', '.join(known)}, nor a dotted path module:Name")
-    return importlib.import_module(f"{package}.{name}").PLUGIN
+    # Only the module that is named, not all of the package: some import what takes seconds.
+    path = importlib.import_module(package).__path__
+    if name in (m.name for m in pkgutil.iter_modules(path)):
+        plugin = getattr(importlib.import_module(f"{package}.{name}"), "PLUGIN", None)
+        if plugin is not None:
+            return plugin
+    known = ", ".join(names(package))
+    raise ValueError(f"{name!r} is none of {known}, nor a dotted path module:Name")

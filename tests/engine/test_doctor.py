@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
 import torch
 
-from gardo import doctor
+from gardo import cli, doctor
 from gardo_kernels import Backend
 from tests import ROOT
 
@@ -49,16 +47,15 @@ def test_a_broken_kernel_is_named(monkeypatch: pytest.MonkeyPatch, broken, says)
     assert finding.state == "problem" and says in finding.detail
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gardo.cli", "doctor", *arguments],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+def test_the_command_reads_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(setting: str) -> tuple[int | str | None, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.app(["doctor", str(ROOT / RECIPE), "--set", setting])
+        return ended.value.code, *capsys.readouterr()
 
-
-def test_the_command_reads_a_recipe() -> None:
-    done = command(RECIPE, "--set", "kernels=torch")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "kernel sde_step" in done.stdout and "plain torch" in done.stdout
-    wrong = command(RECIPE, "--set", "kernels=cuda")
-    assert wrong.returncode == 2 and "kernels" in wrong.stderr and not wrong.stdout
+    code, out, err = command("kernels=torch")
+    assert (code, err) == (0, "")
+    kernels = [line.split(maxsplit=3) for line in out.splitlines() if " kernel " in line]
+    assert kernels == [["ok", "kernel", op, "plain torch"] for op in doctor.OPS]
+    expected = "--set kernels: 'cuda': input should be 'auto', 'triton' or 'torch'\n"
+    assert command("kernels=cuda") == (2, "", expected)

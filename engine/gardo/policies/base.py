@@ -1,6 +1,7 @@
 """The policy: a diffusers pipeline seen by the trainer.
 
-Families differ in `encode`, `velocity`, `latent_shape`, names.
+Families differ in `encode`, `velocity`, `latent_shape`, names. diffusers and peft are imported when
+a model is made, not with this module: a recipe is checked, and refused, without them.
 
 Shapes: B images, P prompts, R rows, X one latent (`latent_shape`), H x W pixels.
 """
@@ -15,10 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,8 +86,8 @@ class Policy:
     `branches` and `velocity` are the only calls of the training loop into the model.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    transformer_class: ClassVar[type[Any]]
+    Settings: ClassVar[type[Any]]
+    transformer_name: ClassVar[str]  # of a class of diffusers, as is `Settings.pipeline_name`
     lora_targets: ClassVar[tuple[str, ...]]
     block_lists: ClassVar[tuple[str, ...]]  # the transformer's lists of alike blocks
 
@@ -126,7 +123,7 @@ class Policy:
         self.device = device
         self.height, self.width = settings.size
         check_size(settings.size, 2 * pipeline.vae_scale_factor)
-        self.lora: LoraConfig | None = None
+        self.lora: Any = None  # the adapter's LoraConfig
         if not defer:
             self.load_transformer()
 
@@ -154,6 +151,14 @@ class Policy:
             place=place,
             reads=reads,
         )
+
+    @property
+    def pipeline_class(self) -> Any:
+        return _of_diffusers(self.Settings.pipeline_name)
+
+    @property
+    def transformer_class(self) -> Any:
+        return _of_diffusers(self.transformer_name)
 
     # What a family defines ------------------------------------------------------------------------
 
@@ -235,6 +240,9 @@ class Policy:
 
         A Gaussian, B zero; the same on every rank.
         """
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraLayer
+
         self.lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -308,6 +316,8 @@ class Policy:
             state = {n: t.to(self.dtype).contiguous() for n, t in state.items()}
             save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
             return folder
+        from peft.utils import get_peft_model_state_dict
+
         self.pipeline_class.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(
@@ -316,6 +326,12 @@ class Policy:
             transformer_lora_adapter_metadata=self._lora_metadata(),
         )
         return folder / "pytorch_lora_weights.safetensors"
+
+
+def _of_diffusers(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def _attention_ops() -> list[Any]:

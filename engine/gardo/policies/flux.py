@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from gardo.flow import flux_sigmas
@@ -20,8 +19,7 @@ class FluxSettings(PolicySettings):
 
 class FluxPolicy(Policy):
     Settings = FluxSettings
-    pipeline_class = FluxPipeline
-    transformer_class = FluxTransformer2DModel
+    transformer_name = "FluxTransformer2DModel"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (  # Flow-GRPO's list
         "attn.to_q",
@@ -48,7 +46,7 @@ class FluxPolicy(Policy):
     ) -> None:
         super().__init__(settings, dtype=dtype, device=device, defer=defer)
         rows, columns = self._packed_size
-        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
+        self._image_ids = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)
 
     @property
@@ -99,7 +97,7 @@ class FluxPolicy(Policy):
         )
 
     def _to_vae(self, latents_BX: Tensor) -> Tensor:
-        return FluxPipeline._unpack_latents(
+        return self.pipeline._unpack_latents(
             latents_BX, self.height, self.width, self.pipeline.vae_scale_factor
         )
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -31,8 +30,7 @@ class SD3Settings(PolicySettings):
 
 class SD3Policy(Policy):
     Settings = SD3Settings
-    pipeline_class = StableDiffusion3Pipeline
-    transformer_class = SD3Transformer2DModel
+    transformer_name = "SD3Transformer2DModel"
     block_lists = ("transformer_blocks",)
     lora_targets = (
         "attn.add_k_proj",

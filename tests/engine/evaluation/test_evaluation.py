@@ -18,7 +18,7 @@ from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.evaluation.attributes import attribute_labels
 from gardo.evaluation.evaluate import Evaluator, due
-from gardo.evaluation.statistics import bootstrap_mean, entropy
+from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.flux import FluxPolicy, FluxSettings
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.tiny import world
@@ -231,9 +231,11 @@ def test_change_is_paired_with_the_first_evaluation(
             for parameter, values in zip(up, kept, strict=True):
                 parameter.copy_(values)
     for name in ("tiny_count", "tiny_purity"):
-        difference = torch.tensor(moved["by_prompt"][name]) - torch.tensor(first["by_prompt"][name])
-        assert moved["change"][name]["mean"] == pytest.approx(float(difference.mean()), abs=1e-6)
-        assert moved["change"][name]["low"] <= moved["change"][name]["high"]
+        before, after = (torch.tensor(record["by_prompt"][name]) for record in (first, moved))
+        change = paired_change(before, after)
+        expected = {"mean": change.mean, "low": change.low, "high": change.high}
+        assert moved["change"][name] == pytest.approx(expected, abs=1e-6)
+        assert change.mean == pytest.approx(float((after - before).mean()), abs=1e-6)
     assert moved["change"]["tiny_purity"]["mean"] != 0
     assert ours(3)["change"]["tiny_purity"] == none
 
