@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,25 +99,19 @@ class Policy:
         dtype: torch.dtype,
         device: torch.device,
         defer: bool = False,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
-        """`defer` leaves the transformer without weights until `load_transformer`."""
-        folder = Path(model_path(settings.path))
-        if not folder.is_dir():
-            folder = Path(self.pipeline_class.download(settings.path, use_safetensors=True))
-        self.folder = folder
-        self.weight_files = WeightFiles(folder / "transformer")
-        pipeline = self.pipeline_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
-        )
+        """`defer` leaves the transformer without weights until `load_transformer`.
+
+        `parts` are the pipeline's components, which are then used as they are and read from nowhere
+        """
+        if parts is None:
+            self.folder = self._local_folder(settings.path)
+            pipeline = self._read(self.folder, dtype, device)
+        else:
+            names = inspect.signature(self.pipeline_class.__init__).parameters.keys() - {"self"}
+            pipeline = self.pipeline_class(**{**dict.fromkeys(names), **parts})
         pipeline.set_progress_bar_config(disable=True)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
-                if part is not pipeline.transformer:
-                    part.to(device)
         self.pipeline = pipeline
         self.settings = settings
         self.dtype = dtype
@@ -126,6 +121,29 @@ class Policy:
         self.lora: Any = None  # the adapter's LoraConfig
         if not defer:
             self.load_transformer()
+
+    def _local_folder(self, path: str) -> Path:
+        """Where the model is on this machine, downloaded if it was not."""
+        folder = Path(model_path(path))
+        if folder.is_dir():
+            return folder
+        return Path(self.pipeline_class.download(path, use_safetensors=True))
+
+    def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+        """The pipeline, frozen, on the device; its transformer on the meta device."""
+        self.weight_files = WeightFiles(folder / "transformer")
+        pipeline = self.pipeline_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
+        )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+                if part is not pipeline.transformer:
+                    part.to(device)
+        return pipeline
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -168,6 +186,10 @@ class Policy:
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of P prompts: tensors [P, ...] of the model's dtype."""
+        raise NotImplementedError  # pragma: no cover
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `encode` gives for one prompt, from the model's configuration alone."""
         raise NotImplementedError  # pragma: no cover
 
     def branches(
@@ -234,11 +256,17 @@ class Policy:
         }
 
     def train_lora(
-        self, *, rank: int, alpha: float, targets: tuple[str, ...] | None, seed: int
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: tuple[str, ...] | None,
+        seed: int,
+        initialise: bool = True,
     ) -> None:
         """Adds a LoRA adapter and makes it the only thing that trains.
 
-        A Gaussian, B zero; the same on every rank.
+        A Gaussian, B zero; the same on every rank. Without `initialise` it has no values yet.
         """
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
@@ -253,7 +281,7 @@ class Policy:
             self.transformer.add_adapter(self.lora)
             torch.manual_seed(seed)
             for layer in self.transformer.modules():
-                if isinstance(layer, LoraLayer):
+                if initialise and isinstance(layer, LoraLayer):
                     self._initialise(layer)
 
     def _initialise(self, layer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class FluxPolicy(Policy):
         dtype: torch.dtype,
         device: torch.device,
         defer: bool = False,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(settings, dtype=dtype, device=device, defer=defer)
+        super().__init__(settings, dtype=dtype, device=device, defer=defer, parts=parts)
         rows, columns = self._packed_size
         self._image_ids = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
         self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)
@@ -65,6 +66,13 @@ class FluxPolicy(Policy):
             prompts, None, max_sequence_length=self.settings.text_tokens, device=self.device
         )
         return {"text": text, "pooled": pooled}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        return {
+            "text": (self.settings.text_tokens, config.joint_attention_dim),
+            "pooled": (config.pooled_projection_dim,),
+        }
 
     def branches(
         self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]

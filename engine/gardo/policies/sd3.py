@@ -84,6 +84,14 @@ class SD3Policy(Policy):
         )
         return text, pooled
 
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        tokens = self.pipeline.tokenizer_max_length + self.settings.text_tokens
+        text, pooled = (tokens, config.joint_attention_dim), (config.pooled_projection_dim,)
+        if not self.guided:
+            return {"text": text, "pooled": pooled}
+        return {"text": text, "pooled": pooled, "negative_text": text, "negative_pooled": pooled}
+
     def branches(
         self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
