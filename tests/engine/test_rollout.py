@@ -5,48 +5,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 
 from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.flow import sd3_sigmas, transitions
 from gardo.rollout import batch_of, parts, recorded_points, rows_of, sample, teach
 from gardo.types import Credit, Points, SamplePlan
+from tests.engine.algorithms.linear_policy import CPU, GROUP, LinearPolicy
 
 PROMPTS = ("a red circle", "two squares", "five green stars on a hill")
-GROUP = 4
 SIGMAS = sd3_sigmas(6)
-CPU = torch.device("cpu")
-
-
-class LinearPolicy(nn.Module):
-    """A linear velocity of latent, sigma and prompt; weights without a generator."""
-
-    latent_shape = (3, 2)
-    cfg_scale = 1.0
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        self.dtype = dtype
-        self.calls = []
-        self.net, self.decoder = nn.Linear(6 + 1 + 2, 6), nn.Linear(6, 12)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.arange(p.numel()).mul(1.7).sin().view_as(p) / 2)
-
-    def encode(self, prompts):
-        return {"text": torch.tensor([[len(p) / 20, sum(map(ord, p)) % 7 / 7] for p in prompts])}
-
-    def velocity(self, x, sigma, conditioning):
-        self.calls.append(len(x))
-        inputs = torch.cat([x.flatten(1), sigma[:, None], conditioning["text"]], 1)
-        return self.net(inputs).tanh().view_as(x)
-
-    def branches(self, x, sigma, conditioning):
-        return self.velocity(x, sigma, conditioning), None
-
-    def decode(self, latents):
-        return self.decoder(latents.flatten(1)).sigmoid().view(-1, 3, 2, 2)
 
 
 def plan_of(variant="flow", record=(0, 1, 2), level=0.7, **fields):

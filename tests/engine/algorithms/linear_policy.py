@@ -16,14 +16,18 @@ CPU = torch.device("cpu")
 
 
 class LinearPolicy(nn.Module):
-    """A linear velocity and a linear decoder; weights without a generator."""
+    """A linear velocity of latent, sigma and prompt, a linear decoder; weights without a generator.
 
-    dtype = torch.float32
+    `calls` has the rows of each call.
+    """
+
     latent_shape = (3, 2)
     cfg_scale = 1.0
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32):
         super().__init__()
+        self.dtype = dtype
+        self.calls = []
         self.net, self.decoder = nn.Linear(6 + 1 + 2, 6), nn.Linear(6, 12)
         with torch.no_grad():
             for p in self.parameters():
@@ -33,8 +37,9 @@ class LinearPolicy(nn.Module):
         return {"text": torch.tensor([[len(p) / 20, sum(map(ord, p)) % 7 / 7] for p in prompts])}
 
     def velocity(self, x, sigma, conditioning):
-        inputs = torch.cat([x.flatten(1), sigma[:, None].to(x), conditioning["text"].to(x)], 1)
-        return self.net(inputs).tanh().view_as(x)
+        self.calls.append(len(x))
+        inputs = torch.cat([x.flatten(1), sigma[:, None], conditioning["text"]], 1)
+        return self.net(inputs.to(self.net.weight.dtype)).tanh().view_as(x)
 
     def branches(self, x, sigma, conditioning):
         return self.velocity(x, sigma, conditioning), None
@@ -79,9 +84,13 @@ def whole(points, credit, rollout):
     return batch_of(points, credit, Part(torch.arange(len(points.sample_R))), rollout)
 
 
-def minibatches(points, credit, rollout, **how):
-    """All micro-batches of an iteration."""
-    return [batch_of(points, credit, part, rollout) for part in parts(points, **how)]
+def minibatches(points, credit, rollout, *, micro_batch, updates=1, **how):
+    """All micro-batches of the iteration STEP."""
+    cut = parts(
+        points, sample_B=rollout.sample_B, updates=updates, micro_batch=micro_batch, seed=SEED,
+        step=STEP, **how,
+    )  # fmt: skip
+    return [batch_of(points, credit, part, rollout) for part in cut]
 
 
 def nudge(policy, size):

@@ -12,8 +12,6 @@ from gardo.algorithms.refl import ReFL, ReFLSettings
 from gardo.types import Metrics
 from tests.engine.algorithms.linear_policy import (
     COUNT,
-    SEED,
-    STEP,
     LinearPolicy,
     build,
     context,
@@ -61,8 +59,7 @@ def test_micro_batches_add_up_to_the_update(plugin, settings):
     for micro_batch in (rows, rows // 4):
         policy.zero_grad()
         totals = Metrics()
-        for batch in minibatches(points, credit, rollout, sample_B=rollout.sample_B, updates=1,
-                                 micro_batch=micro_batch, seed=SEED, step=STEP):  # fmt: skip
+        for batch in minibatches(points, credit, rollout, micro_batch=micro_batch):  # fmt: skip
             loss, metrics = algorithm.loss(ctx, batch)
             (loss * micro_batch / rows).backward()
             totals.add(metrics)

@@ -23,7 +23,6 @@ from gardo.rollout import Part, batch_of, rows_of
 from gardo.types import Metrics, Rollout
 from tests.engine.algorithms.linear_policy import (
     COUNT,
-    SEED,
     STEP,
     LinearPolicy,
     build,
@@ -247,8 +246,7 @@ def test_micro_batches_add_up(name):
     gradients = []
     for micro_batch in (rows, rows // 4):
         policy.zero_grad()
-        for batch in minibatches(points, credit, rollout, sample_B=rollout.sample_B, updates=1,
-                                 micro_batch=micro_batch, seed=SEED, step=STEP):  # fmt: skip
+        for batch in minibatches(points, credit, rollout, micro_batch=micro_batch):  # fmt: skip
             (algorithm.loss(context(policy), batch)[0] * micro_batch / rows).backward()
         gradients.append(policy.net.weight.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
