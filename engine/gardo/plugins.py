@@ -7,6 +7,7 @@ reward or a model family is one new file: its name is the file's name.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -34,8 +35,7 @@ def resolve(package: str, name: str) -> Any:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{name!r} cannot be imported ({error})") from error
     # Only the module that is named, not all of the package: some import what takes seconds.
-    path = importlib.import_module(package).__path__
-    if name in (m.name for m in pkgutil.iter_modules(path)):
+    if name.isidentifier() and importlib.util.find_spec(f"{package}.{name}"):
         plugin = getattr(importlib.import_module(f"{package}.{name}"), "PLUGIN", None)
         if plugin is not None:
             return plugin

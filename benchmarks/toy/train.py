@@ -17,7 +17,7 @@ from gardo.distributed.local import LocalEngine
 from gardo.flow import shifted_linear_sigmas, transitions
 from gardo.rollout import LossContext, batch_of, parts, sample, teach
 from gardo.types import Metrics, SamplePlan, Scores
-from toy_world import CPU, PlanePolicy, Toy, Training, panel
+from toy.world import CPU, PlanePolicy, Toy, Training, panel
 
 EVALUATION_STEP = 1 << 20  # an iteration that training never reaches: its noise is nobody else's
 

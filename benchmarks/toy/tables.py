@@ -1,40 +1,18 @@
-"""GARDO's toy: six arms in the plane, the same seeds in all, one figure and one table.
-
-    ./run toy
-
-Trains every arm of benchmarks/toy.yaml with every seed on the real engine (two processes of one
-thread), and writes benchmarks/results/toy.{csv,png}; toy.md beside them and recipes/README.md show
-the table between their `toy` marks, which this script fills. `--draw` makes table and figure anew
-from the CSV and from the positions that the last training left in runs/toy.
-
-A seed pre-trains one policy, which all its arms start from; so arms are compared within seeds.
-"""
+"""The toy's tables, from its CSV: means of all arms, paired differences, and the paper's claims."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import multiprocessing
-import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gardo.evaluation.statistics import Interval, bootstrap_mean, paired_change
-from pages import fill, revision
-from toy_figure import picture
-from toy_train import Run, positions
-from toy_world import Toy, load, measures, pretrain
+from toy.seeds import START
+from toy.world import Toy
 
-ROOT = Path(__file__).parents[1]
-SETTINGS = ROOT / "benchmarks" / "toy.yaml"
-RESULTS = ROOT / "benchmarks" / "results"
-POSITIONS = ROOT / "runs" / "toy" / "positions.safetensors"  # {arm: [B, 2]} of seed 0
-START = "pretrained"
 OURS = "gardo"
 MEASURES = {  # name: (title, digits)
     "proxy": ("reward (proxy)", 2),
@@ -44,59 +22,6 @@ MEASURES = {  # name: (title, digits)
     "spurious_share": ("share in the spurious region", 3),
 }
 FIELDS = ("arm", "seed", *MEASURES, "cpu_seconds", "revision", "torch", "python")
-
-
-def of_seed(
-    toy: Toy, seed: int, where: dict[str, str]
-) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """A CSV row for the pre-trained policy and each arm, and where their samples lie."""
-    torch.set_num_threads(1)
-    places: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
-    start = time.process_time()
-    policy = pretrain(toy.layout, toy.pretraining, seed)
-    seconds[START] = time.process_time() - start
-    places[START] = positions(policy, toy.training, seed)
-    for arm in toy.arms:
-        start = time.process_time()
-        run = Run(toy, arm, seed, policy)
-        run.train()
-        seconds[arm] = time.process_time() - start
-        places[arm] = run.positions()
-    rows = [
-        {"arm": arm, "seed": str(seed), "cpu_seconds": f"{seconds[arm]:.1f}", **where}
-        | {name: f"{value:.6g}" for name, value in measures(toy.layout, x_B2).items()}
-        for arm, x_B2 in places.items()
-    ]
-    return rows, places
-
-
-def run_all(toy: Toy) -> None:
-    """Every seed, two at a time; leaves the CSV and the positions of seed 0."""
-    rows: list[dict[str, str]] = []
-    where = {
-        "revision": revision(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        pending = [pool.apply_async(of_seed, (toy, seed, where)) for seed in range(toy.seeds)]
-        for seed, result in enumerate(pending):
-            of_this, places = result.get()
-            rows += of_this
-            if seed == 0:
-                POSITIONS.parent.mkdir(parents=True, exist_ok=True)
-                save_file(places, POSITIONS)
-            print(f"seed {seed} done", flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / "toy.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-# ---- the table --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,31 +148,3 @@ def note(toy: Toy, path: Path) -> str:
         f"{seconds / 60:.0f} minutes of CPU time, torch {first['torch']}, Python "
         f"{first['python']}, revision {first['revision']}."
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draw", action="store_true", help="from the results that are there")
-    options = parser.parse_args()
-    toy = load(SETTINGS)
-    if not options.draw:
-        run_all(toy)
-    comparison = Comparison.read(RESULTS / "toy.csv")
-    picture(
-        toy.layout,
-        titles(toy),
-        load_file(POSITIONS),
-        comparison.values,
-        RESULTS / "toy.png",
-    )
-    text = "\n\n".join(
-        [table(comparison, toy), claims(comparison, toy), note(toy, RESULTS / "toy.csv")]
-    )
-    fill(RESULTS / "toy.md", "toy", text)
-    image = "![samples of every arm, and the summary](../benchmarks/results/toy.png)"
-    fill(ROOT / "recipes" / "README.md", "toy", f"{image}\n\n{text}")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

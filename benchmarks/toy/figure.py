@@ -18,7 +18,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from gardo.evaluation.statistics import bootstrap_mean
-from toy_world import Layout, Mixture, panel, rewarded_places, spurious_place
+from toy.world import Layout, Mixture, panel, rewarded_places, spurious_place
 
 COLOURS = ("#7f7f7f", "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#cc79a7", "#009e73")
 EXTENT = 8.2  # of a panel, either side of the centre

@@ -19,9 +19,8 @@ import torch
 
 from gardo.distributed.saved import committed
 from gardo.report.metrics_log import Record, read_metrics
-from pages import revision
+from pages import ROOT, revision
 
-ROOT = Path(__file__).parents[1]
 ARMS = {  # recipe name: (title, colour)
     "tiny_flux_grpo": ("no KL", "#c0392b"),
     "tiny_flux_grpo_kl": ("uniform KL", "#7f8c8d"),

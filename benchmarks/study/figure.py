@@ -21,7 +21,7 @@ from gardo.settings import model_path
 from gardo.streams import Stream
 from gardo.tiny import world
 from gardo_kernels import random_normal
-from study_runs import ARMS, Study
+from study.runs import ARMS, Study
 
 CURVES: dict[str, Callable[[Record], float]] = {
     "count by colour (proxy, optimised)": lambda r: r["rewards"]["tiny_count"]["mean"],
