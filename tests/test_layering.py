@@ -30,7 +30,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "streams":       "|",
     "types":         "| torch",
     "contract":      "types |",
-    "data":          "gardo_kernels | torch",
+    "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
     "rollout":       "types flow gardo_kernels | torch",
     "tiny":          "types flow gardo_kernels rewards report"
@@ -41,7 +41,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
-    "config":        "recipe_errors data algorithms distributed policies rewards tiny |",
+    "config":        "types recipe_errors data algorithms distributed policies rewards tiny |",
     "evaluation":    "types config rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",

@@ -26,6 +26,7 @@ from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
 from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class Lora(Strict):
@@ -59,7 +60,10 @@ class TrainSettings(Strict):
 
 
 class DataSettings(Strict):
-    prompts: str = Field(description="text file, one prompt a line; relative to the recipe")
+    prompts: str = Field(
+        description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
+        "relative to the recipe"
+    )
     prompts_per_step: int = Field(ge=1)
     images_per_prompt: int = Field(ge=1)
 
@@ -70,7 +74,9 @@ class EvaluateSettings(Strict):
     every: int = Field(
         50, ge=1, description="iterations; the first and the last are always evaluated"
     )
-    prompts: str | None = Field(None, description="text file; the training prompts if left out")
+    prompts: str | None = Field(
+        None, description="as data.prompts; the training prompts if left out"
+    )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
     images_per_prompt: int = Field(8, ge=1)
     steps: int = Field(8, ge=1, description="denoise steps")
@@ -118,10 +124,10 @@ class Recipe(Strict):
     def checkpoint_folder(self) -> Path:
         return self.run_folder / "checkpoints"
 
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[Prompt]:
         return load_prompts(Path(self.data.prompts))
 
-    def evaluation_prompts(self) -> list[str]:
+    def evaluation_prompts(self) -> list[Prompt]:
         path = self.evaluate.prompts or self.data.prompts
         return load_prompts(Path(path))[: self.evaluate.prompt_count]
 

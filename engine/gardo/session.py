@@ -28,7 +28,7 @@ from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
-from gardo.types import Batch, Points, Rollout
+from gardo.types import Batch, Points, Prompt, Rollout
 from gardo_kernels import kernels_run_on
 
 
@@ -69,7 +69,7 @@ class Session:
     engine: Engine
     evaluator: Evaluator
     checkpoints: Checkpoints
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     ctx: LossContext
     log: MetricsLog | None
     progress: Progress

@@ -26,6 +26,7 @@ from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
 from gardo.streams import Stream
+from gardo.types import Prompt
 from gardo_kernels import Backend, nearest_cosine, random_normal
 
 
@@ -37,7 +38,7 @@ class Evaluator:
         policy: Policy,
         panel: Panel,
         engine: Engine,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: EvaluateSettings,
         *,
         seed: int,
@@ -63,7 +64,7 @@ class Evaluator:
             self.seed, image_I, Stream.EVALUATION, self.policy.latent_shape, backend=self.kernels
         )
 
-    def batch(self, image_B: Tensor) -> tuple[Tensor, list[str]]:
+    def batch(self, image_B: Tensor) -> tuple[Tensor, list[Prompt]]:
         """Images and prompts of the evaluation images with these indices."""
         which = (image_B // self.settings.images_per_prompt).tolist()
         prompts = [self.prompts[i] for i in which]
@@ -108,18 +109,17 @@ class Evaluator:
             save_grid(pictures, self.folder / path, columns=images_per_prompt)
         return self._record(step, values, str(path))
 
-    def _judge(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    def _judge(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for name, reward in self.panel.rewards.items():
             if not reward.scores_alone:
                 continue
-            value, mask = reward.score(images, prompts)
+            value = reward.score(images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":
                     columns["features"] = value
             else:
-                nan = torch.full_like(value, torch.nan)
-                columns[f"reward/{name}"] = torch.where(mask, value.float(), nan)
+                columns[f"reward/{name}"] = value.float().where(value.isfinite(), torch.nan)
         if self.settings.diversity == "attributes":
             for name, label in attribute_labels(images, prompts).items():
                 columns[f"label/{name}"] = label

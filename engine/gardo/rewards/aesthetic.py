@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +38,7 @@ from gardo.rewards._clip import (
     unit_features,
 )
 from gardo.rewards.base import Reward
+from gardo.types import Prompt
 
 LAYER = re.compile(r"layers\.(\d+)\.weight")
 
@@ -105,15 +106,13 @@ class Aesthetic(Reward):
         self.size = model.config.image_size
         self.model = model.to(device, getattr(torch, settings.dtype)).eval().requires_grad_(False)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         def encode(part: Tensor) -> Tensor:
             return self.model(preprocess(part, self.size).to(self.model.dtype)).image_embeds
 
         image_BE = unit_features(encode, images_B3HW.to(self.device), self.settings.batch)
         values = image_BE @ self.weight_E + self.bias
-        return values, values.isfinite()
+        return values
 
 
 PLUGIN = Aesthetic

@@ -13,7 +13,7 @@ verified against the published weights yet: the tests compare tiny random models
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from transformers import CLIPModel
 
 from gardo.rewards._clip import Clip, ClipSettings, ModelFolder, load_model
 from gardo.rewards.base import Reward
+from gardo.types import Prompt
 
 SCALE = 100
 DIVISOR = 30
@@ -43,11 +44,9 @@ class ClipScore(Reward):
             model, settings.path, settings, device, tokenizer_revision=settings.revision
         )
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         values = SCALE / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+        return values
 
 
 PLUGIN = ClipScore

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import DINOv3ViTModel
 from gardo.rewards._loading import filled_model
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import is_hub_id, model_path
+from gardo.types import Prompt
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -73,13 +74,10 @@ class Dinov3(Reward):
         self.model = model.to(device, getattr(torch, settings.dtype)).eval()
 
     @torch.no_grad()
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         pixels = preprocess(images_B3HW.to(self.device), self.settings.size).to(self.model.dtype)
         first = 1 + self.model.config.num_register_tokens
-        features = self.model(pixels).last_hidden_state[:, first:].float().mean(1)
-        return features, torch.ones(len(features), dtype=torch.bool, device=features.device)
+        return self.model(pixels).last_hidden_state[:, first:].float().mean(1)
 
 
 PLUGIN = Dinov3

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -34,6 +34,7 @@ from gardo.rewards._clip import (
     read_weights,
 )
 from gardo.rewards.base import Reward
+from gardo.types import Prompt
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
@@ -133,11 +134,9 @@ class HPSv2(Reward):
         model = build_clip(settings.base, renamed, where)
         self.clip = Clip(model, settings.base, settings, device, fit="pad")
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         values = self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+        return values
 
 
 PLUGIN = HPSv2

@@ -50,6 +50,7 @@ from transformers.utils import cached_file
 from gardo.rewards._clip import preprocess, read_weights
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import is_hub_id, model_path
+from gardo.types import Prompt
 
 Y_MEAN, Y_STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
@@ -194,9 +195,7 @@ class ImageReward(Reward):
     def _ready(self, model: nn.Module, dtype: torch.dtype) -> Any:
         return model.to(self.device, dtype).eval().requires_grad_(False)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         tokens_TL = self.tokenizer(
             list(row), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
@@ -210,8 +209,7 @@ class ImageReward(Reward):
                 strict=True,
             )
         ])  # fmt: skip
-        value_B = y_B if self.settings.raw else (y_B - Y_MEAN) / Y_STD
-        return value_B, torch.ones_like(value_B, dtype=torch.bool)
+        return y_B if self.settings.raw else (y_B - Y_MEAN) / Y_STD
 
     def _output(self, images_B3HW: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """y, fp32 [B]."""

@@ -13,7 +13,7 @@ random models of the same class.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ from gardo.rewards._clip import (
     load_model,
 )
 from gardo.rewards.base import Reward
+from gardo.types import Prompt
 
 DIVISOR = 26
 
@@ -48,11 +49,9 @@ class PickScore(Reward):
         model = load_model(CLIPModel, settings.path, settings.revision)
         self.clip = Clip(model, settings.tokenizer, settings, device)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         values = self.clip.scale / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+        return values
 
 
 PLUGIN = PickScore

@@ -12,13 +12,14 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 # Mean coloured area of one object of the world, in pixels (measured by a test of it)
 OBJECT_AREA = {"circle": 57.0, "square": 53.0, "triangle": 40.0}
@@ -38,9 +39,7 @@ def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
 class TinyCount(Reward):
     Settings = TinyCountSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         asked = [world.parse(p) for p in prompts]
         device = images_B3HW.device
         hues = torch.tensor(list(world.HUES.values()), device=device)
@@ -49,10 +48,10 @@ class TinyCount(Reward):
         hue_B = hues[[colour for _, colour, _ in asked]]
         found_B = coloured_area(images_B3HW, hue_B) / areas[[shape for _, _, shape in asked]]
         values = (1 - (found_B - asked_B).abs() / asked_B).clamp(min=0)
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return values
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         world.parse(prompt)
 
 

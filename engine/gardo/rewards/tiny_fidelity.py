@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 WEIGHTS = Path(__file__).parents[1] / "tiny" / "weights" / "judges" / "fidelity.safetensors"
 REJECTED = len(world.COLOURS) * len(world.SHAPES)
@@ -60,18 +61,16 @@ class TinyFidelity(Reward):
         self.net = net.float().to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         wanted = [
             colour * len(world.SHAPES) + shape for _, colour, shape in map(world.parse, prompts)
         ]
         index_B1 = torch.tensor(wanted, device=images_B3HW.device)[:, None]
         values = self.net(images_B3HW).softmax(-1).gather(1, index_B1)[:, 0]
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return values
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         world.parse(prompt)
 
 

@@ -10,7 +10,7 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class TinyPatchesSettings(RewardSettings):
@@ -56,19 +57,17 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
 class TinyPatches(Reward):
     Settings = TinyPatchesSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         asked = [world.parse(p) for p in prompts]
         hues = torch.tensor(list(world.HUES.values()), device=images_B3HW.device)
         hue_B = hues[torch.tensor([colour for _, colour, _ in asked])]
         asked_B = torch.tensor([count for count, _, _ in asked], device=images_B3HW.device)
         found_B = count_patches(colour_mask(images_B3HW, hue_B), self.settings.min_pixels)
         values = 1.0 / (1.0 + (found_B - asked_B).abs())
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return values
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         world.parse(prompt)
 
 

@@ -6,13 +6,14 @@ A gate reads it; no gradient is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class TinyPuritySettings(RewardSettings):
@@ -22,9 +23,7 @@ class TinyPuritySettings(RewardSettings):
 class TinyPurity(Reward):
     Settings = TinyPuritySettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         hues = torch.tensor(list(world.HUES.values()), device=images_B3HW.device)
         hue_B = hues[torch.tensor([world.parse(p)[1] for p in prompts])]
         hue, saturation, value = world.rgb_to_hsv(images_B3HW)
@@ -33,10 +32,10 @@ class TinyPurity(Reward):
         pure = coloured * (world.hue_distance(hue, hue_B[:, None, None]) < 0.06)
         total = coloured.sum((1, 2))
         values = torch.where(total > 0, pure.sum((1, 2)) / total.clamp(min=1e-6), 0.0 * total)
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return values
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         world.parse(prompt)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 WEIGHTS = Path(__file__).parents[1] / "tiny" / "weights" / "judges" / "shape.safetensors"
 
@@ -55,16 +56,14 @@ class TinyShape(Reward):
         net.load_state_dict(load_file(WEIGHTS))
         self.net = net.float().to(device).eval().requires_grad_(False)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         shape_B = torch.tensor([world.parse(p)[2] for p in prompts], device=images_B3HW.device)
         log_probability = self.net(images_B3HW).log_softmax(-1)
         values = log_probability.gather(1, shape_B[:, None])[:, 0].clamp(min=self.settings.floor)
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return values
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         world.parse(prompt)
 
 

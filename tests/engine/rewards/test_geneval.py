@@ -21,6 +21,7 @@ from gardo import plugins
 from gardo.rewards.geneval import Geneval, GenevalSettings
 from gardo.rewards.geneval_prompts import CLASSES, COLOURS, RELATIONS, Asked, Request, parse, text
 from gardo.rewards.geneval_rules import Found, fraction, keep, strict, verdicts
+from gardo.types import Prompt
 from tests.engine.rewards.geneval_models import (
     CPU,
     SIZE,
@@ -107,52 +108,56 @@ def test_the_score_is_that_of_the_rules(folder: Path) -> None:
         for i, (p, rules) in enumerate(zip(asked, expected, strict=True))
     }
     assert len(rows) == 12
-    prompts = [asked[i] for i in rows.values()]
+    prompts = [Prompt(asked[i]) for i in rows.values()]
     for scoring, score_of in (("fraction", fraction), ("strict", strict)):
-        values, mask = rewards[scoring].score(image.expand(12, -1, -1, -1), prompts)
-        assert values.dtype == torch.float32 and mask.dtype == torch.bool
+        values = rewards[scoring].score(image.expand(12, -1, -1, -1), prompts)
+        assert values.dtype == torch.float32
         assert (
             values.tolist() == torch.tensor([score_of(expected[i]) for i in rows.values()]).tolist()
         )
-        assert mask.all()
 
 
-MIXED = ["a photo of a cow", "a photo of a white dog", "a photo of a white cow and a red dog"]
+MIXED = [
+    Prompt("a photo of a cow"),
+    Prompt("a photo of a white dog"),
+    Prompt("a photo of a white cow and a red dog"),
+]
 
 
 def test_the_batch_does_not_matter(folder: Path) -> None:
     images, prompts = pictures(6), [*MIXED, *MIXED]
     alone = [
-        build(folder).score(image[None], [prompt])[0].item()
+        build(folder).score(image[None], [prompt]).item()
         for image, prompt in zip(images, prompts, strict=True)
     ]
     for batch in (1, 4, 6):
-        assert build(folder, batch=batch).score(images, prompts)[0].tolist() == alone
+        assert build(folder, batch=batch).score(images, prompts).tolist() == alone
     assert len(set(alone)) > 1
 
 
-def test_a_failed_picture_is_masked(folder: Path) -> None:
-    images, prompts = pictures(), ["a photo of a dog", "a photo of a red dog", "a photo of a cat"]
+def test_a_failed_picture_has_no_value(folder: Path) -> None:
+    images = pictures()
+    prompts = [Prompt(f"a photo of a {thing}") for thing in ("dog", "red dog", "cat")]
     reward = build(folder, size=64)
-    fine = reward.score(images, prompts)[0]
+    fine = reward.score(images, prompts)
     images[1, 0, 3, 3] = torch.nan
-    values, mask = reward.score(images, prompts)
-    assert mask.tolist() == [True, False, True]
+    values = reward.score(images, prompts)
+    assert values.isfinite().tolist() == [True, False, True]
     assert values[0] == fine[0] and values[2] == fine[2]
 
 
 def test_a_colour_that_clip_cannot_name_is_a_failure(folder: Path) -> None:
     reward = build(folder)
     images = pictures()
-    assert reward.score(images, MIXED)[1].tolist() == [True, True, True]
+    assert reward.score(images, MIXED).isfinite().tolist() == [True, True, True]
     reward.colours.model.visual_projection.weight.fill_(torch.inf)
-    assert reward.score(images, MIXED)[1].tolist() == [True, False, False]
+    assert reward.score(images, MIXED).isfinite().tolist() == [True, False, False]
 
 
 def test_half_precision_runs_and_agrees(folder: Path) -> None:
     images = pictures()
     half, full = build(folder, dtype="bfloat16"), build(folder)
-    assert half.score(images, MIXED)[1].all()
+    assert half.score(images, MIXED).isfinite().all()
     pixels = full.detector.preprocess(images)
     with torch.no_grad():
         logits = half.detector.model(pixels.bfloat16())[0].float()
@@ -163,7 +168,7 @@ def test_half_precision_runs_and_agrees(folder: Path) -> None:
 
 def test_no_gradient_and_no_weights_to_train(folder: Path) -> None:
     reward = build(folder, size=64)
-    values, _ = reward.score(pictures(1).requires_grad_(), ["a photo of a dog"])
+    values = reward.score(pictures(1).requires_grad_(), MIXED[:1])
     assert not values.requires_grad and not reward.differentiable
     for model in (reward.detector.model, reward.colours.model):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -173,9 +178,9 @@ def test_no_gradient_and_no_weights_to_train(folder: Path) -> None:
 
 
 def test_a_prompt_out_of_the_grammar_is_refused_at_load() -> None:
-    Geneval.check_prompt("a photo of a red dog")
+    Geneval.check_prompt(Prompt("a photo of a red dog"))
     with pytest.raises(ValueError, match="'a red dog' is no GenEval prompt"):
-        Geneval.check_prompt("a red dog")
+        Geneval.check_prompt(Prompt("a red dog"))
 
 
 @pytest.mark.parametrize("field", ["path", "clip"])

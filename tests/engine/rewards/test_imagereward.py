@@ -231,9 +231,9 @@ TOLERANCE = 8 * 60**0.5 * 2**-24
 
 def test_score_is_the_published_formula(weights: Weights, reward: ImageReward) -> None:
     images = pictures(4)
-    values, mask = reward.score(images, PROMPTS)
+    values = reward.score(images, PROMPTS)
     expected = expected_values(weights, images, PROMPTS)
-    assert values.dtype == torch.float32 and mask.tolist() == [True] * 4
+    assert values.dtype == torch.float32 and values.shape == (4,)
     assert float(expected.std()) > 0.1  # pictures and prompts matter by far more than the tolerance
     assert float((values - expected).abs().max()) < TOLERANCE
 
@@ -241,8 +241,8 @@ def test_score_is_the_published_formula(weights: Weights, reward: ImageReward) -
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches_do_not_change_the_score(batch: int, folder: str, reward: ImageReward) -> None:
     images = pictures(4)
-    values, _ = build(folder, batch=batch).score(images, PROMPTS)
-    assert torch.allclose(values, reward.score(images, PROMPTS)[0], atol=TOLERANCE, rtol=0)
+    values = build(folder, batch=batch).score(images, PROMPTS)
+    assert torch.allclose(values, reward.score(images, PROMPTS), atol=TOLERANCE, rtol=0)
 
 
 def test_published_extras_are_left_aside(
@@ -252,7 +252,7 @@ def test_published_extras_are_left_aside(
     ids = {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
     other = build(save(tmp_path, weights | ids, "ImageReward.safetensors"))
     images = pictures(4)
-    assert torch.equal(other.score(images, PROMPTS)[0], reward.score(images, PROMPTS)[0])
+    assert torch.equal(other.score(images, PROMPTS), reward.score(images, PROMPTS))
 
 
 def test_raw_is_what_refl_standardises(folder: str, reward: ImageReward) -> None:
@@ -261,15 +261,15 @@ def test_raw_is_what_refl_standardises(folder: str, reward: ImageReward) -> None
     Their seven digits differ from the published ones by 3e-8; float32 rounds by 6e-8.
     """
     images, refl = pictures(4), ReFLSettings()
-    raw, _ = build(folder, raw=True).score(images, PROMPTS)
-    value, _ = reward.score(images, PROMPTS)
+    raw = build(folder, raw=True).score(images, PROMPTS)
+    value = reward.score(images, PROMPTS)
     assert torch.allclose((raw - refl.reward_mean) / refl.reward_std, value, atol=1e-6, rtol=0)
     assert not torch.allclose(raw, value, atol=1e-2)
 
 
 def test_gradient_is_the_formulas(weights: Weights, reward: ImageReward) -> None:
     images = pictures(2).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2])[0].sum(), images)
+    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
     value = expected_values(weights, images, PROMPTS[:2]).sum()
     (expected,) = torch.autograd.grad(value, images)
     # the same count of roundings as forward, relative to the largest entry
@@ -279,7 +279,7 @@ def test_gradient_is_the_formulas(weights: Weights, reward: ImageReward) -> None
 
 def test_gradient_passes_the_resizing(reward: ImageReward) -> None:
     images = pictures(1, 48, 80).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward.score(images, ["a cat"])[0].sum(), images)
+    (gradient,) = torch.autograd.grad(reward.score(images, ["a cat"]).sum(), images)
     inside = gradient[..., 20:60].abs().amax((0, 1))
     assert bool((inside > 0).all())
     assert not gradient[..., :10].any() and not gradient[..., -10:].any()  # cut off
@@ -289,7 +289,7 @@ def test_prompts_are_cut_at_35_tokens(reward: ImageReward) -> None:
     """[CLS], 33 words and [SEP] count."""
     long, images = ["cat"] * 33, pictures(1).expand(3, -1, -1, -1)
     texts = [[*long, "red"], [*long, "blue", "dog"], [*long[:-1], "red"]]
-    values, _ = reward.score(images, [" ".join(words) for words in texts])
+    values = reward.score(images, [" ".join(words) for words in texts])
     assert abs(float(values[0] - values[1])) < TOLERANCE
     assert abs(float(values[0] - values[2])) > 1e-3
 
@@ -299,7 +299,7 @@ def test_bfloat16_is_near(folder: str, reward: ImageReward) -> None:
     half = build(folder, dtype="bfloat16")
     images = pictures(4)
     assert half.vision.dtype == half.text.dtype == torch.bfloat16
-    near = half.score(images, PROMPTS)[0] - reward.score(images, PROMPTS)[0]
+    near = half.score(images, PROMPTS) - reward.score(images, PROMPTS)
     assert 0 < float(near.abs().max()) < 60**0.5 * 2**-9
 
 

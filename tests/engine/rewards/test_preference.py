@@ -6,6 +6,7 @@ Images here are squares of one brightness, n / 255: a judge reads n.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from gardo.recipe_errors import RecipeError
 from gardo.rewards.base import Gathering, Panel, Reward, RewardSettings
 from gardo.rewards.bradley_terry import predicted_win_rate, strengths
 from gardo.rewards.preference import Preference, PreferenceSettings
+from gardo.types import Prompt
 from tests import ROOT
 
 CPU = torch.device("cpu")
@@ -37,11 +39,9 @@ class Level(Reward):
 
     Settings = Settings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Any = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         value_B = (images_B3HW[:, 0, 0, 0] * 255).round()
-        return value_B, value_B < 255
+        return value_B.where(value_B < 255, torch.nan)
 
 
 class Duel(Reward):
@@ -57,17 +57,14 @@ class Duel(Reward):
     def verdict(self, first: int, second: int) -> float | None:
         return 0.5 + 0.5 * (first > second) - 0.5 * (first < second)
 
-    def compare(
-        self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
+    def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         assert first_N3HW.dtype == torch.float32 and len(first_N3HW) == len(prompts)
         levels = [(x[:, 0, 0, 0] * 255).round().int().tolist() for x in (first_N3HW, second_N3HW)]
         pairs = list(zip(*levels, strict=True))
         self.asked += [(a, b, text) for (a, b), text in zip(pairs, prompts, strict=True)]
         self.largest_call = max(self.largest_call, len(prompts))
         verdicts = [self.verdict(a, b) for a, b in pairs]
-        mask_N = torch.tensor([v is not None for v in verdicts])
-        return torch.tensor([v or 0.0 for v in verdicts]), mask_N
+        return torch.tensor([math.nan if v is None else v for v in verdicts])
 
 
 class First(Duel):
@@ -126,13 +123,11 @@ def place(count: int, group: int, step: int = 3, seed: int = 42) -> Gathering:
 
 
 def values(reward: Preference, levels: Sequence[int], group: int, step: int = 3) -> list[float]:
-    """Values, None where masked."""
+    """Values, None where there is none."""
     prompts = [f"prompt {n // group}" for n in range(len(levels))]
-    value_B, mask_B = reward.score_together(
-        squares(levels), prompts, place(len(levels), group, step)
-    )
-    assert value_B.dtype == torch.float32 and mask_B.dtype == torch.bool
-    return [v if ok else None for v, ok in zip(value_B.tolist(), mask_B.tolist(), strict=True)]
+    value_B = reward.score_together(squares(levels), prompts, place(len(levels), group, step))
+    assert value_B.dtype == torch.float32
+    return [None if math.isnan(value) else value for value in value_B.tolist()]
 
 
 # ---- by hand -------------------------------------------------------------------------------------
@@ -325,16 +320,17 @@ def test_ranks_change_no_bit(world: int, settings: dict[str, Any], judge: str) -
         reward = preference(judge, **settings)
         where = Gathering(torch.arange(12)[own], torch.arange(12)[own] // 4, 42, 3, gather)
         out = reward.score_together(squares(levels)[own], prompts[own], where)
-        return *out, getattr(reward.reward, "asked", [])
+        return out, getattr(reward.reward, "asked", [])
 
     ranks = on_ranks(world, work)
-    for index in (0, 1):
-        assert torch.equal(torch.cat([r[index] for r in ranks]), expected[index])
-    asked = [pair for r in ranks for pair in r[2]]
+    together = torch.cat([r[0] for r in ranks])
+    assert torch.equal(together.isnan(), expected.isnan())
+    assert torch.equal(together.nan_to_num(-1), expected.nan_to_num(-1))
+    asked = [pair for r in ranks for pair in r[1]]
     if judge != "Level":
         assert sorted(asked) == sorted(alone.reward.asked)
         if settings.get("both_orders", True):
-            assert len({len(r[2]) for r in ranks}) == 1
+            assert len({len(r[1]) for r in ranks}) == 1
         # images of 3 x 2 x 2 bytes, of the largest number that any rank has in a split group
         travelling = {2: 2, 3: 0, 6: 2}[world]
         assert ranks[0][-1] == [travelling * 12] * world
@@ -453,7 +449,8 @@ def test_the_panel_treats_it_as_any_proxy() -> None:
     panel = Panel({"pref": preference("Level", weight=2.0)})
     index_B = torch.arange(6)
     scores = panel(squares(levels), [""] * 6, sample_B=index_B, group_B=index_B // 3)
-    assert scores.rewards["pref"].tolist() == [1, 0, 0.5, 0, 0.5, 0.5]
+    assert scores.rewards["pref"][[0, 1, 2, 4, 5]].tolist() == [1, 0, 0.5, 0.5, 0.5]
+    assert scores.masks["pref"].tolist() == [True, True, True, False, True, True]
     assert scores.valid_B.tolist() == [True, True, True, False, True, True]
     assert scores.proxy_B.tolist() == [2, 0, 1, 0, 1, 1]
     credit = group_credit(scores, AdvantageSettings(std="group"), gate=True)
@@ -466,8 +463,8 @@ def test_the_panel_treats_it_as_any_proxy() -> None:
 def test_alone_it_scores_what_its_judge_scores() -> None:
     reward = preference("Level")
     assert reward.scores_alone
-    value_B, mask_B = reward.score(squares([3, 255]), ["", ""])
-    assert value_B.tolist() == [3, 255] and mask_B.tolist() == [True, False]
+    alone, failed = reward.score(squares([3, 255]), ["", ""]).tolist()
+    assert alone == 3 and math.isnan(failed)
     assert not preference("Duel").scores_alone
 
 

@@ -31,9 +31,9 @@ def build(kind: str, role: str = "proxy", **settings: Any) -> Any:
 
 
 def score(kind: str, images: Tensor, prompts: Sequence[str], **settings: Any) -> Tensor:
-    values, mask = build(kind, **settings).score(images, prompts)
-    assert values.dtype == torch.float32 and values.shape == mask.shape == (len(images),)
-    assert mask.dtype == torch.bool and bool(mask.all())
+    values = build(kind, **settings).score(images, prompts)
+    assert values.dtype == torch.float32 and values.shape == (len(images),)
+    assert bool(values.isfinite().all())
     return values
 
 
@@ -213,7 +213,7 @@ def test_shape_judge_is_right_on_clean_pictures() -> None:
 def test_shape_gradient_reaches_the_pixels() -> None:
     images, prompts = clean(8, 25)
     images.requires_grad_()
-    values, _ = build("tiny_shape", floor=-100.0).score(images, prompts)
+    values = build("tiny_shape", floor=-100.0).score(images, prompts)
     (gradient,) = torch.autograd.grad(values.sum(), images)
     assert bool(gradient.isfinite().all())
     assert bool((gradient.abs().amax((1, 2, 3)) > 0).all())
@@ -298,11 +298,11 @@ def test_feature_is_the_mean_patch_token_after_the_norm(features: dinov3.Dinov3)
     images, prompts = clean(3, 33)
     normed: list[Tensor] = []
     handle = features.model.norm.register_forward_hook(lambda *_: normed.append(_[2]))
-    values, mask = features.score(images, prompts)
+    values = features.score(images, prompts)
     handle.remove()
     tokens = normed[-1]
     assert tokens.shape == (3, 2 + 64, 48)  # class token, register, 8 x 8 patches
-    assert values.shape == (3, 48) and mask.tolist() == [True] * 3
+    assert values.shape == (3, 48)
     assert torch.allclose(values, tokens[:, -64:].mean(1), atol=1e-6)
     assert not torch.allclose(values, tokens[:, 0], atol=1e-2)
     assert not torch.allclose(values, tokens[:, 1:].mean(1), atol=1e-4)
@@ -320,7 +320,7 @@ def test_features_place_layouts_together(features: dinov3.Dinov3) -> None:
     elsewhere = world._place(other.radius_BK, other.count_B, generator)
     replaced = world.draw(world.Scene(**{**vars(other), "centre_BK2": elsewhere}))
     a, near, far = (
-        torch.nn.functional.normalize(features.score(x, [])[0], dim=-1)
+        torch.nn.functional.normalize(features.score(x, []), dim=-1)
         for x in (world.draw(scene), moved, replaced)
     )
     closer = (a * near).sum(-1) > (a * far).sum(-1)
@@ -359,8 +359,8 @@ def test_features_of_a_smaller_type_are_float32(features: dinov3.Dinov3, dtype: 
     small = build("dinov3", "features", path="builtin:dinov3", size=32, dtype=dtype)
     assert {p.dtype for p in small.model.parameters()} == {getattr(torch, dtype)}
     images, prompts = clean(6, 36)
-    values, _ = small.score(images, prompts)
-    exact, _ = features.score(images, prompts)
+    values = small.score(images, prompts)
+    exact = features.score(images, prompts)
     assert values.dtype == exact.dtype == torch.float32
     assert float((values - exact).norm(dim=-1).max()) < 2**-6 * float(exact.norm(dim=-1).min())
 
@@ -373,21 +373,19 @@ from gardo.rewards.base import Reward, RewardSettings
 
 class Settings(RewardSettings):
     nan_at: int | None = None
-    masked_at: int | None = None
+    infinite_at: int | None = None
 
 class Brightness(Reward):
     Settings = Settings
     differentiable = True
 
-    def score(self, images_B3HW, prompts, metadata=None):
+    def score(self, images_B3HW, prompts):
         values = images_B3HW.mean((1, 2, 3))
-        mask = torch.ones(len(values), dtype=torch.bool)
-        if self.settings.nan_at is not None:
-            values = values.clone()
-            values[self.settings.nan_at] = float("nan")
-        if self.settings.masked_at is not None:
-            mask[self.settings.masked_at] = False
-        return values, mask
+        for at in (self.settings.nan_at, self.settings.infinite_at):
+            if at is not None:
+                values = values.clone()
+                values[at] = float("nan" if at == self.settings.nan_at else "inf")
+        return values
 """
 BRIGHTNESS = "gardo_test_brightness:Brightness"
 
@@ -425,13 +423,13 @@ def test_panel_sums_weighted_proxies() -> None:
 
 @pytest.mark.parametrize("role", ["proxy", "auxiliary"])
 def test_a_failed_reward_masks_its_sample(role: str) -> None:
-    """NaN of one sample and the mask of another: neither is a zero that could be learned from."""
+    """NaN of one sample and infinity of another: neither is a zero that could be learned from."""
     images, prompts = clean(4, 37)
     out = panel_scores(
         images,
         prompts,
         purity=build("tiny_purity", "proxy"),
-        flaky=build(BRIGHTNESS, role, nan_at=1, masked_at=2),
+        flaky=build(BRIGHTNESS, role, nan_at=1, infinite_at=2),
     )
     assert out.masks["flaky"].tolist() == [True, False, False, True]
     assert out.masks["purity"].tolist() == [True] * 4
@@ -453,11 +451,27 @@ def test_a_failed_held_out_reward_costs_no_sample() -> None:
     assert torch.allclose(out.proxy_B, out.rewards["purity"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.zeros(4, 1), r"\[4, 1\]"),  # added to another proxy it would be [4, 4]
+        (torch.zeros(3), r"\[3\]"),
+        ((torch.zeros(4), torch.ones(4)), "tuple"),
+    ],
+)
+def test_a_value_of_another_shape_is_told(given: Any, said: str) -> None:
+    images, prompts = clean(4, 38)
+    reward = build("tiny_purity")
+    reward.score = lambda images_B3HW, prompts: given
+    with pytest.raises(ValueError, match=rf"TinyPurity.score gave {said}; .* a tensor \[4\], NaN"):
+        panel_scores(images, prompts, purity=reward)
+
+
 def test_panel_keeps_features_apart(features: dinov3.Dinov3) -> None:
     images, prompts = clean(3, 39)
     out = panel_scores(images, prompts, purity=build("tiny_purity"), dino=features)
     assert set(out.rewards) == set(out.masks) == {"purity"}
-    assert torch.equal(out.features_BD, features.score(images, prompts)[0])
+    assert torch.equal(out.features_BD, features.score(images, prompts))
 
 
 def test_panel_scores_carry_no_gradient() -> None:
@@ -479,7 +493,7 @@ def test_differentiable_score_sums_proxies_with_gradient() -> None:
     )
     total = panel.differentiable_score(images, prompts)
     (gradient,) = torch.autograd.grad(total.sum(), images)
-    expected = 3.0 * shape.score(images, prompts)[0] + 0.5 * images.mean((1, 2, 3))
+    expected = 3.0 * shape.score(images, prompts) + 0.5 * images.mean((1, 2, 3))
     (wanted,) = torch.autograd.grad(expected.sum(), images)
     assert torch.allclose(total, expected)
     assert torch.allclose(gradient, wanted, atol=1e-7)
