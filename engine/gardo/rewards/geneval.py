@@ -23,19 +23,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards._loading import ModelFolder
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
 from gardo.rewards.geneval_vision import ColourJudge, Detector, Source, cut_out
-from gardo.settings import is_hub_id, model_path
 from gardo.types import Prompt
 
 SCORINGS = {"fraction": fraction, "strict": strict}
@@ -44,25 +43,16 @@ SCORINGS = {"fraction": fraction, "strict": strict}
 class GenevalSettings(RewardSettings):
     kind: Literal["geneval"] = "geneval"
     scoring: Literal["fraction", "strict"] = "fraction"
-    path: str = Field(
+    path: ModelFolder = Field(
         "facebook/mask2former-swin-small-coco-instance",
         description="Mask2Former for COCO's instances: hub id or folder",
     )
     revision: str | None = Field(None, description="of `path` on the hub")
-    clip: str = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
+    clip: ModelFolder = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
     size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
     batch: int = Field(8, ge=1, description="images, or cut-out objects, a call")
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @field_validator("path", "clip")
-    @classmethod
-    def _exists(cls, value: str) -> str:
-        if not is_hub_id(value) and not (Path(model_path(value)) / "config.json").is_file():
-            raise ValueError(
-                f"no model folder (with config.json): {value!r}; give one, or a hub id owner/name"
-            )
-        return value
 
 
 class Geneval(Reward):
@@ -70,9 +60,9 @@ class Geneval(Reward):
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
         super().__init__(settings, device)
-        dtype = getattr(torch, settings.dtype)
-        detector = Source(model_path(settings.path), settings.revision, dtype, device)
-        clip = Source(model_path(settings.clip), settings.clip_revision, dtype, device)
+        dtype = settings.dtype
+        detector = Source("path", settings.path, settings.revision, dtype, device)
+        clip = Source("clip", settings.clip, settings.clip_revision, dtype, device)
         self.detector = Detector(detector, settings.size)
         self.colours = ColourJudge(clip, settings.batch)
 

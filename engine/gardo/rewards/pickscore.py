@@ -6,7 +6,7 @@ The published logit_scale is near ln 100. Raw scores lie around 20 to 23; the di
 Flow-GRPO's and brings them to about 0.8 to 0.9. Differentiable.
 
 Weights: yuvalkirstain/PickScore_v1; its tokenizer is the one of laion's ViT-H/14. Preprocessing
-clip-crop-1 (_clip.py). Not verified against the published weights yet: the tests compare tiny
+clip-crop-1 (_pixels.py). Not verified against the published weights yet: the tests compare tiny
 random models of the same class.
 """
 
@@ -20,14 +20,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from gardo.rewards._clip import (
-    LAION_H14,
-    Clip,
-    ClipSettings,
-    ModelFolder,
-    TokenizerFolder,
-    load_model,
-)
+from gardo.rewards._clip import LAION_H14, Clip, ClipSettings
+from gardo.rewards._loading import ModelFolder, TokenizerFolder, load_model
 from gardo.rewards.base import Reward
 from gardo.types import Prompt
 
@@ -50,8 +44,7 @@ class PickScore(Reward):
         self.clip = Clip(model, settings.tokenizer, settings, device)
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        values = self.clip.scale / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values
+        return self.clip.scale / DIVISOR * self.clip.cosine(images_B3HW, prompts)
 
 
 PLUGIN = PickScore

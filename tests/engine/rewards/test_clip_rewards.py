@@ -17,7 +17,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gardo import plugins
-from gardo.rewards import _clip, aesthetic, hpsv2
+from gardo.rewards import _pixels, hpsv2
+from gardo.rewards._affine import collapse
 from gardo.rewards.base import Reward
 from gardo.settings import model_path
 
@@ -176,7 +177,7 @@ def test_gradient_reaches_the_pixels(kind: str, folder: Path, rewards: dict[str,
     assert rewards[kind].differentiable
 
     def total(at: Tensor) -> float:
-        pixels = _clip.preprocess(at, SIZE, fit)  # type: ignore[arg-type]
+        pixels = _pixels.for_clip(at, SIZE, fit)  # type: ignore[arg-type]
         return float(expected(kind, folder, pixels, PROMPTS[:2]).sum())
 
     step = 1e-4  # third derivatives leave about step^2, rounding 1e-15 / step
@@ -256,7 +257,7 @@ def test_crop_is_that_of_transformers_processor(height: int, width: int) -> None
     wanted = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)(
         pil(images), return_tensors="pt"
     ).pixel_values
-    out = _clip.preprocess(images, SIZE)
+    out = _pixels.for_clip(images, SIZE)
     assert out.shape == (2, 3, SIZE, SIZE)
     assert float((out - wanted).abs().max()) < 2 / 255 / 0.26
     assert float((out - wanted).abs().mean()) < 0.5 / 255 / 0.26
@@ -273,8 +274,9 @@ def test_pad_fits_the_whole_image_between_black_bars(height: int, width: int) ->
     )
     bytes_HW3 = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
     wanted = bytes_HW3.view(SIZE, SIZE, 3).permute(2, 0, 1) / 255
-    out = _clip.preprocess(images, SIZE, "pad")[0]
-    out = out * torch.tensor(_clip.STD)[:, None, None] + torch.tensor(_clip.MEAN)[:, None, None]
+    out = _pixels.for_clip(images, SIZE, "pad")[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in _pixels.CLIP)
+    out = out * std + mean
     assert out.shape == wanted.shape
     assert float((out - wanted).abs().max()) < 2 / 255
 
@@ -283,8 +285,8 @@ def test_resizing_stays_within_the_colours() -> None:
     """Bicubic overshoots at an edge by some percent; Pillow's 8 bits clip it."""
     edge = torch.zeros(1, 3, 90, 90)
     edge[..., 45:] = 1
-    out = _clip.preprocess(edge, SIZE)
-    black, white = (_clip.preprocess(torch.full((1, 3, SIZE, SIZE), x), SIZE) for x in (0.0, 1.0))
+    out = _pixels.for_clip(edge, SIZE)
+    black, white = (_pixels.for_clip(torch.full((1, 3, SIZE, SIZE), x), SIZE) for x in (0.0, 1.0))
     assert bool((out >= black).all()) and bool((out <= white).all())
 
 
@@ -340,7 +342,7 @@ def test_hpsv2_is_open_clips_forward(folder: Path, settings: dict[str, Any]) -> 
     for row, ids in zip(ids_BL, tokenizer(PROMPTS).input_ids, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     images = pictures(3)
-    pixels = _clip.preprocess(images.double(), SIZE, "pad")
+    pixels = _pixels.for_clip(images.double(), SIZE, "pad")
     wanted = open_clip_cosine(state, pixels, ids_BL)
     assert torch.allclose(reward.score(images, PROMPTS).double(), wanted, atol=2e-6)
 
@@ -395,7 +397,7 @@ def test_weights_must_be_exactly_the_models(
 def test_head_is_one_affine_map() -> None:
     """float64 throughout: the two orders of summing 16 to 24 numbers differ by rounding only."""
     state = head_state()
-    weight, bias = aesthetic.collapse(dict(reversed(state.items())))
+    weight, bias = collapse(dict(reversed(state.items())))
     assert weight.dtype == bias.dtype == torch.float64
     features = torch.randn(50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     hidden = features
@@ -411,7 +413,7 @@ def test_layers_are_ordered_by_number_not_by_text() -> None:
     for n in (2, 10):
         state[f"layers.{n}.weight"] = torch.randn(1, 1, generator=generator)
         state[f"layers.{n}.bias"] = torch.randn(1, generator=generator)
-    _, bias = aesthetic.collapse(state)
+    _, bias = collapse(state)
     last = state["layers.10.weight"].double() @ state["layers.2.bias"].double()
     assert float(bias) == pytest.approx(float(last + state["layers.10.bias"].double()))
 
@@ -508,7 +510,7 @@ def test_a_wrong_folder_is_one_clear_error(
 def test_a_folder_without_weights_or_with_half_of_them(folder: Path, tmp_path: Path) -> None:
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(OSError, match="no file named model"):
+    with pytest.raises(ValueError, match=r"path: .* holds no weights: .*no file named model"):
         build("pickscore", tmp_path)
     state = load_file(folder / "model.safetensors")
     del state["visual_projection.weight"], state["logit_scale"]

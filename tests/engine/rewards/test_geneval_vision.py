@@ -15,7 +15,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
 
-from gardo.rewards import _clip
+from gardo.rewards import _pixels
 from gardo.rewards.geneval_prompts import CLASSES, COLOURS
 from gardo.rewards.geneval_rules import Found
 from gardo.rewards.geneval_vision import (
@@ -190,7 +190,7 @@ def test_crops_are_resized_as_by_clips_processor(folder: Path, height: int, widt
     expected = processor(as_pil(image), return_tensors="pt")["pixel_values"][0]
     pixels = ColourJudge(source(folder / "clip"), 4).preprocess(image)
     # two roundings to 8 bits; the second pass weighs the first's by at most 1.25 in all (bicubic)
-    assert (pixels - expected).abs().max() <= (1.2 / 255) / min(_clip.STD)
+    assert (pixels - expected).abs().max() <= (1.2 / 255) / min(_pixels.CLIP[1])
 
 
 def test_a_stripe_is_seen_in_its_middle(folder: Path) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gardo import plugins
 from gardo.algorithms.refl import ReFLSettings
-from gardo.rewards import _clip
-from gardo.rewards._clip import preprocess
+from gardo.rewards import _pixels
 from gardo.rewards.imagereward import ImageReward, ImageRewardSettings
 
 CPU = torch.device("cpu")
@@ -178,8 +177,7 @@ def expected_output(weights: Weights, images: Tensor, prompt: str) -> Tensor:
     def norm(name: str, x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
-    mean = torch.tensor(_clip.MEAN, dtype=torch.float64)[:, None, None]
-    std = torch.tensor(_clip.STD, dtype=torch.float64)[:, None, None]
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in _pixels.CLIP)
     vision = "blip.visual_encoder"
     proj = f"{vision}.patch_embed.proj"
     x = (images.double() - mean) / std
@@ -317,8 +315,9 @@ def test_preprocessing_is_pillows(height: int, width: int) -> None:
     left, top = round((new_width - 32) / 2), round((new_height - 32) / 2)
     cropped = resized.crop((left, top, left + 32, top + 32))
     expected = torch.tensor(list(cropped.tobytes())).view(32, 32, 3) / 255
-    out = preprocess(bytes_HW3.permute(2, 0, 1)[None] / 255, 32)[0].permute(1, 2, 0)
-    out = out * torch.tensor(_clip.STD) + torch.tensor(_clip.MEAN)
+    out = _pixels.for_clip(bytes_HW3.permute(2, 0, 1)[None] / 255, 32)[0].permute(1, 2, 0)
+    mean, std = (torch.tensor(values) for values in _pixels.CLIP)
+    out = out * std + mean
     assert float((out - expected).abs().mean()) < 1 / 255
 
 
@@ -333,12 +332,14 @@ def settings_error(**settings: Any) -> str:
 
 def test_folders_are_checked_with_the_settings(folder: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere")
-    assert "no ImageReward folder (with ImageReward.safetensors or ImageReward.pt, and " in (
-        settings_error(path=missing)
-    )
+    wanted = "no folder with ImageReward.safetensors or ImageReward.pt and med_config.json: "
+    assert wanted in settings_error(path=missing)
     (tmp_path / "ImageReward.pt").touch()
-    assert "and med_config.json)" in settings_error(path=str(tmp_path))
-    assert "no BERT tokenizer" in settings_error(path=folder, tokenizer=missing)
+    assert wanted in settings_error(path=str(tmp_path))
+    (tmp_path / "med_config.json").touch()
+    assert ImageRewardSettings(role="proxy", path=str(tmp_path), tokenizer=folder)
+    message = settings_error(path=folder, tokenizer=missing)
+    assert "tokenizer\n" in message and "no folder with vocab.txt or tokenizer.json: " in message
     assert ImageRewardSettings(role="proxy").path == "THUDM/ImageReward"
 
 
@@ -355,8 +356,8 @@ QKV = "blip.visual_encoder.blocks.1.attn.qkv.weight"
         (lambda w: {"path": Path("x")}, "cannot be read as tensors"),  # a pickle with code
         (lambda w: {"vision_model.embeddings.class_embedding": w[QKV]}, "is not ImageReward's"),
         (without(QKV), "encoder.layers.1.self_attn.qkv.weight"),
-        (without("mlp.layers.6.bias"), "mlp.layers.6.bias"),
-        (lambda w: w | {QKV: w[QKV][:-1]}, "size mismatch for encoder.layers.1.self_attn.qkv"),
+        (without("mlp.layers.6.bias"), "look at layers.6.bias"),
+        (lambda w: w | {QKV: w[QKV][:-1]}, "another shape of encoder.layers.1.self_attn.qkv"),
     ],
 )
 def test_other_files_are_refused(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gardo import plugins
-from gardo.rewards import dinov3, tiny_count, tiny_patches
+from gardo.rewards import _pixels, dinov3, tiny_count, tiny_patches
 from gardo.rewards.base import Panel, Reward
 from gardo.rewards.tiny_fidelity import REJECTED, TinyFidelity
 from gardo.rewards.tiny_shape import TinyShape
@@ -288,7 +288,8 @@ def test_resizing_is_pillows_antialiased_bicubic(before: int, after: int) -> Non
     resized = Image.fromarray(bytes_HW3.numpy()).resize((after, after), Image.Resampling.BICUBIC)
     expected = torch.tensor(list(resized.tobytes())).view(after, after, 3) / 255
     out = dinov3.preprocess(bytes_HW3.permute(2, 0, 1)[None] / 255, after)[0].permute(1, 2, 0)
-    out = out * torch.tensor(dinov3.STD) + torch.tensor(dinov3.MEAN)
+    mean, std = (torch.tensor(values) for values in _pixels.IMAGENET)
+    out = out * std + mean
     assert out.shape == (after, after, 3)
     assert float((out - expected).abs().mean()) < 0.004
     assert float(out.min()) >= -1e-6 and float(out.max()) <= 1 + 1e-6
