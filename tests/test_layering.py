@@ -33,8 +33,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
     "rollout":       "types flow gardo_kernels | torch",
-    "tiny":          "types flow gardo_kernels rewards report"
-                     " | torch diffusers transformers tokenizers",
+    "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate",
     "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",

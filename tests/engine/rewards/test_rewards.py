@@ -17,10 +17,10 @@ from torch import Tensor
 from gardo import plugins
 from gardo.rewards import _pixels, dinov3, tiny_count, tiny_patches
 from gardo.rewards.base import Panel, Reward
-from gardo.rewards.tiny_fidelity import REJECTED, TinyFidelity
+from gardo.rewards.tiny_fidelity import TinyFidelity
 from gardo.rewards.tiny_shape import TinyShape
 from gardo.settings import model_path
-from gardo.tiny import make, world
+from gardo.tiny import judges, make, world
 
 CPU = torch.device("cpu")
 
@@ -233,7 +233,7 @@ def test_fidelity_tells_clean_from_corrupted() -> None:
     assert float(score("tiny_fidelity", images, prompts).mean()) > 0.85
     judge: TinyFidelity = build("tiny_fidelity", "held_out")
     broken = make.corrupted(600, seed=28)
-    accepted = 1 - judge.net(broken).softmax(-1)[:, REJECTED]
+    accepted = 1 - judge.net(broken).softmax(-1)[:, judges.REJECTED]
     assert float(accepted.mean()) < 0.2
     assert float(score("tiny_fidelity", broken, prompts).mean()) < 0.1
 
