@@ -27,25 +27,15 @@ from tests.engine.rewards.geneval_models import (
     SIZE,
     names,
     pictures,
-    save_clip,
     segmenter,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("geneval")
-    segmenter().save_pretrained(path / "detector")
-    save_clip(path / "clip")
-    return path
-
 
 # ---- the reward ----------------------------------------------------------------------------------
 
 
-def build(folder: Path, **changes: Any) -> Geneval:
+def build(geneval_folder: Path, **changes: Any) -> Geneval:
     plugin = plugins.resolve("gardo.rewards", "geneval")
-    paths = {"path": str(folder / "detector"), "clip": str(folder / "clip")}
+    paths = {"path": str(geneval_folder / "detector"), "clip": str(geneval_folder / "clip")}
     options: dict[str, Any] = {"role": "proxy", "size": SIZE, **paths, **changes}
     return plugin(plugin.Settings(**options), CPU)
 
@@ -96,9 +86,11 @@ def asked_of(things: list[Found]) -> list[str]:
     return [text(request) for request in requests]
 
 
-def test_the_score_is_that_of_the_rules(folder: Path) -> None:
+def test_the_score_is_that_of_the_rules(geneval_folder: Path) -> None:
     image = pictures(2)[1]
-    rewards = {scoring: build(folder, scoring=scoring) for scoring in ("fraction", "strict")}
+    rewards = {
+        scoring: build(geneval_folder, scoring=scoring) for scoring in ("fraction", "strict")
+    }
     things = things_by_hand(rewards["strict"], image)
     asked = asked_of(things)
     expected = [verdicts(parse(p), keep(things, parse(p).task)) for p in asked]
@@ -124,21 +116,21 @@ MIXED = [
 ]
 
 
-def test_the_batch_does_not_matter(folder: Path) -> None:
+def test_the_batch_does_not_matter(geneval_folder: Path) -> None:
     images, prompts = pictures(6), [*MIXED, *MIXED]
     alone = [
-        build(folder).score(image[None], [prompt]).item()
+        build(geneval_folder).score(image[None], [prompt]).item()
         for image, prompt in zip(images, prompts, strict=True)
     ]
     for batch in (1, 4, 6):
-        assert build(folder, batch=batch).score(images, prompts).tolist() == alone
+        assert build(geneval_folder, batch=batch).score(images, prompts).tolist() == alone
     assert len(set(alone)) > 1
 
 
-def test_a_failed_picture_has_no_value(folder: Path) -> None:
+def test_a_failed_picture_has_no_value(geneval_folder: Path) -> None:
     images = pictures()
     prompts = [Prompt(f"a photo of a {thing}") for thing in ("dog", "red dog", "cat")]
-    reward = build(folder, size=64)
+    reward = build(geneval_folder, size=64)
     fine = reward.score(images, prompts)
     images[1, 0, 3, 3] = torch.nan
     values = reward.score(images, prompts)
@@ -146,17 +138,17 @@ def test_a_failed_picture_has_no_value(folder: Path) -> None:
     assert values[0] == fine[0] and values[2] == fine[2]
 
 
-def test_a_colour_that_clip_cannot_name_is_a_failure(folder: Path) -> None:
-    reward = build(folder)
+def test_a_colour_that_clip_cannot_name_is_a_failure(geneval_folder: Path) -> None:
+    reward = build(geneval_folder)
     images = pictures()
     assert reward.score(images, MIXED).isfinite().tolist() == [True, True, True]
     reward.colours.model.visual_projection.weight.fill_(torch.inf)
     assert reward.score(images, MIXED).isfinite().tolist() == [True, False, False]
 
 
-def test_half_precision_runs_and_agrees(folder: Path) -> None:
+def test_half_precision_runs_and_agrees(geneval_folder: Path) -> None:
     images = pictures()
-    half, full = build(folder, dtype="bfloat16"), build(folder)
+    half, full = build(geneval_folder, dtype="bfloat16"), build(geneval_folder)
     assert half.score(images, MIXED).isfinite().all()
     pixels = full.detector.preprocess(images)
     with torch.no_grad():
@@ -166,8 +158,8 @@ def test_half_precision_runs_and_agrees(folder: Path) -> None:
     assert (logits - expected).square().mean().sqrt() < 0.04 * expected.square().mean().sqrt()
 
 
-def test_no_gradient_and_no_weights_to_train(folder: Path) -> None:
-    reward = build(folder, size=64)
+def test_no_gradient_and_no_weights_to_train(geneval_folder: Path) -> None:
+    reward = build(geneval_folder, size=64)
     values = reward.score(pictures(1).requires_grad_(), MIXED[:1])
     assert not values.requires_grad and not reward.differentiable
     for model in (reward.detector.model, reward.colours.model):
@@ -190,23 +182,23 @@ def test_a_folder_that_is_not_there(field: str, tmp_path: Path) -> None:
     GenevalSettings(role="proxy")  # the hub ids, which nothing is asked about yet
 
 
-def test_models_of_another_kind(folder: Path) -> None:
-    detector, clip = str(folder / "detector"), str(folder / "clip")
+def test_models_of_another_kind(geneval_folder: Path) -> None:
+    detector, clip = str(geneval_folder / "detector"), str(geneval_folder / "clip")
     with pytest.raises(ValueError, match=f"path: {clip!r} .* type 'clip'; it must be mask2former"):
-        build(folder, path=clip)
+        build(geneval_folder, path=clip)
     with pytest.raises(ValueError, match=f"clip: {detector!r} .* 'mask2former'; it must be clip"):
-        build(folder, clip=detector)
+        build(geneval_folder, clip=detector)
 
 
-def test_a_detector_for_other_classes(folder: Path, tmp_path: Path) -> None:
+def test_a_detector_for_other_classes(geneval_folder: Path, tmp_path: Path) -> None:
     labels = [*CLASSES[:40], *(f"{name}-other" for name in CLASSES[40:])]
     segmenter(**names(labels)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not know 40 of COCO's 80 classes, 'wine glass'"):
-        build(folder, path=str(tmp_path))
+        build(geneval_folder, path=str(tmp_path))
 
 
-def test_folders_with_parts_missing(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_folders_with_parts_missing(geneval_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(geneval_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "clip" / "tokenizer.json").unlink()
     (tmp_path / "clip" / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"clip: .*clip' holds no tokenizer"):
@@ -219,8 +211,8 @@ def test_folders_with_parts_missing(folder: Path, tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_weights_that_do_not_fill_the_model(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_weights_that_do_not_fill_the_model(geneval_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(geneval_folder, tmp_path, dirs_exist_ok=True)
     config = tmp_path / "detector" / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "encoder_layers": values["encoder_layers"] + 1}))
