@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.rewards import clip_models, geneval_models
+from gardo.rewards.dinov3 import Dinov3
+from tests.engine.rewards import clip_models, geneval_models, tiny_pictures
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,8 @@ def geneval_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     geneval_models.segmenter().save_pretrained(path / "detector")
     geneval_models.save_clip(path / "clip")
     return path
+
+
+@pytest.fixture(scope="session")
+def features() -> Dinov3:
+    return tiny_pictures.build("dinov3", "features", path="builtin:dinov3", size=32)

@@ -17,11 +17,6 @@ from gardo.tiny import world
 from tests.engine.rewards.tiny_pictures import build, clean
 
 
-@pytest.fixture(scope="module")
-def features() -> dinov3.Dinov3:
-    return build("dinov3", "features", path="builtin:dinov3", size=32)
-
-
 def test_preprocessing_without_resizing_normalises() -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(31))
     out = dinov3.preprocess(images, 32)

@@ -117,14 +117,11 @@ MIXED = [
 
 
 def test_the_batch_does_not_matter(geneval_folder: Path) -> None:
-    images, prompts = pictures(6), [*MIXED, *MIXED]
-    alone = [
-        build(geneval_folder).score(image[None], [prompt]).item()
-        for image, prompt in zip(images, prompts, strict=True)
-    ]
-    for batch in (1, 4, 6):
-        assert build(geneval_folder, batch=batch).score(images, prompts).tolist() == alone
-    assert len(set(alone)) > 1
+    images, prompts = pictures(5), [*MIXED, *MIXED[:2]]
+    alone = build(geneval_folder, batch=1).score(images, prompts)
+    for batch in (4, 5):
+        assert torch.equal(build(geneval_folder, batch=batch).score(images, prompts), alone)
+    assert len(set(alone.tolist())) > 1
 
 
 def test_a_failed_picture_has_no_value(geneval_folder: Path) -> None:

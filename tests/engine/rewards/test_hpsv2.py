@@ -80,11 +80,11 @@ def test_hpsv2_is_open_clips_forward(clip_folder: Path, settings: dict[str, Any]
     assert torch.allclose(reward.score(images, PROMPTS).double(), wanted, atol=2e-6)
 
 
-def test_renaming_gives_back_every_weight(clip_folder: Path, rewards: dict[str, Any]) -> None:
+def test_renaming_gives_back_every_weight(clip_folder: Path) -> None:
     original = CLIPModel.from_pretrained(clip_folder).state_dict()
     renamed = hpsv2.from_open_clip(to_open_clip(CLIPModel.from_pretrained(clip_folder)))
     assert renamed.keys() == original.keys()
-    loaded = rewards["hpsv2"].clip.model.state_dict()
+    loaded = build("hpsv2", clip_folder).clip.model.state_dict()
     for name, tensor in original.items():
         assert torch.equal(renamed[name], tensor), name
         assert torch.equal(loaded[name], tensor), name

@@ -152,24 +152,29 @@ def test_an_image_that_is_not_finite_has_no_value(reward: Ocr) -> None:
     assert values[[0, 2]].tolist() == [1, 1] and bool(values[1].isnan())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_reader_that_fails_loses_one_image(workers: int) -> None:
+@pytest.fixture(scope="module")
+def pooled() -> Ocr:
+    return build(workers=1)
+
+
+@pytest.mark.parametrize("where", ["reward", "pooled"])
+def test_a_reader_that_fails_loses_one_image(where: str, request: pytest.FixtureRequest) -> None:
     """RapidOCR divides by the height: an empty picture makes it raise."""
-    reward = build(workers=workers)
+    reward: Ocr = request.getfixturevalue(where)
     with pytest.warns(UserWarning, match="image 1 cannot be read: ZeroDivisionError"):
         texts = reward.texts([sign("ONE"), np.zeros((0, 0, 3), np.uint8), sign("SIX")])
     assert texts == ["ONE", None, "SIX"]
 
 
-def test_a_pool_survives_its_workers() -> None:
-    reward = build(workers=2)
+def test_a_pool_survives_its_worker(pooled: Ocr) -> None:
     images, prompts = rendered("ONE", "TWO", "SIX"), quoted("ONE", "TWO", "NINE")
     expected = [1, 1, 0.25]
-    for _ in range(2):
-        assert reward.score(images, prompts).tolist() == pytest.approx(expected)
-        assert reward.pool
-        for pid in list(reward.pool._processes):
-            os.kill(pid, signal.SIGKILL)
+    assert pooled.score(images, prompts).tolist() == expected
+    assert pooled.pool
+    (pid,) = pooled.pool._processes
+    os.kill(pid, signal.SIGKILL)
+    assert pooled.score(images, prompts).tolist() == expected
+    assert pid not in pooled.pool._processes
 
 
 KILLED_TRAINER = """

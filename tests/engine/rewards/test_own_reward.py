@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,8 +80,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def session(recipe: Path) -> Session:
-    return open_session(config.load(recipe), quiet=True)
+def session(recipe: Path) -> Iterator[Session]:
+    threads = torch.get_num_threads()
+    yield open_session(config.load(recipe, [f"distributed.threads={threads}"]), quiet=True)
+    torch.set_num_threads(threads)
 
 
 def test_metadata_reaches_every_reward(session: Session) -> None:

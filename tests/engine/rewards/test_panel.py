@@ -38,11 +38,6 @@ class Brightness(Reward):
 BRIGHTNESS = f"{__name__}:Brightness"
 
 
-@pytest.fixture(scope="module")
-def features() -> dinov3.Dinov3:
-    return build("dinov3", "features", path="builtin:dinov3", size=32)
-
-
 def panel_scores(images: Tensor, prompts: list[str], **rewards: Reward) -> Any:
     index_B = torch.arange(len(images))
     return Panel(rewards)(images, prompts, sample_B=index_B, group_B=index_B // 2)

@@ -50,7 +50,7 @@ def test_a_long_winding_patch_is_one() -> None:
 
 def test_count_is_exact_on_clean_pictures() -> None:
     """Always for circles; in 1 % of the others corners touch (see test_world)."""
-    images, prompts = clean(1500, 21)
+    images, prompts = clean(500, 21)
     exact_B = score("tiny_patches", images, prompts) == 1
     circle_B = torch.tensor(["circle" in p for p in prompts])
     assert bool(exact_B[circle_B].all())
@@ -91,7 +91,7 @@ def test_specks_count_as_patches() -> None:
 
 
 def test_object_areas_are_those_of_the_world() -> None:
-    scene = world.sample_scenes(6000, torch.Generator().manual_seed(22))
+    scene = world.sample_scenes(1500, torch.Generator().manual_seed(22))
     hues = torch.tensor(list(world.HUES.values()))
     area_B = tiny_count.coloured_area(world.draw(scene), hues[scene.colour_B]) / scene.count_B
     for index, shape in enumerate(world.SHAPES):

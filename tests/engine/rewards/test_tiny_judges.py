@@ -43,7 +43,7 @@ def test_purity_stays_between_0_and_1() -> None:
 
 
 def test_shape_judge_is_right_on_clean_pictures() -> None:
-    images, prompts = clean(1500, 24)
+    images, prompts = clean(500, 24)
     judge: TinyShape = build("tiny_shape", "auxiliary")
     shape_B = torch.tensor([world.parse(p)[2] for p in prompts])
     assert float((judge.net(images).argmax(-1) == shape_B).float().mean()) > 0.97
@@ -68,17 +68,17 @@ def test_shape_is_a_log_probability_with_a_floor() -> None:
 
 
 def test_fidelity_tells_clean_from_corrupted() -> None:
-    images, prompts = clean(600, 27)
+    images, prompts = clean(200, 27)
     assert float(score("tiny_fidelity", images, prompts).mean()) > 0.85
     judge: TinyFidelity = build("tiny_fidelity", "held_out")
-    broken = make.corrupted(600, seed=28)
+    broken = make.corrupted(200, seed=28)
     accepted = 1 - judge.net(broken).softmax(-1)[:, judges.REJECTED]
     assert float(accepted.mean()) < 0.2
     assert float(score("tiny_fidelity", broken, prompts).mean()) < 0.1
 
 
 def test_fidelity_is_low_for_another_prompt() -> None:
-    images, prompts = clean(300, 29)
+    images, prompts = clean(150, 29)
     asked = [world.parse(p) for p in prompts]
     colour = [world.caption(n, (c + 1) % 6, s) for n, c, s in asked]
     shape = [world.caption(n, c, (s + 1) % 3) for n, c, s in asked]
