@@ -98,6 +98,15 @@ def test_a_dinov3_that_is_not_whole_is_refused(
         build("dinov3", "features", path=altered(tmp_path, changes), size=32)
 
 
+def test_another_model_is_refused(clip_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"path: .* of type 'clip'; it must be dinov3_vit"):
+        build("dinov3", "features", path=str(clip_folder))
+    with pytest.raises(
+        ValueError, match=r"no folder with config.json: './none'; give one, or a hu"
+    ):
+        build("dinov3", "features", path="./none")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_features_of_a_smaller_type_are_float32(features: dinov3.Dinov3, dtype: str) -> None:
     """Tokens are rounded to 8 bits (bf16); their mean is taken in fp32, and is nearer."""

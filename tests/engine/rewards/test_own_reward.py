@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from gardo import config, phases
+from gardo import config, phases, plugins, rewards
 from gardo.recipe_errors import RecipeError
+from gardo.rewards.base import Reward
 from gardo.rollout import recorded_points
-from gardo.session import Session, open_session
+from gardo.session import Session, build_panel, open_session
 
 OWN = """
 import torch
@@ -138,6 +139,39 @@ def test_prompts_are_checked_with_their_metadata(recipe: Path) -> None:
     (recipe.parent / "worth.jsonl").write_text('{"prompt": "a", "worth": 1}\n{"prompt": "b"}')
     with pytest.raises(RecipeError, match=r"data\.prompts: prompt 2: prompt 'b': no worth"):
         config.load(recipe)
+
+
+def listed_in_schema() -> set[str]:
+    schema = config.full_schema()
+    variants = schema["properties"]["rewards"]["additionalProperties"]["anyOf"]
+    classes = [schema["$defs"][variant["$ref"].rpartition("/")[2]] for variant in variants]
+    return {each["properties"]["kind"]["const"] for each in classes}
+
+
+def test_built_in_rewards_are_found_by_listing_their_files() -> None:
+    names = plugins.names("gardo.rewards")
+    assert listed_in_schema() == set(names)
+    for name in names:
+        plugin = plugins.resolve("gardo.rewards", name)
+        assert issubclass(plugin, Reward) and plugin.Settings.model_fields["kind"].default == name
+
+
+def test_a_new_file_in_the_package_is_all_it_takes(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe.parent / "more"
+    folder.mkdir()
+    named = OWN.replace(
+        "    share: float", '    kind: Literal["worth"] = "worth"\n    share: float'
+    )
+    (folder / "worth.py").write_text(f"from typing import Literal\n{named}\nPLUGIN = Worth\n")
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(folder)])
+    assert "worth" in plugins.names("gardo.rewards") and "worth" in listed_in_schema()
+    loaded = config.load(recipe, ["rewards={worth: {role: proxy, share: 3.0}}"])
+    score = build_panel(loaded, torch.device("cpu")).rewards["worth"].score
+    value_B = score(torch.ones(1, 3, 2, 2), loaded.prompts()[:1])
+    assert value_B.tolist() == pytest.approx([3 * 0.25 + 1 / 1000])
+    del sys.modules["gardo.rewards.worth"], rewards.worth  # the next test has its own package again
 
 
 def test_its_settings_are_as_strict_as_any(recipe: Path) -> None:

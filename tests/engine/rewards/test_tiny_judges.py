@@ -9,6 +9,7 @@ from gardo import plugins
 from gardo.rewards.tiny_fidelity import TinyFidelity
 from gardo.rewards.tiny_shape import TinyShape
 from gardo.tiny import judges, make, world
+from gardo.types import Prompt
 from tests.engine.rewards.tiny_pictures import boxes, build, clean, score
 
 # ---- colour --------------------------------------------------------------------------------------
@@ -95,10 +96,10 @@ def test_fidelity_does_not_judge_the_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["tiny_count", "tiny_patches", "tiny_purity", "tiny_shape", "tiny_fidelity"]
+    "kind", [name for name in plugins.names("gardo.rewards") if name.startswith("tiny_")]
 )
 def test_prompts_that_cannot_be_scored_are_refused(kind: str) -> None:
     plugin = plugins.resolve("gardo.rewards", kind)
-    plugin.check_prompt("two red circles")
+    plugin.check_prompt(Prompt("two red circles"))
     with pytest.raises(ValueError, match="'pink' is none of red"):
-        plugin.check_prompt("two pink circles")
+        plugin.check_prompt(Prompt("two pink circles"))
