@@ -30,18 +30,18 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "streams":       "|",
     "types":         "| torch",
     "contract":      "types |",
-    "data":          "gardo_kernels | torch",
+    "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
     "rollout":       "types flow gardo_kernels | torch",
-    "tiny":          "types flow gardo_kernels rewards report"
-                     " | torch diffusers transformers tokenizers",
+    "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate",
     "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
-    "config":        "recipe_errors data algorithms distributed evaluation policies rewards |",
+    "config":        "types recipe_errors data algorithms distributed evaluation policies rewards"
+                     " |",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",

@@ -75,7 +75,7 @@ def picture(
 def _panel(axis: Any, layout: Layout, x_B2: Tensor, colour: str) -> None:
     line = torch.linspace(-EXTENT, EXTENT, 160)
     grid = torch.cartesian_prod(line, line)
-    proxy = panel(layout).rewards["proxy"].score(grid, [""] * len(grid))[0].view(160, 160).T
+    proxy = panel(layout).rewards["proxy"].score(grid, [""] * len(grid)).view(160, 160).T
     axis.contourf(line, line, proxy, levels=8, cmap="Greys", vmax=2.5)
     axis.scatter(*x_B2.T, s=4, color=colour, alpha=0.6, linewidths=0)
     rewarded = {tuple(place) for place in rewarded_places(layout).tolist()}

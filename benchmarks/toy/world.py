@@ -23,6 +23,7 @@ from gardo.algorithms.base import SamplerSettings
 from gardo.distributed.base import OptimizerSettings
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.settings import Pair, Strict
+from gardo.types import Prompt
 
 CPU = torch.device("cpu")
 
@@ -138,16 +139,13 @@ class Bumps(Reward):
 
     Settings = BumpsSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """`images_B3HW` are positions [B, 2]."""
         at_M2, height_M, std_M = (
             torch.tensor(getattr(self.settings, name)) for name in ("at", "heights", "stds")
         )
         square_BM = (images_B3HW[:, None] - at_M2).square().sum(-1)
-        value_B = (height_M * torch.exp(-square_BM / (2 * std_M**2))).sum(1)
-        return value_B, torch.ones_like(value_B, dtype=torch.bool)
+        return (height_M * torch.exp(-square_BM / (2 * std_M**2))).sum(1)
 
 
 class Positions(Reward):
@@ -156,10 +154,8 @@ class Positions(Reward):
     Settings = RewardSettings
     gives_features = True
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return images_B3HW, torch.ones(len(images_B3HW), dtype=torch.bool)
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return images_B3HW
 
 
 def rewarded_places(layout: Layout) -> Tensor:

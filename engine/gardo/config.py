@@ -26,6 +26,7 @@ from gardo.policies.base import PolicySettings
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
+from gardo.types import Prompt
 
 
 class Lora(Strict):
@@ -59,7 +60,10 @@ class TrainSettings(Strict):
 
 
 class DataSettings(Strict):
-    prompts: str = Field(description="text file, one prompt a line; relative to the recipe")
+    prompts: str = Field(
+        description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
+        "relative to the recipe"
+    )
     prompts_per_step: int = Field(ge=1)
     images_per_prompt: int = Field(ge=1)
 
@@ -108,10 +112,10 @@ class Recipe(Strict):
         """Training rows that a sample becomes."""
         return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
 
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[Prompt]:
         return load_prompts(Path(self.data.prompts))
 
-    def evaluation_prompts(self) -> list[str]:
+    def evaluation_prompts(self) -> list[Prompt]:
         path = self.evaluate.prompts or self.data.prompts
         return load_prompts(Path(path))[: self.evaluate.prompt_count]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gardo.streams import Stream
-from gardo.types import Batch, Credit, Points, Rollout, SamplePlan, select
+from gardo.types import Batch, Credit, Points, Prompt, Rollout, SamplePlan, select
 from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
 
 
@@ -54,7 +54,7 @@ def rows_of(conditioning: Mapping[str, Tensor], index_R: Tensor) -> dict[str, Te
 @torch.no_grad()
 def sample(
     policy: FlowModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     plan: SamplePlan,
     *,
     images_per_prompt: int,
@@ -331,7 +331,7 @@ class LossContext:
     """What a loss may call: the trained model, its decoder, the differentiable reward."""
 
     def __init__(
-        self, policy: FlowModel, score: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+        self, policy: FlowModel, score: Callable[[Tensor, Sequence[Prompt]], Tensor] | None = None
     ) -> None:
         """`score(images, prompts)` gives the proxies with gradients, fp32 [R]; for ReFL alone."""
         self._policy, self._score = policy, score

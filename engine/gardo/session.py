@@ -28,6 +28,7 @@ from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
+from gardo.types import Prompt
 from gardo_kernels import kernels_run_on
 
 
@@ -43,7 +44,7 @@ class Session:
     engine: Engine
     evaluator: Evaluator
     checkpoints: Checkpoints
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     ctx: LossContext
     log: MetricsLog | None
     progress: Progress

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,24 @@ def select(record: Record, rows: Tensor) -> Record:
     return mapped(record, lambda tensor: tensor[rows])
 
 
+class Prompt(str):
+    """A prompt's text; `metadata` is what its line of the prompt file says beside the text.
+
+    Prompts of one text are equal whatever their metadata, which is for rewards alone: a text is
+    encoded once.
+    """
+
+    metadata: Mapping[str, Any]  # read-only
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.metadata = MappingProxyType(dict(metadata or {}))
+        return prompt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prompt, (str(self), dict(self.metadata))  # a MappingProxyType cannot be pickled
+
+
 @dataclass(frozen=True)
 class SamplePlan:
     """How one iteration samples. `transitions` is a `gardo.flow.Transitions` of T rows."""
@@ -54,7 +73,7 @@ class Rollout:
     sample_B: Tensor  # int64, index within the step over all ranks: prompt * G + image
     group_B: Tensor  # int64, prompt index within the step
     prompt_B: Tensor  # int64, row of `conditioning`
-    prompts: tuple[str, ...]  # B texts
+    prompts: tuple[Prompt, ...]  # B
     conditioning: Mapping[str, Tensor]  # one row a prompt of this rank
     final_BX: Tensor  # fp32 latents at sigma 0
     images_B3HW: Tensor  # fp32 in [0, 1]

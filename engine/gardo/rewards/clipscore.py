@@ -6,22 +6,24 @@
 to 1.2. Differentiable. (The paper of that name, arXiv 2104.08718, takes 2.5 max(cos, 0) of the
 ViT-B/32.)
 
-Weights and tokenizer: openai/clip-vit-large-patch14. Preprocessing clip-crop-1 (_clip.py). Not
+Weights and tokenizer: openai/clip-vit-large-patch14. Preprocessing clip-crop-1 (_pixels.py). Not
 verified against the published weights yet: the tests compare tiny random models of the same class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from gardo.rewards._clip import Clip, ClipSettings, ModelFolder, load_model
+from gardo.rewards._clip import Clip, ClipSettings
+from gardo.rewards._loading import ModelFolder, load_model
 from gardo.rewards.base import Reward
+from gardo.types import Prompt
 
 SCALE = 100
 DIVISOR = 30
@@ -43,11 +45,8 @@ class ClipScore(Reward):
             model, settings.path, settings, device, tokenizer_revision=settings.revision
         )
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values = SCALE / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return SCALE / DIVISOR * self.clip.cosine(images_B3HW, prompts)
 
 
 PLUGIN = ClipScore

@@ -9,7 +9,7 @@ renamed here to those of transformers' CLIPModel, without a change of any number
 with the same names does as well. What the file does not say comes from `base`: config.json (heads,
 activation gelu) and the tokenizer.
 
-Preprocessing clip-pad-1 (_clip.py), as the release pads what is not square. The release resizes
+Preprocessing clip-pad-1 (_pixels.py), as the release pads what is not square. The release resizes
 8-bit images with Pillow, here tensors are resized with antialias on. Not verified against the
 published weights yet: the tests compare tiny random models of the same class.
 """
@@ -18,22 +18,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
-from gardo.rewards._clip import (
-    LAION_H14,
-    Clip,
-    ClipSettings,
-    ModelFolder,
-    build_clip,
-    needs_file,
-    read_weights,
-)
+from gardo.rewards._clip import LAION_H14, Clip, ClipSettings
+from gardo.rewards._loading import ModelFolder, check_type, model_of, needs_files, read_weights
 from gardo.rewards.base import Reward
+from gardo.settings import model_path
+from gardo.types import Prompt
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
@@ -114,7 +110,7 @@ class HPSv2Settings(ClipSettings):
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        needs_file(self.path, self.weights)
+        needs_files(self.path, self.weights)
         return self
 
 
@@ -130,14 +126,13 @@ class HPSv2(Reward):
             renamed = from_open_clip(state)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        model = build_clip(settings.base, renamed, where)
+        check_type(f"base: {settings.base!r}", settings.base, None, "clip")
+        config = CLIPConfig.from_pretrained(model_path(settings.base))
+        model = model_of(CLIPModel, where, config, renamed)
         self.clip = Clip(model, settings.base, settings, device, fit="pad")
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values = self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.clip.cosine(images_B3HW, prompts)
 
 
 PLUGIN = HPSv2

@@ -232,7 +232,7 @@ REWARDS = (
     ),
     (
         "rewards: {dinov3: {path: ./no/dinov3}}",
-        "rewards.dinov3.path: no DINOv3 folder (with config.json): './no/dinov3'; give one, "
+        "rewards.dinov3.path: no folder with config.json: './no/dinov3'; give one, "
         "or a hub id owner/name",
     ),
     (
