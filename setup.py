@@ -42,7 +42,7 @@ setup(
         "gardo": [
             "py.typed",
             "**/*.txt",
-            "policies/published/**/*.json",
+            "published/**/*.json",
             "tiny/weights/**/*.json",
             "tiny/weights/**/*.safetensors",
             "tiny/weights/**/*.model",

@@ -5,7 +5,7 @@ tensor that comes and goes is counted. Blocks of a kind cost alike, so few of ea
 rest is multiplied: a model of 12 B parameters takes seconds.
 
 A model by hub id needs no download where its configuration ships with the package
-(policies/published); of another the configuration alone is read.
+(published/); of another the configuration alone is read.
 
 Shapes: R rows, B images, X one latent.
 """
@@ -26,24 +26,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gardo import config
+from gardo import config, settings
 from gardo.config import Recipe
 from gardo.policies.base import Policy
-from gardo.settings import model_path
 
-PUBLISHED = Path(__file__).parents[1] / "policies" / "published"
 KEPT = 2  # blocks of a kind that are run
 CPU = torch.device("cpu")
 
 
-def config_folder(path: str) -> Path:
+def model_folder(path: str) -> Path:
     """A diffusers folder with the configuration of a model, and perhaps nothing else.
 
     ValueError where a hub id's is neither shipped nor to be had.
     """
-    for folder in (Path(model_path(path)), PUBLISHED / path.replace("/", "--")):
-        if folder.is_dir():
-            return folder
+    if folder := settings.config_folder(path):
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,7 +88,7 @@ class Shadow:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.mode = recipe, FakeTensorMode(allow_non_fake_inputs=True)
-        self.folder = config_folder(recipe.model.path)
+        self.folder = model_folder(recipe.model.path)
         dtype = getattr(torch, recipe.distributed.precision)
         plugin: type[Policy] = config.policy_plugin(recipe.model)
         self.policy = self._policy(plugin, dtype)
@@ -164,9 +161,9 @@ class Shadow:
 
         found = {}
         for folder in sorted(self.folder.glob("text_encoder*")):
-            settings = transformers.AutoConfig.from_pretrained(folder)
+            of_encoder = transformers.AutoConfig.from_pretrained(folder)
             with init_empty_weights():
-                encoder = getattr(transformers, settings.architectures[0])(settings)
+                encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder)
             found[folder.name] = _elements(encoder.parameters())
         return found
 

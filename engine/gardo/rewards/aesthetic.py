@@ -54,6 +54,7 @@ class AestheticSettings(ClipSettings):
 
 class Aesthetic(Reward):
     Settings = AestheticSettings
+    models = {"path": "CLIPVisionModelWithProjection"}
     differentiable = True
 
     def __init__(self, settings: AestheticSettings, device: torch.device) -> None:

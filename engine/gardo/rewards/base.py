@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards._loading import parameters_of
 from gardo.settings import Strict
 from gardo.types import Prompt, Scores
 
@@ -50,6 +51,7 @@ class Reward:
     Settings: ClassVar[type[RewardSettings]]
     differentiable: ClassVar[bool] = False
     gives_features: ClassVar[bool] = False
+    models: ClassVar[Mapping[str, str] | None] = None  # field of its folder -> class, for the plan
     scores_alone: bool = True  # an image has a score without others to compare with
 
     def __init__(self, settings: Any, device: torch.device) -> None:
@@ -85,6 +87,17 @@ class Reward:
                 f"kind: {settings.kind} compares images and scores none; use kind: preference "
                 f"with judge: {{kind: {settings.kind}}}"
             )
+
+    @classmethod
+    def parameters(cls, settings: Any) -> int | None:
+        """How many numbers its models hold on the device, from configurations alone; None: unknown.
+
+        For `gardo plan`.
+        """
+        if cls.models is None:
+            return None
+        counts = [parameters_of(name, getattr(settings, f)) for f, name in cls.models.items()]
+        return None if None in counts else sum(filter(None, counts))
 
     @classmethod
     def check_prompt(cls, prompt: Prompt) -> None:

@@ -36,6 +36,7 @@ class ClipScoreSettings(ClipSettings):
 
 class ClipScore(Reward):
     Settings = ClipScoreSettings
+    models = {"path": "CLIPModel"}
     differentiable = True
 
     def __init__(self, settings: ClipScoreSettings, device: torch.device) -> None:

@@ -42,6 +42,7 @@ def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
 
 class Dinov3(Reward):
     Settings = Dinov3Settings
+    models = {"path": "DINOv3ViTModel"}
     gives_features = True
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:

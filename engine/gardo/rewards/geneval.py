@@ -57,6 +57,7 @@ class GenevalSettings(RewardSettings):
 
 class Geneval(Reward):
     Settings = GenevalSettings
+    models = {"path": "Mask2FormerForUniversalSegmentation", "clip": "CLIPModel"}
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
         super().__init__(settings, device)

@@ -116,6 +116,7 @@ class HPSv2Settings(ClipSettings):
 
 class HPSv2(Reward):
     Settings = HPSv2Settings
+    models = {"base": "CLIPModel"}
     differentiable = True
 
     def __init__(self, settings: HPSv2Settings, device: torch.device) -> None:

@@ -129,6 +129,7 @@ def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int
 
 class ImageReward(Reward):
     Settings = ImageRewardSettings
+    models = {"path": "BlipModel"}  # its towers, and two projections that this has not
     differentiable = True
 
     def __init__(self, settings: ImageRewardSettings, device: torch.device) -> None:

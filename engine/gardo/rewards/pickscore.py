@@ -36,6 +36,7 @@ class PickScoreSettings(ClipSettings):
 
 class PickScore(Reward):
     Settings = PickScoreSettings
+    models = {"path": "CLIPModel"}
     differentiable = True
 
     def __init__(self, settings: PickScoreSettings, device: torch.device) -> None:

@@ -240,6 +240,12 @@ class Preference(Reward):
         self.scores_alone = provides(plugin, "score")
 
     @classmethod
+    def parameters(cls, settings: PreferenceSettings) -> int | None:
+        judge = settings.judge
+        count: int | None = plugins.resolve("gardo.rewards", judge.kind).parameters(judge)
+        return count
+
+    @classmethod
     def check(cls, settings: PreferenceSettings, images_per_prompt: int) -> None:
         kind, others = settings.judge.kind, images_per_prompt - 1
         plugin = plugins.resolve("gardo.rewards", kind)

@@ -26,6 +26,7 @@ class TinyShapeSettings(RewardSettings):
 
 class TinyShape(TinyReward):
     Settings = TinyShapeSettings
+    models = {}
     differentiable = True
 
     def __init__(self, settings: TinyShapeSettings, device: torch.device) -> None:
