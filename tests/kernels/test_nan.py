@@ -15,6 +15,7 @@ from gardo_kernels import (
     sde_step,
 )
 from gardo_kernels._launch import launch
+from gardo_kernels._launch_shape import LaunchShape
 from tests.kernels.row_losses import DEVICE, both
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
@@ -41,7 +42,7 @@ def test_minima_maxima_and_clamps_drop_nan_and_a_comparison_keeps_it():
     """As on a chip: without this no test below could fail."""
     x = torch.tensor([torch.nan, 0.5, 3.0, -2.0], device=DEVICE)
     out = torch.empty(18, device=DEVICE)
-    launch(_rules_kernel, (1,), x, out, BLOCK=4)
+    launch(_rules_kernel, (1,), LaunchShape(), x_ptr=x, out_ptr=out, BLOCK=4)
     minimum, maximum, clamp, where = out[:16].cpu().unflatten(0, (4, 4))
     assert minimum.tolist() == [1, 0.5, 1, -2] and maximum.tolist() == [1, 1, 3, 1]
     assert not clamp.isnan().any() and clamp[1:].tolist() == [0.5, 1, 0]

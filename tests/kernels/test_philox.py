@@ -170,13 +170,17 @@ def test_the_kernels_normals_are_near(shape):
 
 def test_the_kernels_normals_hold_at_the_edge():
     """Where u1 is near 1 the radius is near 0: it must not lose its digits."""
-    sample_id = ids(*range(64)).to(DEVICE)
-    kernel = random_normal(0, sample_id, 0, (4096,), backend="triton").double()
-    reference = random_normal(0, sample_id, 0, (4096,), backend="torch").double()
-    pairs = reference.unflatten(1, (-1, 2))
-    radius = pairs.square().sum(-1).sqrt()
+    every_id = torch.arange(1024)
+    pairs = random_normal(0, every_id, 0, (1024,), backend="torch").unflatten(1, (-1, 2))
+    small = pairs.square().sum(-1).sqrt() < 0.02
+    sample_id = every_id[small.any(1)][:12]  # so that few programs are drawn
+    kernel, reference = (
+        random_normal(0, sample_id.to(DEVICE), 0, (1024,), backend=backend).double().cpu()
+        for backend in ("triton", "torch")
+    )
+    radius = reference.unflatten(1, (-1, 2)).square().sum(-1).sqrt()
     small = radius < 0.02
-    assert small.sum() > 10
+    assert small.sum() >= 12
     error = (kernel - reference).unflatten(1, (-1, 2))[small].abs().amax(-1)
     assert float((error / radius[small]).max()) < 1e-5
 
