@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import bench_kernels as bench
-from core_ops import cases, measure, released, report, shapes, targets
+from core_ops import cases, measure, problems, released, report, shapes, targets
 from core_ops.cases import Case
 from core_ops.counting import Counter
 from core_ops.machine import Machine
 from gardo.flow import flux_sigmas, transitions
 from gardo_kernels import random_normal
+from gardo_kernels._examples import op_modules
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,20 @@ def test_launches_of_our_kernels(op, launches):
     with Counter() as theirs:
         problem.ways()["released"]()
     assert theirs.launches > 5 * count.launches and theirs.syncs > 0
+
+
+def test_a_problem_is_found_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "twice.py").write_text("""
+from core_ops.cases import Problem
+
+
+class Twice(Problem):
+    gates = ()
+""")
+    monkeypatch.setattr(problems, "__path__", [*problems.__path__, str(tmp_path)])
+    found = problems.find_problems()
+    assert list(found) == sorted([*shapes.OPS, "twice"]) and found["twice"].gates == ()
+    assert set(shapes.OPS) <= set(op_modules())
 
 
 # ---- the released scripts, restated --------------------------------------------------------------
