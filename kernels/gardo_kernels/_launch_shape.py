@@ -66,6 +66,11 @@ def measured_shapes() -> dict[Key, LaunchShape]:
     return read_shapes(json.loads(FILE.read_text(encoding="utf-8")))
 
 
+def measured_note() -> str:
+    """What the file says of where it was measured."""
+    return str(json.loads(FILE.read_text(encoding="utf-8"))["measured"])
+
+
 @contextmanager
 def trying(key: Key, shape: LaunchShape) -> Iterator[None]:
     """Inside, the table has this shape there: for the sweep that fills it, and for tests."""

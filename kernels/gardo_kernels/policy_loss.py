@@ -42,7 +42,6 @@ Shapes: R rows, N elements (any dimensions after the first).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -305,12 +304,10 @@ def examples(on: On) -> Examples:
     """With everything, and with what may be left out left out; see `_examples.py`."""
     v_old, moved, u, v_ref = on.samples(4)
     rows = on.row_values(0.5, 1.5)
-    every: dict[str, Any] = {
-        "gate": rows, "weight": rows, "kl_scale": rows, "v_ref": v_ref, "beta": 0.1
-    }  # fmt: skip
-    for name, options in (("", every), ("plain", {"gate": rows > 1})):
+    for name, optional in (("", rows), ("plain", None)):
         v = (v_old + 0.1 * moved).requires_grad_()
         out = policy_loss(
-            v, v_old, u, advantage=rows - 1, h=rows, B=-rows, **options, backend=on.backend
-        )
+            v, v_old, u, advantage=rows - 1, h=rows, B=-rows, weight=optional, gate=rows > 1,
+            v_ref=v_ref, kl_scale=optional, beta=0.1, backend=on.backend,
+        )  # fmt: skip
         yield name, with_gradient(out, v)

@@ -36,7 +36,7 @@ from gardo_kernels._launch import OPTIONS
 from tests.kernels.launches import Launch, recorded
 
 ARCHITECTURES = (90, 100)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {
@@ -126,6 +126,11 @@ def specs_of(op: str, module: ModuleType) -> dict[str, Spec]:
     return found
 
 
+def output(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
     names, types = spec.kernel.arg_names, dict(spec.types)
     aligned = [n for n, kind in types.items() if kind.startswith("*") or n in WHOLE]
@@ -143,10 +148,9 @@ def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run(
-            [CUOBJDUMP, "-sass", "-res-usage", file.name], capture_output=True, text=True
-        )
-    found = [name for name in INSTRUCTION.findall(done.stdout) if name != "NOP"]
+        sass = output("nvdisasm", "-c", "-ndf", file.name)  # without its slow flow analysis
+        usage = output("cuobjdump", "-res-usage", file.name)
+    found = [name for name in INSTRUCTION.findall(sass) if name != "NOP"]
     vectors = [n for n in found if re.match(r"(LDG|STG|LDGSTS)\.", n)]
     wide = [n for n in vectors if ".128" in n]
     return Code(
@@ -155,8 +159,8 @@ def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
         architecture=architecture,
         instructions=len(found),
         per_element=len(found) * 32 * spec.warps / spec.per_program,
-        registers=int(re.findall(r"REG:(\d+)", done.stdout)[0]),
-        stack=int(re.findall(r"STACK:(\d+)", done.stdout)[0]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
         spills=sum(n.startswith(("LDL", "STL")) for n in found),
         wide=len(wide),
         other=len(vectors) - len(wide),

@@ -32,12 +32,8 @@ BUDGET = {
     "awm_loss_bwd_fp32": 24,
     "policy_loss_sums_bf16": 40,
     "policy_loss_sums_fp32": 40,
-    "policy_loss_sums_plain_bf16": 56,  # two loads a turn: the loop is unrolled
-    "policy_loss_sums_plain_fp32": 48,
     "policy_loss_bwd_bf16": 28,
     "policy_loss_bwd_fp32": 24,
-    "policy_loss_bwd_plain_bf16": 24,
-    "policy_loss_bwd_plain_fp32": 20,
     "nft_loss_sums_fp32": 56,
     "nft_loss_bwd_bf16": 36,
     "nft_loss_bwd_fp32": 28,

@@ -41,7 +41,7 @@ def test_the_file_is_what_it_says_and_every_shape_is_of_an_op():
     table = json.loads(FILE.read_text(encoding="utf-8"))
     shapes = read_shapes(table)
     assert shapes == measured_shapes()
-    assert ("nothing yet" in table["measured"]) == (not shapes)
+    assert not (shapes and "nothing yet" in table["measured"])
     assert {op for op, *_ in shapes} <= {*op_modules(), "gram_tiles"}
 
 
