@@ -2,8 +2,8 @@
 
     python -m campaign.sanitizer --out FOLDER       writes memcheck.txt, racecheck.txt
 
-The cases are the ops' own examples, as the doctor runs them. Without torch's caching allocator every tensor ends where its memory
-does, so that an access past it is one.
+The cases are the ops' own examples, as the doctor runs them. Without torch's caching allocator
+every tensor ends where its memory does, so that an access past it is one.
 """
 
 from __future__ import annotations
