@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gardo_kernels._launch import (
     Backend,
+    block_and_row,
     check_like,
     check_rows,
     check_samples,
@@ -150,6 +151,14 @@ def elements_at(row, start, elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def elements_of(elements, BLOCK: tl.constexpr):
+    """The row of this program in `grid_of_rows`, and `elements_at` of its block."""
+    block, row = block_and_row(elements, BLOCK)
+    at, inside = elements_at(row, block * BLOCK, elements, BLOCK)
+    return row, at, inside
+
+
+@triton.jit
 def load_fp32(ptr, at, inside):
     return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
 
@@ -185,12 +194,13 @@ def error_where(v, other_ptr, at, mask):
 
 
 @triton.jit
-def kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK: tl.constexpr):
-    """kl_weight (v - v_ref), which shows what of v_ref is not finite, as the loss does.
+def kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK: tl.constexpr):
+    """upstream kl_weight (v - v_ref): shows what of v_ref is not finite, as the loss does.
 
     v_ref is read where the row's weight is not 0, or its KL not finite.
     """
-    mask = inside & is_on(kl_weight + 0.0 * kl, BLOCK)
+    kl_weight = upstream * tl.load(kl_weight_ptr)
+    mask = inside & is_on(kl_weight + 0.0 * tl.load(kl_ptr), BLOCK)
     return kl_weight * error_where(v, v_ref_ptr, at, mask)
 
 

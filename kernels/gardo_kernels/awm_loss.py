@@ -246,16 +246,14 @@ def _awm_loss_bwd_kernel(
     HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    at, inside = shared.elements_at(row, block * BLOCK, elements, BLOCK)
+    row, at, inside = shared.elements_of(elements, BLOCK)
     upstream, here = tl.load(upstream_ptr), rows_ptr + row
     policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
     v = shared.load_fp32(v_ptr, at, inside)
     grad = policy_weight * (v - shared.load_fp32(target_ptr, at, inside))
     if HAS_REF:
-        kl_weight = upstream * tl.load(here + rows * KL_WEIGHT)
-        kl = tl.load(here + rows * KL)
-        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     if HAS_EMA:
         ema_weight = upstream * tl.load(here + rows * EMA_WEIGHT)
         grad += ema_weight * (v - shared.load_fp32(v_ema_ptr, at, inside))

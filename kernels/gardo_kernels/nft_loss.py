@@ -190,8 +190,7 @@ def _nft_loss_bwd_kernel(
     rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    at, inside = shared.elements_at(row, block * BLOCK, elements, BLOCK)
+    row, at, inside = shared.elements_of(elements, BLOCK)
     upstream, here, t = tl.load(upstream_ptr), rows_ptr + row, tl.load(t_ptr + row)
     plus = upstream * tl.load(here + rows * PULL_PLUS)
     minus = upstream * tl.load(here + rows * PULL_MINUS)
@@ -199,9 +198,8 @@ def _nft_loss_bwd_kernel(
     e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        kl_weight = upstream * tl.load(here + rows * KL_WEIGHT)
-        kl = tl.load(here + rows * KL)
-        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

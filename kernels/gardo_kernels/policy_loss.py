@@ -186,8 +186,7 @@ def _policy_loss_bwd_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    at, inside = shared.elements_at(row, block * BLOCK, elements, BLOCK)
+    row, at, inside = shared.elements_of(elements, BLOCK)
     upstream, here = tl.load(upstream_ptr), rows_ptr + row
     policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
     v = shared.load_fp32(v_ptr, at, inside)
@@ -196,9 +195,8 @@ def _policy_loss_bwd_kernel(
         direction -= v - shared.load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
     if HAS_REF:
-        kl_weight = upstream * tl.load(here + rows * KL_WEIGHT)
-        kl = tl.load(here + rows * KL)
-        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

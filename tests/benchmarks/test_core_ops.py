@@ -199,8 +199,8 @@ def test_every_competitor_is_measured():
         assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] and row["reps"] == 3
         assert row["way"] == "copy" or row["repeatable"] is True
     verdict = targets.verdicts(rows)
-    assert {v["verdict"] for v in verdict} <= {"met", "missed", "not measured"}
     by_text = {v["target"]: v["verdict"] for v in verdict}
+    assert by_text["sde_step with its noise, 1024 px B=64: % of copy"] == "not measured"
     assert by_text["core ops, launch-bound shapes: triton against released, times"] == "missed"
 
 

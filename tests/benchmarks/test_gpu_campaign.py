@@ -129,9 +129,12 @@ def test_without_a_gpu_every_measurement_is_skipped(tmp_path):
     assert "no GPU" in done.stdout
 
 
-def test_steps_that_need_a_tool_say_so():
+def test_steps_that_need_a_tool_say_so(tmp_path, monkeypatch):
     sanitizer = next(step for step in STEPS if step.name == "sanitizer")
-    assert missing(sanitizer, HERE) in ("", "needs compute-sanitizer, which is not on the PATH")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing(sanitizer, HERE) == "needs compute-sanitizer, which is not on the PATH"
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    assert missing(sanitizer, HERE) == ""
     assert missing(sanitizer, {**HERE, "gpu": ""}) == "needs an NVIDIA GPU"
 
 
