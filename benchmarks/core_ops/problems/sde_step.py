@@ -1,11 +1,9 @@
-"""The problems of the ops without a backward pass: the sampler's step, the nearest neighbours.
-
-Shapes: R rows; P groups of G samples with D features, B samples in all.
-"""
+"""`sde_step` against the released script's step, and torch's own generator."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,8 +11,8 @@ from torch import Tensor
 import gardo_kernels as ops
 from gardo.flow import flux_sigmas, transitions
 
-from . import released
-from .cases import NOISE_LEVEL, SEED, STEPS, Call, Case, Outputs, Problem, TorchCall
+from .. import released
+from ..cases import NOISE_LEVEL, SEED, STEPS, Call, Case, Outputs, Problem, TorchCall
 
 
 class SdeStep(Problem):
@@ -24,6 +22,10 @@ class SdeStep(Problem):
     would be a straw man. So the ways are compared on noise that they are given, all but ours, which
     draws the same inside.
     """
+
+    gates = ()
+    special = (((16, 1024, 64), torch.bfloat16, "recorded"),)
+    every_size = True
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
@@ -97,16 +99,13 @@ class SdeStep(Problem):
 
     def as_on_gpu(self) -> dict[str, Call]:
         """On a CPU the op looks at the steps' values first."""
-        inside = import_module("gardo_kernels.sde_step")._sde_step_triton
+        module, ways = import_module("gardo_kernels.sde_step"), self.ways()
 
         def call() -> Outputs:
-            out = inside(
-                self.x, self.v, self.table.table_TK, self.step_R, self.seed, self.sample_R,
-                None, None, 1.0, self.case.dtype, self.recorded, False, False,
-            )  # fmt: skip
-            return {"x": out.x, "model_input": out.model_input}
+            with mock.patch.object(module, "_check_values"):
+                return ways["triton"]()
 
-        return {**self.ways(), "triton": call}
+        return {**ways, "triton": call}
 
     def exact(self) -> Outputs:
         shape = (-1, *[1] * (self.x.ndim - 1))
@@ -119,65 +118,3 @@ class SdeStep(Problem):
     def tolerance(self, way: str, output: str) -> float:
         """fp32 coefficients and normals to 5e-6; the model's copy to half a last place."""
         return 2.0**-7 if output == "model_input" and self.size == 2 else 1e-5
-
-
-class NearestCosine(Problem):
-    """Groups of equal size, or `unequal` ones; fp32 features as the encoder's pooling gives them.
-
-    The eager way is one batched matrix product, without a loop; for groups of unequal size it is
-    the whole Gram matrix, masked.
-    """
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        super().__init__(case, device)
-        P, G, D = case.shape
-        self.e_BD = self.randn(P * G, D, dtype=case.dtype)
-        self.group_B = torch.arange(P, device=device).repeat_interleave(G)
-        if case.layout == "unequal":  # a third of the samples change their group
-            others = torch.randint(P, (P * G,), generator=self.generator, device=device)
-            moves = torch.rand(P * G, generator=self.generator, device=device) < 1 / 3
-            self.group_B = torch.where(moves, others, self.group_B)
-        self.given_group = None if P == 1 else self.group_B
-
-    @property
-    def least_bytes(self) -> int:
-        return self.case.elements * self.size
-
-    def torch_call(self, e_BD: Tensor) -> Outputs:
-        P, G, _ = self.case.shape
-        n_BD = torch.nn.functional.normalize(e_BD.float(), dim=1)
-        if self.case.layout == "unequal":
-            same_BB = self.group_B[:, None] == self.group_B[None, :]
-            distance_BB = (1 - n_BD @ n_BD.T).masked_fill(~same_BB, torch.inf)
-            return {"nearest": distance_BB.fill_diagonal_(torch.inf).amin(1)}
-        n_PGD = n_BD.view(P, G, -1)
-        distance_PGG = 1 - n_PGD @ n_PGD.mT
-        itself_GG = torch.eye(G, dtype=torch.bool, device=e_BD.device)
-        return {"nearest": distance_PGG.masked_fill(itself_GG, torch.inf).amin(2).flatten()}
-
-    def _op(self, e_BD: Tensor, backend: str) -> Outputs:
-        nearest_B, _ = ops.nearest_cosine(e_BD, self.given_group, backend=backend)
-        return {"nearest": nearest_B}
-
-    def ways(self, compiled: TorchCall | None = None, checked: bool = False) -> dict[str, Call]:
-        ways: dict[str, Call] = {
-            "released": lambda: {"nearest": released.nearest_neighbour(self.e_BD, self.group_B)},
-            "eager": lambda: self.torch_call(self.e_BD),
-            "triton": lambda: self._op(self.e_BD, "triton"),
-        }
-        if compiled is not None:
-            ways["compiled"] = lambda: compiled(self.e_BD)
-        return ways
-
-    def exact(self) -> Outputs:
-        n_BD = torch.nn.functional.normalize(self.e_BD.double(), dim=1)
-        nearest_B = torch.zeros(len(n_BD), dtype=torch.float64, device=self.device)
-        for group in self.group_B.unique():
-            index_G = (self.group_B == group).nonzero()[:, 0]
-            distance_GG = (1 - n_BD[index_G] @ n_BD[index_G].T).fill_diagonal_(torch.inf)
-            if len(index_G) > 1:
-                nearest_B[index_G] = distance_GG.amin(1)
-        return {"nearest": nearest_B}
-
-    def tolerance(self, way: str, output: str) -> float:
-        return 1e-5  # distances near 1 of fp32 products; random features have no near twins
