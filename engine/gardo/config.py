@@ -112,6 +112,11 @@ class Recipe(Strict):
         """Training rows that a sample becomes."""
         return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Copies of the trained weights that the algorithm needs."""
+        return plugin_of(self.algorithm).slots_of(self.algorithm)
+
     def prompts(self) -> list[Prompt]:
         return load_prompts(Path(self.data.prompts))
 
@@ -403,7 +408,7 @@ def _diversity_fits(recipe: Recipe) -> None:
 
 
 def _distributed_fits(recipe: Recipe) -> None:
-    recipe.distributed.check(plugin_of(recipe.algorithm).slots_of(recipe.algorithm))
+    recipe.distributed.check(recipe.slots)
 
 
 _RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _diversity_fits, _distributed_fits)

@@ -22,13 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.algorithms.advantage import AdvantageSettings
-from gardo.algorithms.base import (
-    Context,
-    DecaySettings,
-    SamplerSettings,
-    SlotMoves,
-    World,
-)
+from gardo.algorithms.base import Context, DecaySettings, SamplerSettings, SlotMoves, World
 from gardo.algorithms.forward_process import ForwardProcess
 from gardo.algorithms.kl import KLSettings, asks_reference, gated_share, note_kl
 from gardo.rollout import fresh_points, noise_id

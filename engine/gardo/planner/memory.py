@@ -80,11 +80,14 @@ class Counted:
         rewards, unknown = _rewards(recipe)
         stays = (*self._trained(recipe, world), *self._around(recipe), *rewards,
                  Part("CUDA, NCCL", CONTEXT, assumed=True))  # fmt: skip
+        images = min(recipe.rollout.batch or plan.samples, plan.samples)
         phases = (
-            self._sampling(recipe, plan), self._decoding(recipe, plan),
-            self._teachers(recipe, plan), self._training(recipe, plan),
+            self._forward("sample", recipe, plan, "sampling", images),
+            self._forward("decode", recipe, plan, "decoding", images),
+            self._forward("teachers", recipe, plan, "sampling", plan.micro_batch),
+            self._training(recipe, plan),
             self._updating(recipe, world),
-        )  # fmt: skip
+        )
         return Memory(stays, tuple(map(_with_fragments, phases)), unknown)
 
     # What stays -----------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class Counted:
         if settings.offload == "none":
             optimizer = share * (master + moments)
         gradients = (share if stage >= 2 else trained) * gradient
-        slots = len(_slots(recipe)) * share * 4 if settings.slots == "device" else 0
+        slots = len(recipe.slots) * share * 4 if settings.slots == "device" else 0
         return (
             Part("weights", weights),
             Part("optimizer state", optimizer),
@@ -149,24 +152,11 @@ class Counted:
         of_sample = steps * latent * (4 + 4 + width) + latent * 4 + 3 * height * columns * 4
         return Part("rollout", plan.samples * of_sample)
 
-    def _sampling(self, recipe: Recipe, plan: Geometry) -> Phase:
-        images = min(recipe.rollout.batch or plan.samples, plan.samples)
-        return Phase("sample", (
+    def _forward(self, name: str, recipe: Recipe, plan: Geometry, kind: str, count: int) -> Phase:
+        """A phase without gradients, the weights gathered once."""
+        return Phase(name, (
             self._gathered(recipe, once=True), self._recorded(recipe, plan),
-            Part("activations", self.cost("sampling", images)),
-        ))  # fmt: skip
-
-    def _decoding(self, recipe: Recipe, plan: Geometry) -> Phase:
-        images = min(recipe.rollout.batch or plan.samples, plan.samples)
-        return Phase("decode", (
-            self._gathered(recipe, once=True), self._recorded(recipe, plan),
-            Part("VAE's activations", self.cost("decoding", images)),
-        ))  # fmt: skip
-
-    def _teachers(self, recipe: Recipe, plan: Geometry) -> Phase:
-        return Phase("teachers", (
-            self._gathered(recipe, once=True), self._recorded(recipe, plan),
-            Part("activations", self.cost("sampling", plan.micro_batch)),
+            Part("activations", self.cost(kind, count)),
         ))  # fmt: skip
 
     def _training(self, recipe: Recipe, plan: Geometry) -> Phase:
@@ -189,12 +179,6 @@ class Counted:
         share = ceil(self.shadow.trainable / world)
         at_once = min(share, settings.sub_group) if settings.stage == 3 else share
         return Phase("update", (Part("of the optimizer's step", 3 * 4 * at_once),))
-
-
-def _slots(recipe: Recipe) -> tuple[str, ...]:
-    from gardo.algorithms.base import plugin_of
-
-    return plugin_of(recipe.algorithm).slots_of(recipe.algorithm)
 
 
 def _rewards(recipe: Recipe) -> tuple[list[Part], tuple[str, ...]]:

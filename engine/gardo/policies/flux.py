@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,19 +37,14 @@ class FluxPolicy(Policy):
         "ff_context.net.2",
     )
 
-    def __init__(
-        self,
-        settings: FluxSettings,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        defer: bool = False,
-        parts: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(settings, dtype=dtype, device=device, defer=defer, parts=parts)
+    @cached_property
+    def _image_ids(self) -> Tensor:
         rows, columns = self._packed_size
-        self._image_ids = self.pipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-        self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)
+        return self.pipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
+
+    @cached_property
+    def _text_ids(self) -> Tensor:
+        return torch.zeros(self.settings.text_tokens, 3, device=self.device, dtype=self.dtype)
 
     @property
     def _packed_size(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ Shapes: B images, U distinct prompts, L tokens, E width of the features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from gardo.rewards._loading import frozen
 from gardo.rewards._pixels import Fit, for_clip
-from gardo.rewards.base import RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import model_path
+from gardo.types import Prompt
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -104,3 +105,23 @@ class Clip:
         row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         text_BE = self.text_features(list(row))[[row[prompt] for prompt in prompts]]
         return (self.image_features(images_B3HW) * text_BE).sum(-1)
+
+
+class ClipReward(Reward):
+    """A multiple of the cosine of an image with its prompt."""
+
+    differentiable = True
+
+    def __init__(self, settings: Any, device: torch.device) -> None:
+        super().__init__(settings, device)
+        self.clip = self.load()
+
+    def load(self) -> Clip:
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def factor(self) -> float:
+        return 1.0
+
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.factor * self.clip.cosine(images_B3HW, prompts)

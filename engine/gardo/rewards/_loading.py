@@ -3,7 +3,9 @@
 Settings name what they need in the type of a field, so that a wrong folder is an error of the
 recipe, before anything loads:
 
-    path: ModelFolder = Field("owner/name", description="hub id or folder")
+    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "owner/name", description="..."
+    )
     head: Annotated[str, holding("head.pth")]
 """
 

@@ -20,7 +20,7 @@ Shapes: B images, E width of the features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -31,13 +31,15 @@ from gardo.rewards._affine import collapse
 from gardo.rewards._clip import ClipSettings, unit_features
 from gardo.rewards._loading import ModelFolder, frozen, load_model, needs_files, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import Reward
+from gardo.rewards.base import Holds, Reward
 from gardo.types import Prompt
 
 
 class AestheticSettings(ClipSettings):
     kind: Literal["aesthetic"] = "aesthetic"
-    path: ModelFolder = Field("openai/clip-vit-large-patch14", description="hub id or folder")
+    path: Annotated[ModelFolder, Holds("CLIPVisionModelWithProjection")] = Field(
+        "openai/clip-vit-large-patch14", description="hub id or folder"
+    )
     head: str = Field(
         "trl-lib/ddpo-aesthetic-predictor", description="hub id or folder of the head"
     )
@@ -54,7 +56,6 @@ class AestheticSettings(ClipSettings):
 
 class Aesthetic(Reward):
     Settings = AestheticSettings
-    models = {"path": "CLIPVisionModelWithProjection"}
     differentiable = True
 
     def __init__(self, settings: AestheticSettings, device: torch.device) -> None:

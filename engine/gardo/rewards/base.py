@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards._loading import parameters_of
 from gardo.settings import Strict
 from gardo.types import Prompt, Scores
 
@@ -32,6 +31,13 @@ class RewardSettings(Strict):
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Of a field: the class, one of transformers', of the model that it names (`gardo plan`)."""
+
+    class_name: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,6 @@ class Reward:
     Settings: ClassVar[type[RewardSettings]]
     differentiable: ClassVar[bool] = False
     gives_features: ClassVar[bool] = False
-    models: ClassVar[Mapping[str, str] | None] = None  # field of its folder -> class, for the plan
     scores_alone: bool = True  # an image has a score without others to compare with
 
     def __init__(self, settings: Any, device: torch.device) -> None:
@@ -94,9 +99,16 @@ class Reward:
 
         For `gardo plan`.
         """
-        if cls.models is None:
+        from gardo.rewards._loading import parameters_of
+
+        if ":" in settings.kind:
             return None
-        counts = [parameters_of(name, getattr(settings, f)) for f, name in cls.models.items()]
+        counts = [
+            parameters_of(mark.class_name, getattr(settings, field))
+            for field, about in type(settings).model_fields.items()
+            for mark in about.metadata
+            if isinstance(mark, Holds)
+        ]
         return None if None in counts else sum(filter(None, counts))
 
     @classmethod

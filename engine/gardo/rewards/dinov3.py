@@ -10,7 +10,7 @@ Shapes: B images, D the model's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -19,14 +19,14 @@ from transformers import DINOv3ViTModel
 
 from gardo.rewards._loading import ModelFolder, frozen, load_model
 from gardo.rewards._pixels import IMAGENET, normalised, resized
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import Holds, Reward, RewardSettings
 from gardo.types import Prompt
 
 
 class Dinov3Settings(RewardSettings):
     kind: Literal["dinov3"] = "dinov3"
     role: Literal["features"] = "features"
-    path: ModelFolder = Field(
+    path: Annotated[ModelFolder, Holds("DINOv3ViTModel")] = Field(
         "facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder"
     )
     size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
@@ -42,7 +42,6 @@ def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
 
 class Dinov3(Reward):
     Settings = Dinov3Settings
-    models = {"path": "DINOv3ViTModel"}
     gives_features = True
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:

@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from gardo.rewards._loading import ModelFolder
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import Holds, Reward, RewardSettings
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
@@ -43,12 +43,14 @@ SCORINGS = {"fraction": fraction, "strict": strict}
 class GenevalSettings(RewardSettings):
     kind: Literal["geneval"] = "geneval"
     scoring: Literal["fraction", "strict"] = "fraction"
-    path: ModelFolder = Field(
+    path: Annotated[ModelFolder, Holds("Mask2FormerForUniversalSegmentation")] = Field(
         "facebook/mask2former-swin-small-coco-instance",
         description="Mask2Former for COCO's instances: hub id or folder",
     )
     revision: str | None = Field(None, description="of `path` on the hub")
-    clip: ModelFolder = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
+    clip: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "openai/clip-vit-large-patch14", description="CLIP: hub id or folder"
+    )
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
     size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
     batch: int = Field(8, ge=1, description="images, or cut-out objects, a call")
@@ -57,7 +59,6 @@ class GenevalSettings(RewardSettings):
 
 class Geneval(Reward):
     Settings = GenevalSettings
-    models = {"path": "Mask2FormerForUniversalSegmentation", "clip": "CLIPModel"}
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
         super().__init__(settings, device)

@@ -17,19 +17,23 @@ published weights yet: the tests compare tiny random models of the same class.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from gardo.rewards._clip import LAION_H14, Clip, ClipSettings
-from gardo.rewards._loading import ModelFolder, check_type, model_of, needs_files, read_weights
-from gardo.rewards.base import Reward
+from gardo.rewards._clip import LAION_H14, Clip, ClipReward, ClipSettings
+from gardo.rewards._loading import (
+    ModelFolder,
+    check_type,
+    model_of,
+    needs_files,
+    read_weights,
+)
+from gardo.rewards.base import Holds
 from gardo.settings import model_path
-from gardo.types import Prompt
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
@@ -102,7 +106,9 @@ class HPSv2Settings(ClipSettings):
     file: str | None = Field(
         None, description="weights in open_clip's names; the release's file if left out"
     )
-    base: ModelFolder = Field(LAION_H14, description="hub id or folder: config.json, tokenizer")
+    base: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        LAION_H14, description="hub id or folder: config.json, tokenizer"
+    )
 
     @property
     def weights(self) -> str:
@@ -114,13 +120,11 @@ class HPSv2Settings(ClipSettings):
         return self
 
 
-class HPSv2(Reward):
+class HPSv2(ClipReward):
     Settings = HPSv2Settings
-    models = {"base": "CLIPModel"}
-    differentiable = True
 
-    def __init__(self, settings: HPSv2Settings, device: torch.device) -> None:
-        super().__init__(settings, device)
+    def load(self) -> Clip:
+        settings = self.settings
         where = f"path: {settings.weights} of {settings.path!r}"
         state = read_weights(settings.path, settings.weights, settings.revision)
         try:
@@ -130,10 +134,7 @@ class HPSv2(Reward):
         check_type(f"base: {settings.base!r}", settings.base, None, "clip")
         config = CLIPConfig.from_pretrained(model_path(settings.base))
         model = model_of(CLIPModel, where, config, renamed)
-        self.clip = Clip(model, settings.base, settings, device, fit="pad")
-
-    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return self.clip.cosine(images_B3HW, prompts)
+        return Clip(model, settings.base, settings, self.device, fit="pad")
 
 
 PLUGIN = HPSv2

@@ -50,7 +50,7 @@ from transformers.utils import cached_file
 from gardo.rewards._affine import collapse
 from gardo.rewards._loading import frozen, holding, model_of, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import Holds, Reward, RewardSettings
 from gardo.settings import model_path
 from gardo.types import Prompt
 
@@ -73,7 +73,7 @@ VISION_NAMES = (  # published -> transformers
 
 class ImageRewardSettings(RewardSettings):
     kind: Literal["imagereward"] = "imagereward"
-    path: Annotated[str, holding(WEIGHTS, TEXT_CONFIG)] = Field(
+    path: Annotated[str, holding(WEIGHTS, TEXT_CONFIG), Holds("BlipModel")] = Field(
         "THUDM/ImageReward", description="hub id or folder"
     )
     revision: str | None = Field(None, description="of the hub's repository")
@@ -129,7 +129,6 @@ def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int
 
 class ImageReward(Reward):
     Settings = ImageRewardSettings
-    models = {"path": "BlipModel"}  # its towers, and two projections that this has not
     differentiable = True
 
     def __init__(self, settings: ImageRewardSettings, device: torch.device) -> None:

@@ -118,7 +118,6 @@ def sign(text: str) -> np.ndarray:
 
 class Ocr(Reward):
     Settings = OcrSettings
-    models = {}  # its reader runs on the CPU
 
     def __init__(self, settings: OcrSettings, device: torch.device) -> None:
         super().__init__(settings, device)

@@ -39,7 +39,6 @@ def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
 
 class TinyCount(TinyReward):
     Settings = TinyCountSettings
-    models = {}
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         asked = world.asked(prompts, images_B3HW.device)

@@ -26,7 +26,6 @@ class TinyFidelitySettings(RewardSettings):
 
 class TinyFidelity(TinyReward):
     Settings = TinyFidelitySettings
-    models = {}
 
     def __init__(self, settings: TinyFidelitySettings, device: torch.device) -> None:
         super().__init__(settings, device)

@@ -57,7 +57,6 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
 
 class TinyPatches(TinyReward):
     Settings = TinyPatchesSettings
-    models = {}
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         asked = world.asked(prompts, images_B3HW.device)

@@ -23,7 +23,6 @@ class TinyPuritySettings(RewardSettings):
 
 class TinyPurity(TinyReward):
     Settings = TinyPuritySettings
-    models = {}
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         hue_B = world.asked(prompts, images_B3HW.device).hue_B

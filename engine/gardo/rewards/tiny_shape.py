@@ -26,7 +26,6 @@ class TinyShapeSettings(RewardSettings):
 
 class TinyShape(TinyReward):
     Settings = TinyShapeSettings
-    models = {}
     differentiable = True
 
     def __init__(self, settings: TinyShapeSettings, device: torch.device) -> None:
