@@ -8,7 +8,7 @@ loads.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, Literal, Union
@@ -113,6 +113,11 @@ class Recipe(Strict):
         return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
 
     @property
+    def teachers_per_row(self) -> float:
+        """Forward passes of other weights that a training row needs, as expected."""
+        return sum(plugin_of(self.algorithm).needs(self.algorithm).teachers.values())
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Copies of the trained weights that the algorithm needs."""
         return plugin_of(self.algorithm).slots_of(self.algorithm)
@@ -159,8 +164,11 @@ def read_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file with `a.b=c` overrides applied. RecipeError says what to mend."""
+def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
+    """The recipe of a file with `a.b=c` overrides applied. RecipeError says what to mend.
+
+    `prompts=False` leaves the prompt files alone, which need not be there.
+    """
     path = Path(path)
     if not path.is_file():
         raise RecipeError(
@@ -179,7 +187,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
-    return check(raw, str(path), origin)
+    return check(raw, str(path), origin, rules=_RULES if prompts else _WITHOUT_PROMPTS)
 
 
 def check(
@@ -187,11 +195,11 @@ def check(
     source: str,
     origin: Origin | None = None,
     *,
-    rules: bool = True,
+    rules: Sequence[Callable[[Recipe], None]] | None = None,
 ) -> Recipe:
     """The recipe of a mapping; `source` names the file in errors, `origin` the --set of a field.
 
-    `rules=False` leaves out what only training needs, such as the prompt files.
+    `rules` are those between sections; all of them if left out.
     """
     origin = origin or {}
     try:
@@ -202,7 +210,7 @@ def check(
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     except _BadName as error:
         raise RecipeError(placed(error, source, origin)) from None
-    for rule in _RULES if rules else ():
+    for rule in _RULES if rules is None else rules:
         try:
             rule(recipe)
         except ValueError as error:
@@ -411,7 +419,8 @@ def _distributed_fits(recipe: Recipe) -> None:
     recipe.distributed.check(recipe.slots)
 
 
-_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _diversity_fits, _distributed_fits)
+_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits)
+_RULES = (*_WITHOUT_PROMPTS, _prompts_fit, _diversity_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:

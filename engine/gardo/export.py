@@ -58,7 +58,7 @@ def _policy_of(folder: Path) -> Policy:
     """The policy of a run's recipe, its transformer without weights."""
     source = folder / "recipe.yaml"
     recipe = check(
-        read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=False
+        read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
     )
     return build_policy(recipe, torch.device("cpu"))
 

@@ -8,7 +8,7 @@ Shapes: B samples (of all ranks in `credit`, of this rank elsewhere), R training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -150,6 +150,7 @@ class Needs:
     images_per_prompt: int = 1  # 2 where it compares the images of a prompt: it has advantages
     differentiable: bool = False  # gradients of the proxies
     rewards: tuple[RewardNeed, ...] = ()
+    teachers: Mapping[str, float] = field(default_factory=dict)  # weights -> share of the rows
 
     def inside(self, section: str) -> Needs:
         """The same, asked for by the fields of a section."""

@@ -85,7 +85,9 @@ class FlowGRPO(Algorithm):
 
     @classmethod
     def needs(cls, settings: Any) -> Needs:
-        return Needs(images_per_prompt=2)  # it compares them
+        """It compares images. (Where the sampler is the reference, no teacher runs.)"""
+        asked = 1.0 if settings.has_kl or settings.kl_in_reward else 0.0
+        return Needs(images_per_prompt=2, teachers={"reference": asked})
 
     @classmethod
     def slots_of(cls, settings: PolicyGradientSettings) -> tuple[str, ...]:

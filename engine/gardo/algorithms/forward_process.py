@@ -24,7 +24,8 @@ class ForwardProcess(Algorithm):
 
     @classmethod
     def needs(cls, settings: Any) -> Needs:
-        return Needs(images_per_prompt=2)  # it compares them
+        """It compares images; every copy of the weights speaks at every row."""
+        return Needs(images_per_prompt=2, teachers=dict.fromkeys(cls.slots_of(settings), 1.0))
 
     def plan(self, step: int) -> SamplePlan:
         return SamplePlan(

@@ -357,7 +357,11 @@ class Gardo(Wrapper):
         if settings.diversity:
             field, name = "diversity.features", settings.diversity.features
             wanted.append(RewardNeed("features", field, name))
-        return super().needs(settings).with_rewards(*wanted)
+        needs = super().needs(settings).with_rewards(*wanted)
+        if settings.gate and settings.has_kl and "reference" in needs.teachers:
+            gated = {**needs.teachers, "reference": settings.gate.fraction}
+            needs = replace(needs, teachers=gated)
+        return needs
 
     def credit(self, scores: Scores) -> Credit:
         return self._gated(self._diverse(super().credit(scores), scores), scores)

@@ -12,10 +12,12 @@ Shapes: R rows, B images, X one latent.
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,9 @@ class Shadow:
                 self.recipe.model, dtype=dtype, device=CPU, defer=True,
                 parts={**parts, "scheduler": scheduler},
             )  # fmt: skip
+        if hasattr(policy.pipeline, "tokenizer_max_length"):
+            of_clip = json.loads((self.folder / "text_encoder" / "config.json").read_text())
+            policy.pipeline.tokenizer_max_length = of_clip["max_position_embeddings"]
         weights = self.recipe.train.weights
         with init_empty_weights(include_buffers=True):
             if weights.kind == "lora":
@@ -142,7 +147,7 @@ class Shadow:
     def blocks(self) -> list[nn.Module]:
         return self.policy.blocks()
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return _elements(self.policy.transformer.parameters())
 
@@ -154,15 +159,15 @@ class Shadow:
     def vae_parameters(self) -> int:
         return _elements(self.policy.pipeline.vae.parameters())
 
+    @cached_property
     def encoder_parameters(self) -> dict[str, int]:
         """Of each text encoder, by its name in the pipeline."""
         import transformers
-        from accelerate import init_empty_weights
 
         found = {}
         for folder in sorted(self.folder.glob("text_encoder*")):
             of_encoder = transformers.AutoConfig.from_pretrained(folder)
-            with init_empty_weights():
+            with torch.device("meta"):
                 encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder)
             found[folder.name] = _elements(encoder.parameters())
         return found

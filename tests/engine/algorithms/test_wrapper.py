@@ -104,10 +104,12 @@ def test_calls_without_an_answer_reach_the_base():
     ("base", "rows", "slots", "needs"),
     [
         (ReFLSettings(), 1, (), Needs(differentiable=True)),
-        (DiffusionNFTSettings(), 3, ("old", "reference"), Needs(images_per_prompt=2)),
-        (DiffusionNFTSettings(beta=0), 3, ("old",), Needs(images_per_prompt=2)),
+        (DiffusionNFTSettings(), 3, ("old", "reference"),
+         Needs(images_per_prompt=2, teachers={"old": 1.0, "reference": 1.0})),
+        (DiffusionNFTSettings(beta=0), 3, ("old",),
+         Needs(images_per_prompt=2, teachers={"old": 1.0})),
     ],
-)
+)  # fmt: skip
 def test_class_methods_answer_for_the_base(base, rows, slots, needs):
     for settings in (base, GardoSettings(base=base), GardoSettings(base=base).model_copy()):
         plugin = plugin_of(settings)
@@ -128,6 +130,7 @@ def test_a_wrappers_needs_are_added_to_the_bases():
     outer = plugin_of(settings).needs(settings).inside("base")
     assert [(need.role, need.field) for need in outer.rewards] == [("auxiliary", "base.gate")]
     assert outer.images_per_prompt == 2
+    assert outer.teachers == {"old": 1.0, "reference": 0.1}  # asked at the gated rows alone
 
 
 def test_gardo_around_gardo_is_refused():

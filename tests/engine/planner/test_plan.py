@@ -1,0 +1,140 @@
+"""`gardo plan`: memory by part and phase, the advice, the page, the exit code."""
+
+import pytest
+from typer.testing import CliRunner
+
+from gardo.cli import app
+from gardo.config import load
+from gardo.planner import geometry
+from gardo.planner.advice import Change, advise, changed
+from gardo.planner.memory import CONTEXT, Counted
+from gardo.planner.page import bytes_of
+from gardo.planner.shadow import Shadow
+from gardo.planner.time import SHARE, seconds
+from tests import ROOT
+
+FLUX = ROOT / "recipes/flux_gardo_hpsv2.yaml"
+GPUS = 8
+
+
+@pytest.fixture(scope="module")
+def flux():
+    recipe = load(FLUX, prompts=False)
+    return recipe, Counted(Shadow(recipe))
+
+
+def memory_of(counted, recipe, world=GPUS):
+    return counted.memory(recipe, geometry(recipe, rank=0, world=world), world)
+
+
+def part(parts, name):
+    (found,) = (p.bytes for p in parts if p.name == name)
+    return found
+
+
+def test_what_stays_follows_from_numbers_and_precisions(flux):
+    recipe, counted = flux
+    model, trained = counted.shadow.parameters, counted.shadow.trainable
+    stays = memory_of(counted, recipe).stays
+    assert part(stays, "weights") == -(-model * 2 // GPUS)
+    assert part(stays, "optimizer state") == -(-trained // GPUS) * (4 + 8)
+    assert part(stays, "gradient sums") == part(stays, "slots") == -(-trained // GPUS) * 4
+    assert part(stays, "CUDA, NCCL") == CONTEXT
+    assert part(stays, "reward hpsv2") == 986_109_441 * 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "factor"),
+    [
+        ("distributed.stage", 2, "weights", GPUS),
+        ("distributed.stage", 1, "gradient sums", GPUS),
+        ("distributed.slots", "host", "slots", 0),
+        ("distributed.offload", "parameters", "weights", 0),
+        ("distributed.offload", "optimizer", "optimizer state", 0),
+        ("distributed.masters", "bfloat16", "optimizer state", 6 / 12),
+        ("train.optimizer.name", "adamw_8bit", "optimizer state", 6 / 12),
+    ],
+)
+def test_what_a_setting_saves(flux, field, value, name, factor):
+    recipe, counted = flux
+    before = part(memory_of(counted, recipe).stays, name)
+    after = part(memory_of(counted, changed(recipe, Change(field, value))).stays, name)
+    assert after == pytest.approx(factor * before, rel=1e-6)
+
+
+def test_gathering_at_every_forward_keeps_three_blocks(flux):
+    recipe, counted = flux
+    (sample,) = (p for p in memory_of(counted, recipe).phases if p.name == "sample")
+    assert part(sample.parts, "gathered weights") == 2 * counted.shadow.parameters
+    each = changed(recipe, Change("rollout.gather", "step"))
+    (sample,) = (p for p in memory_of(counted, each).phases if p.name == "sample")
+    assert part(sample.parts, "gathered weights") < 0.1 * 2 * counted.shadow.parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "how"),
+    [("training", 12, ["none"]), ("training", 12, ["full"]), ("sampling", 9, []),
+     ("decoding", 9, [])],
+)  # fmt: skip
+def test_other_counts_lie_on_the_line(flux, kind, count, how):
+    _, counted = flux
+    exact = getattr(counted.shadow, f"{kind}_bytes")(count, *how)
+    assert counted.cost(kind, count, *how) == pytest.approx(exact, rel=5e-3)
+
+
+def test_advice_makes_it_fit(flux):
+    recipe, counted = flux
+    assert memory_of(counted, recipe).peak > 80e9
+    changes, memory = advise(counted, recipe, GPUS, int(80e9))
+    assert memory.peak <= 80e9
+    for change in changes:
+        recipe = changed(recipe, change)
+    assert memory_of(counted, recipe).peak == memory.peak
+    assert {change.field for change in changes} == {
+        "rollout.batch", "train.activation_checkpointing"
+    }  # fmt: skip
+    assert advise(counted, recipe, GPUS, int(80e9)) == ([], memory)  # nothing more to do
+
+
+def test_where_nothing_helps_it_says_so(flux):
+    recipe, counted = flux
+    assert advise(counted, recipe, GPUS, int(10e9)) is None
+
+
+def test_time_is_flops_over_the_assumed_rate(flux):
+    recipe, counted = flux
+    plan = geometry(recipe, rank=0, world=GPUS)
+    took = seconds(recipe, counted.shadow, plan, GPUS, nodes=1)
+    forward = counted.shadow.flops(backward=False)
+    assert took.phases["sample"] == pytest.approx(144 * 6 * forward / (SHARE["sample"] * 790e12))
+    # GARDO asks the reference at a tenth of the rows
+    assert recipe.teachers_per_row == 0.1
+    assert took.phases["teachers"] == pytest.approx(
+        0.1 * 144 * 4 * forward / (SHARE["teachers"] * 790e12)
+    )
+    once = 2 * counted.shadow.parameters * 7 / 8 / 400e9
+    assert took.gathering == pytest.approx(once * (2 * 2 * 24 + 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("79GiB", 79 * 2**30), ("24g", 24e9), ("141", 141e9)]
+)
+def test_memory_sizes(text, size):
+    assert bytes_of(text) == size
+
+
+def test_the_command(tmp_path):
+    tiny = str(ROOT / "recipes/tiny_flux_gardo.yaml")
+    good = CliRunner().invoke(app, ["plan", tiny, "--gpus", "2", "--gpu-memory", "8GB"])
+    assert good.exit_code == 0, good.output
+    assert "2 GPUs of 8.0 GB" in good.output and ": fits" in good.output
+    assert "not measured" in good.output
+    small = CliRunner().invoke(app, ["plan", tiny, "--gpus", "2", "--gpu-memory", "0.5GB"])
+    assert small.exit_code == 1
+    assert "does not fit" in small.output and "nothing that was tried" in small.output
+    for wrong, said in (
+        (["--gpu-memory", "much"], "'much' is no memory size; write 80GB or 79GiB"),
+        (["--gpus", "5"], "do not split evenly over 5 ranks"),
+    ):
+        refused = CliRunner().invoke(app, ["plan", tiny, *wrong])
+        assert refused.exit_code == 2 and said in refused.stderr
