@@ -194,13 +194,12 @@ def error_where(v, other_ptr, at, mask):
 
 
 @triton.jit
-def kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK: tl.constexpr):
-    """upstream kl_weight (v - v_ref): shows what of v_ref is not finite, as the loss does.
+def kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK: tl.constexpr):
+    """kl_weight (v - v_ref), which shows what of v_ref is not finite, as the loss does.
 
     v_ref is read where the row's weight is not 0, or its KL not finite.
     """
-    kl_weight = upstream * tl.load(kl_weight_ptr)
-    mask = inside & is_on(kl_weight + 0.0 * tl.load(kl_ptr), BLOCK)
+    mask = inside & is_on(kl_weight + 0.0 * kl, BLOCK)
     return kl_weight * error_where(v, v_ref_ptr, at, mask)
 
 

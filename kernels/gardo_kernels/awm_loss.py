@@ -247,15 +247,16 @@ def _awm_loss_bwd_kernel(
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
-    upstream, here = tl.load(upstream_ptr), rows_ptr + row
-    policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
+    upstream = tl.load(upstream_ptr)
+    policy_weight = upstream * tl.load(rows_ptr + rows * POLICY_WEIGHT + row)
     v = shared.load_fp32(v_ptr, at, inside)
     grad = policy_weight * (v - shared.load_fp32(target_ptr, at, inside))
     if HAS_REF:
-        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
-        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
+        kl_weight = upstream * tl.load(rows_ptr + rows * KL_WEIGHT + row)
+        kl = tl.load(rows_ptr + rows * KL + row)
+        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     if HAS_EMA:
-        ema_weight = upstream * tl.load(here + rows * EMA_WEIGHT)
+        ema_weight = upstream * tl.load(rows_ptr + rows * EMA_WEIGHT + row)
         grad += ema_weight * (v - shared.load_fp32(v_ema_ptr, at, inside))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 

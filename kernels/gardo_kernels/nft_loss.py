@@ -191,15 +191,16 @@ def _nft_loss_bwd_kernel(
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
-    upstream, here, t = tl.load(upstream_ptr), rows_ptr + row, tl.load(t_ptr + row)
-    plus = upstream * tl.load(here + rows * PULL_PLUS)
-    minus = upstream * tl.load(here + rows * PULL_MINUS)
+    upstream, t = tl.load(upstream_ptr), tl.load(t_ptr + row)
+    plus = upstream * tl.load(rows_ptr + rows * PULL_PLUS + row)
+    minus = upstream * tl.load(rows_ptr + rows * PULL_MINUS + row)
+    kl_weight = upstream * tl.load(rows_ptr + rows * KL_WEIGHT + row)
     v = shared.load_fp32(v_ptr, at, inside)
     e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
-        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
+        kl = tl.load(rows_ptr + rows * KL + row)
+        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

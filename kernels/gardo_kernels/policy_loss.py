@@ -187,16 +187,17 @@ def _policy_loss_bwd_kernel(
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
-    upstream, here = tl.load(upstream_ptr), rows_ptr + row
-    policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
+    upstream = tl.load(upstream_ptr)
+    policy_weight = upstream * tl.load(rows_ptr + rows * POLICY_WEIGHT + row)
+    kl_weight = upstream * tl.load(rows_ptr + rows * KL_WEIGHT + row)
     v = shared.load_fp32(v_ptr, at, inside)
     direction = shared.load_fp32(u_ptr, at, inside)
     if QUADRATIC:
         direction -= v - shared.load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
     if HAS_REF:
-        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
-        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
+        kl = tl.load(rows_ptr + rows * KL + row)
+        grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
