@@ -26,7 +26,7 @@ from tests import ROOT
 from tests.integration.cases import Case, dumps
 
 TIMEOUT = 1500.0
-WORKER = "tests.integration.worker"
+WORKER, REPLAY = "tests.integration.worker", "tests.integration.replay"
 
 
 def environment(accelerator: str = "cpu") -> dict[str, str]:
@@ -39,6 +39,7 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": accelerator,
+        "TRANSFORMERS_VERBOSITY": "error",  # no advice on what to install
     }
 
 
@@ -49,7 +50,7 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
 def server() -> Any:
     """Where ranks are forked from; starting it does not wait for its imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([WORKER])
+    context.set_forkserver_preload([WORKER, REPLAY])
     with _environment_set(environment()):
         forkserver.ensure_running()
     return context
@@ -89,8 +90,7 @@ class Launched:
             ended = connection.wait(left, TIMEOUT) or list(left)
             done = [left.pop(sentinel) for sentinel in ended]  # type: ignore[call-overload]
             failed = [process for process in done if process.exitcode != 0]
-        for process in left.values():  # they wait for the one that died
-            process.kill()
+        self.kill()  # those that wait for the one that died
         said = [log.read_text() if log.exists() else "" for log in self._logs]
         shutil.rmtree(self._folder)
         for process in failed:
@@ -98,6 +98,21 @@ class Launched:
             last = said[rank][-6000:]
             raise AssertionError(f"rank {rank}, exit code {process.exitcode}:\n{last}")
         return said[0]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+
+
+def wait_for(launched: Sequence[Launched]) -> None:
+    """Until all have ended well; if one has not, none goes on."""
+    try:
+        for one in launched:
+            one.wait()
+    finally:
+        for one in launched:
+            one.kill()
 
 
 def _rank(

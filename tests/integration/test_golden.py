@@ -19,7 +19,7 @@ import pytest
 from tests import ROOT
 from tests.integration.cases import Case
 from tests.integration.checks import steps_of
-from tests.integration.launch import start
+from tests.integration.launch import start, wait_for
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny_flux_gardo.json"
 CASE = Case("gardo", "lora", "local", ("large",), steps=5, probes=())
@@ -37,9 +37,7 @@ def curve(folder: Path, case: Case) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
-    running = [start(0, folder, [case]) for case in (CASE, TRITON)]
-    for launched in running:
-        launched.wait()
+    wait_for([start(0, folder, [case]) for case in (CASE, TRITON)])
     return folder
 
 
