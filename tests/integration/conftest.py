@@ -10,6 +10,7 @@ from tests.integration.launch import server
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    here = Path(__file__).parent
-    if not session.config.option.collectonly and any(here in i.path.parents for i in session.items):
+    here = [i for i in session.items if Path(__file__).parent in i.path.parents]
+    forking = [item for item in here if not item.get_closest_marker("gpu")]
+    if forking and not session.config.option.collectonly:
         server()

@@ -86,11 +86,13 @@ class Launched:
         when one has not."""
         left = {process.sentinel: process for process in self._processes}
         failed = []
-        while left and not failed:
-            ended = connection.wait(left, TIMEOUT) or list(left)
-            done = [left.pop(sentinel) for sentinel in ended]  # type: ignore[call-overload]
-            failed = [process for process in done if process.exitcode != 0]
-        self.kill()  # those that wait for the one that died
+        try:
+            while left and not failed:
+                ended = connection.wait(left, TIMEOUT) or list(left)
+                done = [left.pop(sentinel) for sentinel in ended]  # type: ignore[call-overload]
+                failed = [process for process in done if process.exitcode != 0]
+        finally:
+            self.kill()  # those that wait for the one that died
         said = [log.read_text() if log.exists() else "" for log in self._logs]
         shutil.rmtree(self._folder)
         for process in failed:

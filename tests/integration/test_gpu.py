@@ -17,7 +17,7 @@ from tests.integration.cases import Case
 from tests.integration.checks import check_slots, check_teachers, seen, steps_of
 from tests.integration.coverings import alone
 from tests.integration.launch import launch_on_gpu, type_command
-from tests.integration.test_resume import LOOK, MIDDLE, same_bits
+from tests.integration.test_resume import EVALUATION, MIDDLE, same_bits
 
 pytestmark = pytest.mark.gpu
 TINY = sorted((ROOT / "recipes").glob("tiny_*.yaml"))
@@ -37,7 +37,7 @@ BF16 = [
     Case("gardo", "full", "stage3", ("large", "bf16_masters")),
 ]  # fmt: skip
 RESUMED = [
-    Case(algorithm, "lora", "stage3", ("bf16", "deterministic", "saving"), probes=LOOK)
+    Case(algorithm, "lora", "stage3", ("bf16", "deterministic", "saving"), probes=EVALUATION)
     for algorithm in ("flow_grpo", "diffusion_nft", "gardo", "refl")
 ]
 

@@ -73,7 +73,11 @@ def look(session: Session, case: Case, phases: PhaseGathers) -> tuple[dict[str, 
     train(session)
     if panel.images is not None:
         seen["images"] = session.engine.all_gather(panel.images)
-    facts = {"phases": list(phases.seen), "gather_note": session.engine.gather_note}
+    facts = {
+        "first_step": session.first_step,
+        "phases": list(phases.seen),
+        "gather_note": session.engine.gather_note,
+    }
     seen["live"] = velocity(session)
     for name in sorted(case.probes, key=list(PROBES).index):
         seen |= PROBES[name](session)
@@ -94,6 +98,7 @@ def run(case: Case, folder: Path, gathers: AllGathers) -> None:
         if case.cut is not None and not case.resume:
             session.engine = CutShort(session.engine, after=case.cut)  # type: ignore[assignment]
         seen, facts = look(session, case, PhaseGathers(session.progress, gathers))
+        assert case.cut is None or case.resume, f"{case}: came to its end"
         if session.log:
             save_file(seen, folder / f"{case.name}.safetensors")
             (folder / f"{case.name}.json").write_text(json.dumps(facts))
