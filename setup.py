@@ -42,11 +42,12 @@ setup(
         "gardo": [
             "py.typed",
             "**/*.txt",
+            "published/**/*.json",
             "tiny/weights/**/*.json",
             "tiny/weights/**/*.safetensors",
             "tiny/weights/**/*.model",
         ],
-        "gardo_kernels": ["py.typed"],
+        "gardo_kernels": ["py.typed", "launch_shapes.json"],
     },
     entry_points={"console_scripts": ["gardo = gardo.cli:main"]},
     install_requires=[

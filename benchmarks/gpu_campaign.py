@@ -39,6 +39,7 @@ State = Literal["passed", "failed", "cut", "skipped", "left"]
 Row = dict[str, Any]
 FOLDER = "{out}"  # in a command: the step's folder
 SECONDS = "{seconds}"  # in a command: how long it may take, less what it needs to end
+CEILING = "{ceiling}"  # in a command: what `ceilings` measured; without it the option is left out
 RESERVE = 10.0  # seconds of the budget kept for the summary and the archive
 FACTS = ("gpu", "driver", "torch", "triton", "revision")
 
@@ -75,12 +76,15 @@ STEPS = (
     Step("kernels-quick", "two cases of every op against its competitors",
          ("benchmarks/bench_kernels.py", "--quick", "--out", FOLDER), 150, 60),
     Step("flux", "FLUX.1-dev's shapes, random weights: what fits, sampling, training, kinds of op",
-         ("-m", "campaign.flux_full", "--out", FOLDER, "--seconds", SECONDS), 420, 120),
+         ("-m", "campaign.flux_full", "--out", FOLDER, "--seconds", SECONDS, "--ceiling", CEILING),
+         420, 120),
     Step("ratio-noise", "bf16 on-policy |ratio - 1| over batch shapes, checkpointing, attention",
          ("-m", "campaign.ratio_noise", "--out", FOLDER, "--seconds", SECONDS), 300, 90),
     Step("kernels", "every case of every op, and the targets",
          ("benchmarks/bench_kernels.py", "--resume", "--out", FOLDER, "--budget-seconds", SECONDS),
          540, 120),
+    Step("shapes", "block, chunk and warps of every op by size: what is better than the default",
+         ("-m", "campaign.shapes", "--out", FOLDER, "--seconds", SECONDS), 540, 120),
     Step("demo", "the demo on this GPU, in bf16",
          ("-m", "gardo.cli", "train", *DEMO, "--set", "distributed.precision=bfloat16"), 300, 60),
 )  # fmt: skip
@@ -129,16 +133,12 @@ def environment() -> dict[str, str]:
 def run(step: Step, folder: Path, seconds: float) -> Row:
     """Runs the step for at most so many seconds; its state, seconds, exit code and last line."""
     folder.mkdir(parents=True, exist_ok=True)
-    fill = {FOLDER: str(folder), SECONDS: str(int(0.9 * seconds))}
-    command = [sys.executable, *step.command]
-    for mark, value in fill.items():
-        command = [part.replace(mark, value) for part in command]
     log = folder / "log.txt"
     start = time.monotonic()
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=output,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            command_of(step, folder, seconds), cwd=ROOT, env=environment(), stdout=output,
+            stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
             code: int | None = process.wait(seconds)
@@ -153,6 +153,31 @@ def run(step: Step, folder: Path, seconds: float) -> Row:
         "state": states.get(code, "failed"), "seconds": round(time.monotonic() - start, 1),
         "code": code, "detail": last_line(log),
     }  # fmt: skip
+
+
+def command_of(step: Step, folder: Path, seconds: float) -> list[str]:
+    """The step's command with its marks filled in."""
+    rate = matmul_ceiling(folder.parent / "ceilings" / "ceilings.csv")
+    fill = {FOLDER: str(folder), SECONDS: str(int(0.9 * seconds)), CEILING: f"{rate:g}"}
+    command = [sys.executable, *step.command]
+    if CEILING in command and not rate:
+        at = command.index(CEILING)
+        del command[at - 1 : at + 1]
+    for mark, value in fill.items():
+        command = [part.replace(mark, value) for part in command]
+    return command
+
+
+def matmul_ceiling(file: Path) -> float:
+    """TFLOP/s of the fastest matmul that the step `ceilings` has measured; 0 if it has not."""
+    if not file.is_file():
+        return 0.0
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    matmuls = [
+        row for row in rows if row["what"].startswith("matmul") and row["unit"]
+    ]  # whole rows
+    return max((float(row["rate"]) for row in matmuls), default=0.0)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

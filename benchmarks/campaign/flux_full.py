@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,27 +31,22 @@ from torch.autograd import DeviceType
 from core_ops.machine import Machine
 from gardo_kernels import policy_loss
 
-from .exit_codes import NEEDS_GPU
 from .flux_model import (
     ATTENTION,
     FULL,
     SMALL,
     TRAINED,
-    Row,
     Shape,
-    Table,
     add_lora,
     build,
-    exit_code,
     flops,
+    free,
     graphs,
-    measure_all,
-    number,
     rows_of,
     set_up,
-    tally,
     this_place,
 )
+from .table import Row, Table, number, run_script, tally
 
 COLUMNS = (
     "work", "micro_batch", "checkpointing", "path", "attention", "lora", "text_tokens", "block",
@@ -117,6 +111,9 @@ class Bench:
         self.weights[False] = self.memory() | {"first_call_s": number(time.monotonic() - start)}
         add_lora(self.policy, shape)
         self.weights[True] = self.memory() | {"first_call_s": number(time.monotonic() - start)}
+
+    def free(self) -> None:
+        free(self.policy)
 
     def reset_peak(self) -> None:
         if self.machine.is_gpu:
@@ -328,24 +325,16 @@ def fitting(table: Table) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        "flux_full", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seconds", type=float, default=150.0, help="start nothing longer")
-    parser.add_argument("--ceiling", type=float, help="TFLOP/s of a large bf16 matmul here")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on any machine")
-    options = parser.parse_args(arguments)
-    if not (options.small or torch.cuda.is_available()):
-        print("needs an NVIDIA GPU")
-        return NEEDS_GPU
-    shape, machine = (SMALL if options.small else FULL), this_place()
-    table = Table(options.out / "flux_full.csv", COLUMNS)
-    bench = Bench(shape, machine, options.ceiling)
-    measure_all(cases(shape), table, bench, start + options.seconds)
-    print(report(table))
-    return exit_code(table)
+    def start(options: argparse.Namespace) -> tuple[list[Case], Bench]:
+        shape = SMALL if options.small else FULL
+        return cases(shape), Bench(shape, this_place(), options.ceiling)
+
+    ceiling = {"type": float, "help": "TFLOP/s of a large bf16 matmul here"}
+    return run_script(
+        "flux_full", __doc__, arguments, columns=COLUMNS, seconds=150.0,
+        small="a tiny model, on any machine", start=start, report=report,
+        options={"--ceiling": ceiling},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

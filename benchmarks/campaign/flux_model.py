@@ -10,16 +10,11 @@ Shapes: R rows (sample x step, a sample's steps side by side), X one latent.
 
 from __future__ import annotations
 
-import csv
 import gc
-import math
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -32,7 +27,7 @@ from core_ops.machine import Machine, this_machine
 from gardo.flow import transitions
 from gardo.policies.flux import FluxPolicy, FluxSettings
 
-from .exit_codes import UNFINISHED
+from .table import Unavailable, one_line
 
 STEPS, TRAINED, NOISE_LEVEL = 6, 4, 0.9  # GARDO's sampler for Flux
 RANDOM_B = 0.002  # std of a trained LoRA's B: the adapter adds about 3 % to a layer's output
@@ -40,9 +35,6 @@ ATTENTION = (  # of diffusers' dispatcher; its hub_ backends need a network
     "native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3",
     "xformers",
 )  # fmt: skip
-FACTS = ("device", "clock_sm_mhz", "clock_mem_mhz", "driver", "torch", "triton", "revision", "date")
-
-Row = dict[str, Any]
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -180,10 +172,6 @@ def rows_of(policy: FluxPolicy, samples: int, text_tokens: int) -> Rows:
 # ---- how it runs ---------------------------------------------------------------------------------
 
 
-class Unavailable(Exception):
-    """What was asked for is not on this machine; the reason is the message."""
-
-
 def set_up(
     policy: FluxPolicy, *, path: str, attention: str, checkpointing: str, compiler: str, grad: bool
 ) -> None:
@@ -276,83 +264,7 @@ def flops(transformer: nn.Module, image_tokens: int, text_tokens: int, lora: boo
     return Flops(forward + attention, attention, blocks + attention, backward + 2 * attention)
 
 
-# ---- what is written down ------------------------------------------------------------------------
-
-
-class Table:
-    """A CSV that grows as it is measured; a case whose rows are there is not measured again.
-
-    A case is a frozen dataclass, its fields are columns. What was left out is forgotten on opening.
-    """
-
-    def __init__(self, file: Path, columns: Sequence[str]) -> None:
-        self.file, self.columns = file, (*columns, "status", "note", *FACTS)
-        self.rows: list[Row] = []
-        if file.is_file():
-            with file.open(newline="", encoding="utf-8") as opened:
-                self.rows = [r for r in csv.DictReader(opened) if r["date"]]  # whole ones
-        self.rows = [r for r in self.rows if r["status"] != "left out"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part")
-        with part.open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(file)
-
-    def of(self, case: Any) -> list[Row]:
-        fields = {name: str(value) for name, value in asdict(case).items()}
-        return [r for r in self.rows if all(str(r[n]) == v for n, v in fields.items())]
-
-    def add(self, case: Any, rows: Iterable[Row], facts: Row) -> None:
-        new = [{**asdict(case), **row, **facts} for row in rows]
-        with self.file.open("a", newline="", encoding="utf-8") as opened:
-            csv.DictWriter(opened, self.columns).writerows(new)
-        self.rows += new
-
-
-def one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-
-
-def attempt(measure: Callable[[], list[Row]]) -> list[Row]:
-    """What `measure` gives, or a row that says why there is nothing."""
-    try:
-        return [{"status": "done", **row} for row in measure()]
-    except Unavailable as error:
-        return [{"status": "unavailable", "note": str(error)}]
-    except Exception as error:
-        full = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
-        return [{"status": "out of memory" if full else "failed", "note": one_line(error)}]
-
-
-class Bench(Protocol):
-    """What measures cases: the model on its machine."""
-
-    machine: Machine
-    policy: FluxPolicy
-
-    def measure(self, case: Any) -> list[Row]: ...
-    def expected_s(self, case: Any) -> float:
-        """Seconds a case takes, on the safe side."""
-
-
-def measure_all(cases: Sequence[Any], table: Table, bench: Bench, until: float) -> None:
-    """Every case that is not there yet and is expected to end by `until`, monotonic seconds."""
-    for case in cases:
-        if table.of(case):
-            continue
-        left, expected = until - time.monotonic(), bench.expected_s(case)
-        if expected > left:
-            note = f"{expected:.0f} s expected, {max(left, 0):.0f} s left"
-            table.add(case, [{"status": "left out", "note": note}], bench.machine.facts())
-            continue
-        rows = attempt(partial(bench.measure, case))
-        table.add(case, rows, bench.machine.facts())
-        said = (str(value) for value in asdict(case).values() if value != "")
-        print(*said, f"-> {rows[0]['status']}", rows[0].get("note", ""), flush=True)
-        free(bench.policy)
+# ---- between two cases ---------------------------------------------------------------------------
 
 
 def free(policy: FluxPolicy) -> None:
@@ -371,19 +283,3 @@ def this_place() -> Machine:
     if machine.is_gpu:
         machine.other = None  # a flush is not wanted, and it is memory
     return machine
-
-
-def tally(table: Table) -> str:
-    """How many rows are in each state."""
-    states = [row["status"] for row in table.rows]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-
-
-def exit_code(table: Table) -> int:
-    """Whether the time sufficed for all cases."""
-    return UNFINISHED if any(row["status"] == "left out" for row in table.rows) else 0
-
-
-def number(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}") if math.isfinite(value) else value

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,27 +27,22 @@ from torch import Tensor
 from core_ops.machine import Machine
 from gardo_kernels import policy_loss
 
-from .exit_codes import NEEDS_GPU
 from .flux_model import (
     ATTENTION,
     FULL,
     SMALL,
     TRAINED,
-    Row,
     Rows,
     Shape,
-    Table,
     add_lora,
     build,
-    exit_code,
-    measure_all,
-    number,
+    free,
     rows_of,
     set_lora_b,
     set_up,
-    tally,
     this_place,
 )
+from .table import Row, Table, number, run_script, tally
 
 COLUMNS = (
     "rollout_batch", "train_batch", "checkpointing", "rollout_path", "train_path",
@@ -130,6 +123,9 @@ class Bench:
         self.samples = 12 if shape is FULL else 4
         self.made: dict[Side, Tensor] = {}
 
+    def free(self) -> None:
+        free(self.policy)
+
     def expected_s(self, case: Case) -> float:
         """By estimate, not yet by measurement."""
         missing = [side for side in case.sides(self.samples) if side not in self.made]
@@ -206,22 +202,14 @@ def report(table: Table) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    start = time.monotonic()
-    parser = argparse.ArgumentParser(
-        "ratio_noise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seconds", type=float, default=120.0, help="start nothing longer")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on any machine")
-    options = parser.parse_args(arguments)
-    if not (options.small or torch.cuda.is_available()):
-        print("needs an NVIDIA GPU")
-        return NEEDS_GPU
-    shape, machine = (SMALL if options.small else FULL), this_place()
-    table = Table(options.out / "ratio_noise.csv", COLUMNS)
-    measure_all(cases(shape), table, Bench(shape, machine), start + options.seconds)
-    print(report(table))
-    return exit_code(table)
+    def start(options: argparse.Namespace) -> tuple[list[Case], Bench]:
+        shape = SMALL if options.small else FULL
+        return cases(shape), Bench(shape, this_place())
+
+    return run_script(
+        "ratio_noise", __doc__, arguments, columns=COLUMNS, seconds=120.0,
+        small="a tiny model, on any machine", start=start, report=report,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

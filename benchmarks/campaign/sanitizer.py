@@ -2,8 +2,8 @@
 
     python -m campaign.sanitizer --out FOLDER       writes memcheck.txt, racecheck.txt
 
-The cases are the doctor's. Without torch's caching allocator every tensor ends where its memory
-does, so that an access past it is one.
+The cases are the ops' own examples, as the doctor runs them. Without torch's caching allocator
+every tensor ends where its memory does, so that an access past it is one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FOUND = 9  # exit code of a tool that has found something
 
 EVERY_OP = """
 import torch
-from gardo.doctor import OPS
-for name, run in OPS.items():
-    run("triton", torch.device("cuda"))
-    torch.cuda.synchronize()
-    print(f"{name} ran", flush=True)
+from gardo_kernels._examples import On, op_modules
+for name, op in op_modules().items():
+    for case, _ in op.examples(On("triton", torch.device("cuda"))):
+        torch.cuda.synchronize()
+        print(f"{name} {case} ran", flush=True)
 """
 
 

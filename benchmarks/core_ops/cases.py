@@ -1,8 +1,8 @@
 """A case of the benchmark and what every op gives for it: the same numbers for all competitors.
 
 A problem builds its inputs once; `ways()` gives each competitor as a call without arguments that
-returns named tensors, of which `exact()` has the fp64 values. The ops' own problems are in
-losses.py and forward.py.
+returns named tensors, of which `exact()` has the fp64 values. The ops' own are in problems/, a file
+each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo_kernels._launch_shape import LaunchShape
+
 Outputs = dict[str, Tensor]
 Call = Callable[[], Outputs]
 TorchCall = Callable[[Any], Outputs]
@@ -23,6 +25,9 @@ STEPS, NOISE_LEVEL = 6, 0.9  # Flow-GRPO's Flux recipe; the last step is not tra
 SEED = 20251224
 BANDWIDTH = 64 * 2**20  # bytes: more than this does not stay in the L2 cache
 LAUNCH = 1_000_000  # elements: below this, launches rule
+BATCHES = (1, 3, 9, 16, 64)
+SAMPLES = ((1024, 64), (4096, 64), (16, 64, 64), (16, 128, 128))  # Flux and SD3.5, 512 and 1024 px
+STACKED = 36  # four trained steps of nine samples
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,53 @@ class Case:
 
 class Problem:
     """Inputs of a case on a device. `least_bytes`: every input and output once."""
+
+    # Of an elementwise op: gate shares beside a tenth, cases of its own, all sizes or half of them.
+    gates: tuple[float, ...] = (0.0, 1.0)
+    special: tuple[tuple[tuple[int, ...], torch.dtype, str], ...] = ()
+    every_size = False
+
+    @classmethod
+    def gpu_cases(cls, op: str) -> list[Case]:
+        """The ones that targets speak of first: what a budget cuts off is the rest."""
+        shape = (3, 1024, 64)
+        samples, batches = (SAMPLES, BATCHES) if cls.every_size else (SAMPLES[:2], BATCHES[1::2])
+        return [
+            *(Case(op, shape), Case(op, (64, 4096, 64)), Case(op, shape, torch.float32)),
+            *(Case(op, shape, dtype, layout=layout) for shape, dtype, layout in cls.special),
+            Case(op, (STACKED, 1024, 64), layout="stacked"),
+            Case(op, (3, 1023, 63), layout="odd"),
+            Case(op, (16, 4096, 64), layout="slice"),
+            Case(op, (64, 4096, 64), torch.float32),
+            *(Case(op, (B, 1024, 64), gate=gate) for gate in cls.gates for B in (3, 64)),
+            *(Case(op, (B, *sample)) for sample in samples for B in (*batches, BATCHES[-1])),
+        ]
+
+    @classmethod
+    def cpu_cases(cls, op: str, quick: bool) -> list[Case]:
+        """Small ones: they show that the paths run, not how fast."""
+        shapes = [(2, 64, 16)] if quick else [(1, 1024, 64), (3, 1024, 64), (3, 16, 64, 64)]
+        return [Case(op, shape) for shape in shapes]
+
+    @classmethod
+    def counted_case(cls, op: str, quick: bool) -> Case:
+        """Launches do not depend on the size, bytes an element hardly: Flux at 512 px, B = 3."""
+        return Case(op, (2, 64, 16) if quick else (3, 1024, 64))
+
+    @classmethod
+    def launched_as(cls, case: Case) -> str:
+        """The name under which the case's launch shape is looked up."""
+        return case.op
+
+    @classmethod
+    def launch_shapes(cls, case: Case) -> list[LaunchShape]:
+        """What the sweep tries, the default first: blocks of 4 to 16 elements a thread."""
+        return [
+            LaunchShape(block=block, warps=warps)
+            for block in (1024, 512, 2048, 4096)
+            for warps in (4, 2, 8)
+            if 4 <= block // (32 * warps) <= 16
+        ]
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device

@@ -17,15 +17,16 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from gardo import plugins
-from gardo.algorithms.base import AlgorithmSettings, SamplerSettings
+from gardo.algorithms.base import SamplerSettings, Wrapper, plugin_of
 from gardo.data import load_prompts
 from gardo.distributed.base import DistributedSettings, OptimizerSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
+from gardo.evaluation.evaluate import EvaluateSettings
 from gardo.policies.base import PolicySettings
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
-from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class Lora(Strict):
@@ -59,24 +60,12 @@ class TrainSettings(Strict):
 
 
 class DataSettings(Strict):
-    prompts: str = Field(description="text file, one prompt a line; relative to the recipe")
+    prompts: str = Field(
+        description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
+        "relative to the recipe"
+    )
     prompts_per_step: int = Field(ge=1)
     images_per_prompt: int = Field(ge=1)
-
-
-class EvaluateSettings(Strict):
-    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
-
-    every: int = Field(
-        50, ge=1, description="iterations; the first and the last are always evaluated"
-    )
-    prompts: str | None = Field(None, description="text file; the training prompts if left out")
-    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(8, ge=1)
-    steps: int = Field(8, ge=1, description="denoise steps")
-    batch: int = Field(16, ge=1, description="images a forward")
-    diversity: Literal["none", "attributes", "features"] = "none"
-    shown: int = Field(6, ge=1, description="prompts in the sample picture")
 
 
 class RunSettings(Strict):
@@ -118,10 +107,20 @@ class Recipe(Strict):
     def checkpoint_folder(self) -> Path:
         return self.run_folder / "checkpoints"
 
-    def prompts(self) -> list[str]:
+    @property
+    def rows_per_sample(self) -> int:
+        """Training rows that a sample becomes."""
+        return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Copies of the trained weights that the algorithm needs."""
+        return plugin_of(self.algorithm).slots_of(self.algorithm)
+
+    def prompts(self) -> list[Prompt]:
         return load_prompts(Path(self.data.prompts))
 
-    def evaluation_prompts(self) -> list[str]:
+    def evaluation_prompts(self) -> list[Prompt]:
         path = self.evaluate.prompts or self.data.prompts
         return load_prompts(Path(path))[: self.evaluate.prompt_count]
 
@@ -258,12 +257,12 @@ def _plugin(package: str, section: Any, field: str, location: str) -> Any:
 
 
 def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseModel]:
-    settings = _plugin("gardo.algorithms", section, "name", location).Settings
-    own_name: dict[str, Any] = {"name": (str, ...)} if ":" in section["name"] else {}
-    if "base" in settings.model_fields:
-        base = _algorithm_settings(section.get("base"), f"{location}.base")
-        own_name["base"] = (base, ...)
-    return create_model(settings.__name__, __base__=settings, **own_name) if own_name else settings
+    plugin = _plugin("gardo.algorithms", section, "name", location)
+    settings: type[BaseModel] = plugin.Settings
+    own: dict[str, Any] = {"name": (str, ...)} if ":" in section["name"] else {}
+    if issubclass(plugin, Wrapper):
+        own["base"] = (_algorithm_settings(section.get("base"), f"{location}.base"), ...)
+    return create_model(settings.__name__, __base__=settings, **own) if own else settings
 
 
 def _reward_settings(name: str, section: Any) -> type[BaseModel]:
@@ -335,7 +334,6 @@ def _rewards_fit(recipe: Recipe) -> None:
             reward_plugin(settings).check(settings, recipe.data.images_per_prompt)
         except ValueError as error:
             raise ValueError(f"rewards.{name}.{error}") from None
-    algorithm = recipe.algorithm
     if not by_role.get("proxy"):
         raise ValueError(
             "rewards: none has role proxy; give the reward that is optimised `role: proxy`"
@@ -344,33 +342,32 @@ def _rewards_fit(recipe: Recipe) -> None:
         raise ValueError(
             f"rewards: {', '.join(by_role['features'])} all have role features; keep one"
         )
-    if getattr(algorithm, "gate", None) and not by_role.get("auxiliary"):
-        raise ValueError(
-            "algorithm.gate: needs rewards with role auxiliary to compare the proxy with; add one, "
-            "or leave the gate out"
-        )
-    wanted = getattr(getattr(algorithm, "diversity", None), "features", None)
-    if wanted and wanted not in by_role.get("features", []):
-        raise ValueError(
-            f"algorithm.diversity.features: {wanted!r} is no reward with role features; "
-            f"add `{wanted}: {{role: features}}` to rewards"
-        )
+    for need in plugin_of(recipe.algorithm).needs(recipe.algorithm).rewards:
+        there, role = by_role.get(need.role, []), need.role
+        if need.name and need.name not in there:
+            raise ValueError(
+                f"algorithm.{need.field}: {need.name!r} is no reward with role {role}; "
+                f"add `{need.name}: {{role: {role}}}` to rewards"
+            )
+        if not there:
+            raise ValueError(
+                f"algorithm.{need.field}: needs rewards with role {role}{need.why}; add one, "
+                f"or leave the {need.field.rpartition('.')[2]} out"
+            )
     if recipe.evaluate.diversity == "features" and not by_role.get("features"):
         raise ValueError("evaluate.diversity: features needs a reward with role features")
 
 
 def _algorithm_fits(recipe: Recipe) -> None:
-    algorithm, wrapped = recipe.algorithm, getattr(recipe.algorithm, "base", None)
-    for settings in filter(None, (algorithm, wrapped)):
-        plugin = algorithm_plugin(settings)
-        plugin.check(settings, recipe.sampler)
-        if plugin.differentiable:
-            _all_differentiable(recipe)
-    innermost = wrapped or algorithm
-    if hasattr(innermost, "advantage") and recipe.data.images_per_prompt < 2:
+    plugin = plugin_of(recipe.algorithm)
+    plugin.check(recipe.algorithm, recipe.sampler)
+    needs, images = plugin.needs(recipe.algorithm), recipe.data.images_per_prompt
+    if needs.differentiable:
+        _all_differentiable(recipe)
+    if images < needs.images_per_prompt:
         raise ValueError(
-            "data.images_per_prompt: 1 image has no group to compare with, every advantage is 0; "
-            "use at least 2"
+            f"data.images_per_prompt: {images} image has no group to compare with, every advantage "
+            f"is 0; use at least {needs.images_per_prompt}"
         )
 
 
@@ -402,25 +399,19 @@ def _prompts_fit(recipe: Recipe) -> None:
                     raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
 
 
-def _attributes_fit(recipe: Recipe) -> None:
-    if recipe.evaluate.diversity != "attributes":
-        return
+def _diversity_fits(recipe: Recipe) -> None:
     for line, text in enumerate(recipe.evaluation_prompts(), start=1):
         try:
-            world.parse(text)
+            recipe.evaluate.check_prompt(text)
         except ValueError as error:
-            raise ValueError(
-                f"evaluate.diversity: attributes reads prompts of the tiny world only: prompt "
-                f"{line}: {error}; use features or none"
-            ) from None
+            raise ValueError(f"evaluate.diversity: prompt {line}: {error}") from None
 
 
 def _distributed_fits(recipe: Recipe) -> None:
-    settings = getattr(recipe.algorithm, "base", None) or recipe.algorithm
-    recipe.distributed.check(algorithm_plugin(settings).slots_of(settings))
+    recipe.distributed.check(recipe.slots)
 
 
-_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _attributes_fit, _distributed_fits)
+_RULES = (_rewards_fit, _algorithm_fits, _prompts_fit, _diversity_fits, _distributed_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
@@ -430,10 +421,6 @@ def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
 
 def reward_plugin(settings: RewardSettings) -> Any:
     return plugins.resolve("gardo.rewards", settings.kind)
-
-
-def algorithm_plugin(settings: AlgorithmSettings) -> Any:
-    return plugins.resolve("gardo.algorithms", settings.name)
 
 
 def policy_plugin(settings: PolicySettings) -> Any:

@@ -79,10 +79,5 @@ class NoRatio:
     error = float("nan")
     event: str | None = None
 
-    def hold(
-        self,
-        points: Points,
-        probe: Callable[[Points], float],
-        recompute: Callable[[Points], Points],
-    ) -> Points:
+    def hold(self, points: Points, *_: object) -> Points:
         return points

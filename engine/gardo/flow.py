@@ -27,7 +27,7 @@ elements of a sample, not a sum. A row with std = 0 has no log-probability and m
 
 `transitions` computes the rows in float64 and stores them in fp32: one small [T, K] table that
 moves to the device once and is then read by integer row indices, without host synchronisation. A
-new sampler is one more function in VARIANTS.
+new sampler is one more function and its line in VARIANTS; recipes may then name it.
 
 Shapes: T steps, K columns, R rows of a micro-batch (each at its own step).
 """
@@ -36,7 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,6 @@ class Affine(NamedTuple):
     std: float = 0.0
     h: float = 0.0
     kl_flow_grpo: float = 0.0
-    gaussian_log_prob: bool = False  # False: the variant drops the constants and the 1 / (2 std^2)
 
 
 def _sde_row(s: float, s_next: float, g2: float) -> Affine:
@@ -166,7 +165,6 @@ def _sde_row(s: float, s_next: float, g2: float) -> Affine:
         std=math.sqrt(variance),
         h=1.0 / (2.0 * variance),
         kl_flow_grpo=B * B / (2.0 * g2),
-        gaussian_log_prob=True,
     )
 
 
@@ -181,8 +179,6 @@ def _dance_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
 
 
 def _cps_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
-    if noise_level > 1.0:
-        raise ValueError(f"transitions: noise_level is {noise_level}; variant 'cps' takes 0 to 1")
     s, s_next = sigmas[t], sigmas[t + 1]
     kept = s_next * math.cos(noise_level * math.pi / 2.0)
     B = -s * (1.0 - s_next) + (1.0 - s) * kept
@@ -215,13 +211,27 @@ def _dpm2_row(sigmas: Sequence[float], t: int, noise_level: float) -> Affine:
     return Affine(A=1.0 - half_q * dt / s, B=(1.0 + half_q) * dt, C=half_q * dt / s)
 
 
-VARIANTS: dict[str, Callable[[Sequence[float], int, float], Affine]] = {
-    "flow": _flow_row,
-    "dance": _dance_row,
-    "cps": _cps_row,
-    "ode": _ode_row,
-    "dpm2": _dpm2_row,
+class Variant(NamedTuple):
+    """A sampler."""
+
+    row: Callable[[Sequence[float], int, float], Affine]  # (sigmas, step, noise level)
+    stochastic: bool = False
+    gaussian: bool = False  # False: its log-probability drops the constants and 1 / (2 std^2)
+    most_noise: float = math.inf  # the highest noise level
+
+
+VARIANTS = {
+    "flow": Variant(_flow_row, stochastic=True, gaussian=True),
+    "dance": Variant(_dance_row, stochastic=True, gaussian=True),
+    "cps": Variant(_cps_row, stochastic=True, most_noise=1.0),
+    "ode": Variant(_ode_row),
+    "dpm2": Variant(_dpm2_row),
 }
+SDES = tuple(name for name, variant in VARIANTS.items() if variant.stochastic)
+if TYPE_CHECKING:
+    Sde = str
+else:
+    Sde = Literal[SDES]  # what a recipe may name
 MODEL_TIMES: dict[str, Callable[[float], float]] = {
     "exact": lambda s: s,
     # whole thousandths, cut off: DanceGRPO, MixGRPO. What is whole up to rounding counts as whole.
@@ -252,6 +262,34 @@ class Transitions:
     def rows(self, index_R: Tensor, name: str) -> Tensor:
         """One coefficient at the step of each row: index_R [R] int64 in 0..T-1 -> [R] fp32."""
         return self.table_TK[index_R, _column_index(name)]
+
+    def log_prob(
+        self,
+        x_next_RX: Tensor,
+        x_RX: Tensor,
+        velocity_RX: Tensor,
+        step_R: Tensor,
+        *,
+        m_prev_RX: Tensor | None = None,
+    ) -> Tensor:
+        """log p(x' | x) of given steps under a velocity, differentiable in it: [R].
+
+        x', x, velocity, m_prev: [R, ...] of equal shape, any floating dtypes; step_R [R] int64 in
+        0..T-1. -h mean((x' - A x - B v - C m_prev)^2) + log_std_term, in nats an element (CPS: up
+        to a constant and a factor), fp32, or fp64 where x' is. NaN for a step without noise. It
+        subtracts numbers of order 1: ratios of two policies are for `gardo_kernels.policy_loss`,
+        which takes the difference of the velocities instead.
+        """
+        dtype = torch.float64 if x_next_RX.dtype == torch.float64 else torch.float32
+        A, B, C = (
+            self.rows(step_R, name).to(dtype).view(-1, *[1] * (x_RX.ndim - 1)) for name in "ABC"
+        )
+        mean_RX = A * x_RX.to(dtype) + B * velocity_RX.to(dtype)
+        if m_prev_RX is not None:
+            mean_RX = mean_RX + C * m_prev_RX.to(dtype)
+        error_R = (x_next_RX.to(dtype) - mean_RX).square().flatten(1).mean(1)
+        log_prob_R = self.rows(step_R, "log_std_term") - self.rows(step_R, "h") * error_R
+        return torch.where(self.rows(step_R, "std") > 0, log_prob_R, torch.nan)
 
     def to(self, device: torch.device | str) -> "Transitions":
         """The same table on another device."""
@@ -287,20 +325,25 @@ def transitions(
         raise ValueError(
             f"transitions: noise_level is {noise_level}; it must be finite and not negative"
         )
+    for name in variants:
+        if noise_level > VARIANTS[name].most_noise:
+            raise ValueError(
+                f"transitions: noise_level is {noise_level}; variant {name!r} takes 0 to "
+                f"{VARIANTS[name].most_noise:g}"
+            )
     table, first = [], 0
     for name, run in groupby(variants):
-        count = len(list(run))
+        count, variant_of_run = len(list(run)), VARIANTS[name]
         part = schedule[first : first + count + 1]
         for t in range(count):
             told = MODEL_TIMES[model_time](part[t])
-            table.append(
-                _table_row(part[t], part[t + 1], told, VARIANTS[name](part, t, noise_level))
-            )
+            row = variant_of_run.row(part, t, noise_level)
+            table.append(_table_row(part[t], part[t + 1], told, row, variant_of_run.gaussian))
         first += count
     return Transitions(torch.tensor(table, dtype=torch.float64).to(sigmas.device, torch.float32))
 
 
-def _table_row(s: float, s_next: float, told: float, row: Affine) -> list[float]:
+def _table_row(s: float, s_next: float, told: float, row: Affine, gaussian: bool) -> list[float]:
     noise = row.std > 0.0
     values = {
         "sigma": s,
@@ -319,7 +362,7 @@ def _table_row(s: float, s_next: float, told: float, row: Affine) -> list[float]
         "u_scale": row.std / row.B if noise else 0.0,
         "guard": 0.0,
     }
-    if row.gaussian_log_prob:
+    if noise and gaussian:
         values["log_std_term"] = -math.log(row.std) - 0.5 * math.log(2.0 * math.pi)
         values["guard"] = row.B**2 / row.std
     return [values[name] for name in COLUMNS]

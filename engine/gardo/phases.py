@@ -80,7 +80,6 @@ def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tenso
         policy=s.policy,
         conditioning=rollout.conditioning,
         engine=s.engine,
-        use=s.engine.reading,
         micro_batch=s.geometry.micro_batch,
     )
 
@@ -117,32 +116,29 @@ def held_to_contract(
     gardo.contract says what that means. What tells is the forward pass of the first micro-batch;
     its loss takes the velocity from here, unless the old ones had to be computed again.
     """
-    s.ctx.rollout = rollout
-    ahead: list[tuple[Batch, Tensor]] = []
+    ahead: list[Tensor] = []  # what the first micro-batch's forward pass said
 
     def probe(now: Points) -> float:
-        batch = batch_of(now, credit, work[0])
-        velocity_RX = ahead[0][1] if ahead else s.ctx.velocity(batch)
-        ahead[:] = [(batch, velocity_RX)]
-        log_ratio_R = s.algorithm.log_ratio(batch, velocity_RX.detach())
+        batch = batch_of(now, credit, work[0], rollout)
+        if not ahead:
+            ahead.append(s.ctx.velocity(batch))
+        log_ratio_R = s.algorithm.log_ratio(batch, ahead[0].detach())
         seen = Metrics().maximum("error", log_ratio_R.expm1().abs())
         return s.engine.reduce(seen)["error"]
 
     def recompute(now: Points) -> Points:
         # no graph may wait for its backward pass while other forward passes run: ZeRO-3 counts them
-        ahead[:] = [(batch, velocity_RX.detach()) for batch, velocity_RX in ahead]
+        ahead[:] = [velocity_RX.detach() for velocity_RX in ahead]
         trained_R = torch.zeros_like(now.sample_R, dtype=torch.bool)
         trained_R[torch.cat([part.rows for part in work])] = True
         return taught(s, now, rollout, {"train": trained_R})
 
     points = s.algorithm.contract.hold(points, probe, recompute)
-    first: list[Batch] = []
-    if ahead and ahead[0][1].requires_grad:
-        batch, velocity_RX = ahead[0]
-        s.ctx.ahead = (batch.points, velocity_RX)
-        first = [batch]
-    rest = (batch_of(points, credit, part) for part in work[len(first) :])
-    return itertools.chain(first, rest)
+    batches = (batch_of(points, credit, part, rollout) for part in work)
+    if ahead and ahead[0].requires_grad:
+        first = replace(next(batches), velocity_RX=ahead[0])
+        return itertools.chain([first], batches)
+    return batches
 
 
 def evaluate(s: Session, step: int) -> None:

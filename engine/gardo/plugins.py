@@ -7,6 +7,7 @@ reward or a model family is one new file: its name is the file's name.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -33,7 +34,10 @@ def resolve(package: str, name: str) -> Any:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{name!r} cannot be imported ({error})") from error
-    known = names(package)
-    if name not in known:
-        raise ValueError(f"{name!r} is none of {', '.join(known)}, nor a dotted path module:Name")
-    return importlib.import_module(f"{package}.{name}").PLUGIN
+    # Only the module that is named, not all of the package: some import what takes seconds.
+    if name.isidentifier() and importlib.util.find_spec(f"{package}.{name}"):
+        plugin = getattr(importlib.import_module(f"{package}.{name}"), "PLUGIN", None)
+        if plugin is not None:
+            return plugin
+    known = ", ".join(names(package))
+    raise ValueError(f"{name!r} is none of {known}, nor a dotted path module:Name")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gardo.streams import Stream
-from gardo.types import Batch, Credit, Points, Rollout, SamplePlan, select
+from gardo.types import Batch, Credit, Points, Prompt, Rollout, SamplePlan, select
 from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
 
 
@@ -28,8 +28,8 @@ def noise_id(step: int, sample_B: Tensor) -> Tensor:
     return (step << 32) + sample_B
 
 
-class Velocity(Protocol):
-    """What sampling and teaching need of a policy."""
+class FlowModel(Protocol):
+    """What sampling and teaching need of a policy: prompts in, velocities, images out."""
 
     dtype: torch.dtype
 
@@ -53,8 +53,8 @@ def rows_of(conditioning: Mapping[str, Tensor], index_R: Tensor) -> dict[str, Te
 
 @torch.no_grad()
 def sample(
-    policy: Velocity,
-    prompts: Sequence[str],
+    policy: FlowModel,
+    prompts: Sequence[Prompt],
     plan: SamplePlan,
     *,
     images_per_prompt: int,
@@ -103,7 +103,7 @@ def sample(
 
 
 def _denoise(
-    policy: Velocity,
+    policy: FlowModel,
     conditioning: Mapping[str, Tensor],
     plan: SamplePlan,
     sample_B: Tensor,
@@ -161,9 +161,10 @@ def _denoise(
     return x, policy.decode(x), *states
 
 
-class Agreeing(Protocol):
-    """What teaching needs of the engine and its slots."""
+class Reader(Protocol):
+    """What teaching needs of the engine: other weights, and equally many calls on every rank."""
 
+    def reading(self, weights: str) -> AbstractContextManager[None]: ...
     def agree_max(self, value: int) -> int: ...
 
 
@@ -172,10 +173,9 @@ def teach(
     points: Points,
     wanted: Mapping[str, Tensor],
     *,
-    policy: Velocity,
+    policy: FlowModel,
     conditioning: Mapping[str, Tensor],
-    engine: Agreeing,
-    use: Callable[[str], object],
+    engine: Reader,
     micro_batch: int,
 ) -> Points:
     """Velocities of other weights at the wanted rows: {weights: bool [R]}; zeros elsewhere.
@@ -187,7 +187,7 @@ def teach(
         rows = mask_R.nonzero().flatten()
         velocity = torch.zeros_like(points.x_RX, dtype=policy.dtype)
         calls = math.ceil(engine.agree_max(len(rows)) / micro_batch)
-        with use(weights) if calls else nullcontext():  # type: ignore[attr-defined]
+        with engine.reading(weights) if calls else nullcontext():
             for call in range(calls):
                 part = rows[call * micro_batch : (call + 1) * micro_batch]
                 padded = part if len(part) else rows.new_zeros(1)
@@ -313,14 +313,41 @@ def parts(
     return found
 
 
-def batch_of(points: Points, credit: Credit, part: Part) -> Batch:
-    """A micro-batch of points; `credit` is this rank's."""
+def batch_of(points: Points, credit: Credit, part: Part, rollout: Rollout) -> Batch:
+    """A micro-batch of the rollout's points; `credit` is this rank's."""
     chosen = select(points, part.rows)
     return Batch(
         points=chosen,
         advantage_R=credit.advantage_B[chosen.sample_R],
         gate_R=credit.gate_B[chosen.sample_R],
         kl_weight_R=credit.kl_weight_or_gate[chosen.sample_R],
+        rollout=rollout,
         last=part.last,
         share=part.share,
     )
+
+
+class LossContext:
+    """What a loss may call: the trained model, its decoder, the differentiable reward."""
+
+    def __init__(
+        self, policy: FlowModel, score: Callable[[Tensor, Sequence[Prompt]], Tensor] | None = None
+    ) -> None:
+        """`score(images, prompts)` gives the proxies with gradients, fp32 [R]; for ReFL alone."""
+        self._policy, self._score = policy, score
+
+    def velocity(self, batch: Batch) -> Tensor:
+        if batch.velocity_RX is not None:
+            return batch.velocity_RX
+        points = batch.points
+        conditioning = rows_of(batch.rollout.conditioning, points.prompt_R)
+        return self._policy.velocity(points.x_RX, points.sigma_R, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._policy.decode(latents)
+
+    def score(self, images: Tensor, batch: Batch) -> Tensor:
+        if self._score is None:
+            raise ValueError("this loss needs a differentiable reward; give LossContext its score")
+        prompts = [batch.rollout.prompts[int(i)] for i in batch.points.sample_R]
+        return self._score(images, prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,9 @@ from typing import Any, Self
 import diffusers
 import torch
 import transformers
-from torch import Tensor
 
 from gardo import config
-from gardo.algorithms.base import Algorithm, World
+from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
@@ -27,34 +27,9 @@ from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
-from gardo.rollout import rows_of
-from gardo.types import Batch, Points, Rollout
+from gardo.rollout import LossContext
+from gardo.types import Prompt
 from gardo_kernels import kernels_run_on
-
-
-class LossContext:
-    """What a loss may call: the trained model, its decoder, the differentiable reward."""
-
-    def __init__(self, policy: Policy, panel: Panel) -> None:
-        self.policy, self.panel = policy, panel
-        self.rollout: Rollout | None = None
-        self.ahead: tuple[Points, Tensor] | None = None  # rows whose forward pass has run, for once
-
-    def velocity(self, batch: Batch) -> Tensor:
-        assert self.rollout is not None
-        ahead, self.ahead = self.ahead, None
-        if ahead and ahead[0] is batch.points:
-            return ahead[1]
-        conditioning = rows_of(self.rollout.conditioning, batch.points.prompt_R)
-        return self.policy.velocity(batch.points.x_RX, batch.points.sigma_R, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.policy.decode(latents)
-
-    def score(self, images: Tensor, batch: Batch) -> Tensor:
-        assert self.rollout is not None
-        prompts = [self.rollout.prompts[int(i)] for i in batch.points.sample_R]
-        return self.panel.differentiable_score(images, prompts)
 
 
 @dataclass
@@ -69,7 +44,7 @@ class Session:
     engine: Engine
     evaluator: Evaluator
     checkpoints: Checkpoints
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     ctx: LossContext
     log: MetricsLog | None
     progress: Progress
@@ -127,15 +102,6 @@ class Session:
             self.log.close()
         if exception[0] is None:  # a failed rank must not wait for the others in a collective
             self.engine.close()
-
-
-def build_algorithm(settings: Any, world: World) -> Algorithm:
-    """The algorithm of a recipe's section, the base inside its wrapper."""
-    plugin = config.algorithm_plugin(settings)
-    base = getattr(settings, "base", None)
-    if base is None:
-        return plugin(settings, world)
-    return plugin(settings, world, build_algorithm(base, world))
 
 
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
@@ -219,7 +185,8 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
     return MetricsLog(folder / "metrics.jsonl", from_step=first_step + 1 if first_step else None)
 
 
-FIXED = ("model", "train.weights", "train.optimizer.name", "algorithm.name", "algorithm.base.name")
+# of a run that has started, with all that is inside
+FIXED = re.compile(r"(model|train\.weights|train\.optimizer\.name|algorithm(\.base)*\.name)(\..*)?")
 
 
 def check_changes(recipe: Recipe, source: str) -> list[str]:
@@ -236,7 +203,7 @@ def check_changes(recipe: Recipe, source: str) -> list[str]:
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
             change = f"{field}: {old.get(field)} -> {new.get(field)}"
-            if any(field == f or field.startswith(f"{f}.") for f in FIXED):
+            if FIXED.fullmatch(field):
                 raise RecipeError(
                     f"{source}: {change}: the checkpoints in {recipe.run_folder} were made with "
                     "the old value; take it back, or start another run with run.name"
@@ -275,6 +242,56 @@ def use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def check_machine(recipe: Recipe, world: int, device: torch.device, source: str) -> None:
+    """RecipeError where the recipe asks for what is not here."""
+    if world > 1 and recipe.distributed.engine == "local":
+        raise RecipeError(
+            f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
+            "launched; use engine zero"
+        )
+    if recipe.kernels == "triton" and not kernels_run_on(device):
+        raise RecipeError(
+            f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
+            "auto or torch"
+        )
+
+
+def load_models(
+    recipe: Recipe, plan: Geometry, device: torch.device, source: str
+) -> tuple[Policy, Panel, Engine]:
+    """The model, the rewards and the engine that trains the model: all that takes memory."""
+    try:
+        policy = build_policy(recipe, device)
+        panel = build_panel(recipe, device)
+    except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
+        raise RecipeError(f"{source}: a model does not load: {error}") from error
+    return policy, panel, build_engine(recipe, policy, plan, device)
+
+
+def world_of(recipe: Recipe, policy: Policy) -> World:
+    """What the algorithm may know of the run."""
+    return World(
+        sampler=recipe.sampler,
+        sigmas=recipe.sampler.sigmas(policy.sigmas),
+        seed=recipe.run.seed,
+        kernels=recipe.kernels,
+        updates=recipe.train.updates_per_step,
+    )
+
+
+def build_evaluator(recipe: Recipe, policy: Policy, panel: Panel, engine: Engine) -> Evaluator:
+    return Evaluator(
+        policy,
+        panel,
+        engine,
+        recipe.evaluation_prompts(),
+        recipe.evaluate,
+        seed=recipe.run.seed,
+        folder=recipe.run_folder,
+        kernels=recipe.kernels,
+    )
+
+
 def open_session(
     recipe: Recipe, *, source: str = "recipe", quiet: bool = False, resume: bool = False
 ) -> Session:
@@ -284,21 +301,12 @@ def open_session(
     """
     rank, local_rank, world = ranks()
     quiet_libraries()
-    if world > 1 and recipe.distributed.engine == "local":
-        raise RecipeError(
-            f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
-            "launched; use engine zero"
-        )
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
     resume = resume and bool(committed(recipe.checkpoint_folder))
     changes = check_changes(recipe, source) if resume else []
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if recipe.kernels == "triton" and not kernels_run_on(device):
-        raise RecipeError(
-            f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
-            "auto or torch"
-        )
     if not cuda:
         use_threads(recipe, world)
     if recipe.run.deterministic:
@@ -307,21 +315,9 @@ def open_session(
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
     with progress.phase("load"):
-        try:
-            policy = build_policy(recipe, device)
-            panel = build_panel(recipe, device)
-        except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
-            raise RecipeError(f"{source}: a model does not load: {error}") from error
-        engine = build_engine(recipe, policy, plan, device)
+        policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
-    world_of_algorithm = World(
-        sampler=recipe.sampler,
-        sigmas=recipe.sampler.sigmas(policy.sigmas),
-        seed=recipe.run.seed,
-        kernels=recipe.kernels,
-        updates=recipe.train.updates_per_step,
-    )
-    algorithm = build_algorithm(recipe.algorithm, world_of_algorithm)
+    algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(algorithm.slots)
     session = Session(
         recipe=recipe,
@@ -330,19 +326,10 @@ def open_session(
         panel=panel,
         algorithm=algorithm,
         engine=engine,
-        evaluator=Evaluator(
-            policy,
-            panel,
-            engine,
-            recipe.evaluation_prompts(),
-            recipe.evaluate,
-            seed=recipe.run.seed,
-            folder=recipe.run_folder,
-            kernels=recipe.kernels,
-        ),
+        evaluator=build_evaluator(recipe, policy, panel, engine),
         checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
         prompts=recipe.prompts(),
-        ctx=LossContext(policy, panel),
+        ctx=LossContext(policy, panel.differentiable_score),
         log=None,
         progress=progress,
     )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 T = TypeVar("T")
 BUILTIN = Path(__file__).parent / "tiny" / "weights"
+PUBLISHED = Path(__file__).parent / "published"  # configurations of models, by their hub ids
 
 
 def model_path(path: str) -> str:
@@ -16,6 +17,15 @@ def model_path(path: str) -> str:
     if path.startswith("builtin:"):
         return str(BUILTIN / path.removeprefix("builtin:"))
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def config_folder(path: str) -> Path | None:
+    """A folder here with the configuration of a model, and perhaps nothing else: its own, or the
+    one that ships for a hub id. None where there is none."""
+    for folder in (Path(model_path(path)), PUBLISHED / path.replace("/", "--")):
+        if folder.is_dir():
+            return folder
+    return None
 
 
 def is_hub_id(path: str) -> bool:

@@ -9,25 +9,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {k: _map(v, change) for k, v in value.items()}
-    return value
+Record = TypeVar("Record")
 
 
-def select(record: Any, rows: Tensor) -> Any:
-    """The dataclass `record` with every tensor in it indexed by `rows` along its first axis."""
-    return replace(
-        record, **{f.name: _map(getattr(record, f.name), lambda t: t[rows]) for f in fields(record)}
-    )
+def mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """A dataclass with every tensor in it changed, those in mappings too."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {name: of(inner) for name, inner in value.items()}
+        return value
+
+    changed = {f.name: of(getattr(record, f.name)) for f in fields(record)}  # type: ignore[arg-type]
+    return replace(record, **changed)  # type: ignore[type-var]
+
+
+def select(record: Record, rows: Tensor) -> Record:
+    """The dataclass with every tensor in it indexed by `rows` along its first axis."""
+    return mapped(record, lambda tensor: tensor[rows])
+
+
+class Prompt(str):
+    """A prompt's text; `metadata` is what its line of the prompt file says beside the text.
+
+    Prompts of one text are equal whatever their metadata, which is for rewards alone: a text is
+    encoded once.
+    """
+
+    metadata: Mapping[str, Any]  # read-only
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.metadata = MappingProxyType(dict(metadata or {}))
+        return prompt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prompt, (str(self), dict(self.metadata))  # a MappingProxyType cannot be pickled
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,7 @@ class Rollout:
     sample_B: Tensor  # int64, index within the step over all ranks: prompt * G + image
     group_B: Tensor  # int64, prompt index within the step
     prompt_B: Tensor  # int64, row of `conditioning`
-    prompts: tuple[str, ...]  # B texts
+    prompts: tuple[Prompt, ...]  # B
     conditioning: Mapping[str, Tensor]  # one row a prompt of this rank
     final_BX: Tensor  # fp32 latents at sigma 0
     images_B3HW: Tensor  # fp32 in [0, 1]
@@ -126,8 +151,10 @@ class Batch:
     advantage_R: Tensor
     gate_R: Tensor  # bool
     kl_weight_R: Tensor  # fp32, what the KL of a row weighs in the mean over the update
+    rollout: Rollout  # what the points were made of
     last: bool = True  # of its update
     share: float = 1.0  # of the update's rows, that its micro-batches hold; the others weigh 0
+    velocity_RX: Tensor | None = None  # the trained model's, where its forward pass has run already
 
 
 class Metrics:

@@ -17,7 +17,7 @@ from gardo_kernels.philox import (
     random_uniform,
     seed_tensor,
 )
-from gardo_kernels.policy_loss import PolicyLoss, policy_loss, policy_loss_grad_ref
+from gardo_kernels.policy_loss import PolicyLoss, policy_loss
 from gardo_kernels.sde_step import STEP_COLUMNS, Step, sde_step
 from gardo_kernels.win_rate import win_rate
 
@@ -36,7 +36,6 @@ __all__ = [
     "nft_preference",
     "philox4x32",
     "policy_loss",
-    "policy_loss_grad_ref",
     "random_bits",
     "random_normal",
     "random_uniform",

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gardo_kernels._launch_shape import LaunchShape
+
 Backend = Literal["auto", "triton", "torch"]
 
 # Under Triton's interpreter (tests without a GPU) kernels run as Python; inline PTX cannot.
@@ -16,12 +18,12 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Runs the kernel over the grid, on the GPU that the first argument, a tensor, is on."""
-    tensor = arguments[0]
+def launch(kernel: Any, grid: tuple[int, ...], shape: LaunchShape, **arguments: Any) -> None:
+    """Runs the kernel over the grid with the shape's warps, on the GPU that its tensors are on."""
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
     guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with guard:
-        kernel[grid](*arguments, **constants, **OPTIONS)
+        kernel[grid](**arguments, num_warps=shape.warps, num_stages=shape.stages, **OPTIONS)
 
 
 def grid_of_rows(rows: int, elements: int, block: int) -> tuple[int]:
@@ -56,11 +58,11 @@ def choose_backend(op: str, backend: Backend, *tensors: Tensor | None) -> str:
         raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
     given = [t for t in tensors if t is not None]
     device = given[0].device
-    wide = compute_dtype(*given) == torch.float64
+    is_fp64 = compute_dtype(*given) == torch.float64
     on_gpu = device.type == "cuda" and kernels_run_on(device)
-    if backend == "torch" or (backend == "auto" and (wide or not on_gpu)):
+    if backend == "torch" or (backend == "auto" and (is_fp64 or not on_gpu)):
         return "torch"
-    if wide:
+    if is_fp64:
         raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
     if not kernels_run_on(device):
         place = f"{device} (ROCm)" if device.type == "cuda" else device

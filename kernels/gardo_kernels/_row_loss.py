@@ -1,12 +1,16 @@
-"""What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, registration.
+"""What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, launches.
 
 A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
-program writes the sums of CHUNK elements of a row, then one program adds a row's chunks in order.
+program writes the sums of a chunk of a row, then one program adds a row's chunks in order.
 
-Shapes: R rows, N elements of a row, S statistics of a row.
+The losses import this module as `shared`.
+
+Shapes: R rows, N elements of a row, C chunks of it, S statistics of a row or sums of a chunk, F
+flags of a row.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import check_like, check_rows, check_samples
-
-CHUNK, BLOCK = 4096, 1024  # elements of a program of the sums, and at a time
-ROWS_AT_A_TIME = 64
-
+from gardo_kernels._launch import (
+    Backend,
+    block_and_row,
+    check_like,
+    check_rows,
+    check_samples,
+    choose_backend,
+    compute_dtype,
+    grid_of_rows,
+    launch,
+)
+from gardo_kernels._launch_shape import launch_shape
 
 # ---- references ----------------------------------------------------------------------------------
 
@@ -37,10 +48,12 @@ def clipped_term_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A ratio, -A clamp(ratio)), and the rows that the clip switches off above and below."""
     log_low, log_high = log_bounds(clip_low, clip_high)
-    high_R = ((advantage_R > 0) & (log_ratio_R > log_high)).detach()
-    low_R = ((advantage_R < 0) & (log_ratio_R < log_low)).detach()
-    kept_R = torch.where(high_R, 1 + clip_high, torch.where(low_R, 1 - clip_low, ratio_R))
-    return -advantage_R * kept_R, high_R, low_R
+    clipped_high_R = ((advantage_R > 0) & (log_ratio_R > log_high)).detach()
+    clipped_low_R = ((advantage_R < 0) & (log_ratio_R < log_low)).detach()
+    clamped_R = torch.where(
+        clipped_high_R, 1 + clip_high, torch.where(clipped_low_R, 1 - clip_low, ratio_R)
+    )
+    return -advantage_R * clamped_R, clipped_high_R, clipped_low_R
 
 
 def gated_kl_ref(
@@ -99,28 +112,50 @@ def check_kl(op: str, beta: float, gate: Tensor | None, v_ref: Tensor | None) ->
         )
 
 
-def constant_samples(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Any]:
-    """[R, N] each, without gradient, contiguous, in dtype (None: as it is); None stays None."""
-    return [None if x is None else x.detach().flatten(1).to(dtype or x.dtype).contiguous()
-            for x in tensors]  # fmt: skip
+def prepared(
+    op: str, backend: Backend, widest: tuple[Tensor, ...],
+    samples: Iterable[Tensor | None], rows: Iterable[Tensor | None],
+) -> tuple[bool, list[Any]]:  # fmt: skip
+    """Whether the kernels run, and v, the samples [R, N] and the rows [R] as they are then taken.
 
-
-def constant_rows(v: Tensor, dtype: torch.dtype, *values: Tensor | None) -> list[Tensor]:
-    """[R] each, without gradient, in dtype, as the references take them; None is ones."""
+    `widest` is v and what the arithmetic's dtype depends on. The kernels read contiguous tensors in
+    any dtype, and None; the references take all in one dtype, and ones for a row that is None. Only
+    v keeps its gradient.
+    """
+    v = widest[0]
+    if choose_backend(op, backend, *widest) == "triton":
+        taken = [None if x is None else x.detach().flatten(1).contiguous() for x in samples]
+        return True, [v.flatten(1).contiguous(), *taken, *map(_kernel_row, rows)]
+    dtype = compute_dtype(*widest)
     ones_R = torch.ones(v.shape[0], dtype=dtype, device=v.device)
-    return [ones_R if x is None else x.detach().to(dtype) for x in values]
+    taken = [None if x is None else x.detach().flatten(1).to(dtype).contiguous() for x in samples]
+    rows_R = [ones_R if x is None else x.detach().to(dtype) for x in rows]
+    return False, [v.flatten(1).to(dtype), *taken, *rows_R]
 
 
-def kernel_rows(*values: Tensor | None) -> list[Tensor | None]:
-    """[R] each, without gradient, contiguous; what a kernel can read as it is, is not copied."""
-    readable = (torch.float32, torch.bool)
-    return [
-        None if x is None else (x if x.dtype in readable else x.float()).detach().contiguous()
-        for x in values
-    ]
+def _kernel_row(x: Tensor | None) -> Tensor | None:
+    """[R] as a kernel can read it; what it can read as it is, is not copied."""
+    if x is None:
+        return None
+    return (x if x.dtype in (torch.float32, torch.bool) else x.float()).detach().contiguous()
 
 
 # ---- pieces of kernels ---------------------------------------------------------------------------
+
+
+@triton.jit
+def elements_at(row, start, elements, BLOCK: tl.constexpr):
+    """Where BLOCK elements of the row lie, from `start` on, and which of them are inside it."""
+    element = start + tl.arange(0, BLOCK)
+    return row * elements + element, element < elements
+
+
+@triton.jit
+def elements_of(elements, BLOCK: tl.constexpr):
+    """The row of this program in `grid_of_rows`, and `elements_at` of its block."""
+    block, row = block_and_row(elements, BLOCK)
+    at, inside = elements_at(row, block * BLOCK, elements, BLOCK)
+    return row, at, inside
 
 
 @triton.jit
@@ -159,27 +194,28 @@ def error_where(v, other_ptr, at, mask):
 
 
 @triton.jit
-def kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK: tl.constexpr):
-    """kl_weight (v - v_ref), which shows what of v_ref is not finite, as the loss does.
+def kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK: tl.constexpr):
+    """upstream kl_weight (v - v_ref): shows what of v_ref is not finite, as the loss does.
 
     v_ref is read where the row's weight is not 0, or its KL not finite.
     """
-    mask = inside & is_on(kl_weight + 0.0 * kl, BLOCK)
+    kl_weight = upstream * tl.load(kl_weight_ptr)
+    mask = inside & is_on(kl_weight + 0.0 * tl.load(kl_ptr), BLOCK)
     return kl_weight * error_where(v, v_ref_ptr, at, mask)
 
 
 @triton.jit
-def within(x, low, high):
-    """x clamped; NaN stays, which tl.minimum, tl.maximum and tl.clamp drop on a GPU."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
+def clamp(x, least, most):
+    """x from least to most; NaN stays, which tl.minimum, tl.maximum and tl.clamp drop on a GPU."""
+    x = tl.where(x < least, least, x)
+    return tl.where(x > most, most, x)
 
 
 @triton.jit
-def sum_chunks(sums_ptr, row, inside, chunks, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
-    """One column of sums[row, column, chunk], added over the chunks, always in the same order."""
+def sum_chunks(sums_ptr, row, inside, chunks, SUM: tl.constexpr, SUMS: tl.constexpr):
+    """One of sums[row, sum, chunk], added over the chunks, always in the same order."""
     AT_A_TIME: tl.constexpr = 16
-    at = sums_ptr + (row.to(tl.int64) * COLUMNS + COLUMN)[:, None] * chunks
+    at = sums_ptr + (row.to(tl.int64) * SUMS + SUM)[:, None] * chunks
     total = tl.zeros((row.shape[0], AT_A_TIME), tl.float32)
     for first in range(0, chunks, AT_A_TIME):
         chunk = first + tl.arange(0, AT_A_TIME)[None, :]
@@ -197,10 +233,57 @@ def exp_near_0(x):
 @triton.jit
 def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high):
     """`clipped_term_ref`, the bounds given as `log_bounds` too."""
-    high = (advantage > 0) & (log_ratio > log_high)
-    low = (advantage < 0) & (log_ratio < log_low)
-    kept = tl.where(high, 1.0 + clip_high, tl.where(low, 1.0 - clip_low, ratio))
-    return -advantage * kept, high, low
+    clipped_high = (advantage > 0) & (log_ratio > log_high)
+    clipped_low = (advantage < 0) & (log_ratio < log_low)
+    clamped = tl.where(clipped_high, 1.0 + clip_high, tl.where(clipped_low, 1.0 - clip_low, ratio))
+    return -advantage * clamped, clipped_high, clipped_low
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def launch_sums(op: str, kernel: Any, v_RN: Tensor, sums: int, **arguments: Any) -> Tensor:
+    """So many sums of every chunk of every row, [R, S, C] fp32."""
+    R, N = v_RN.shape
+    shape = launch_shape(op, R, N, v_RN.device)
+    C = triton.cdiv(N, shape.chunk)
+    sums_RSC = v_RN.new_empty(R, sums, C, dtype=torch.float32)
+    launch(
+        kernel, grid_of_rows(R, N, shape.chunk), shape, v_ptr=v_RN, **arguments, sums_ptr=sums_RSC,
+        elements=N, chunks=C, CHUNK=shape.chunk, BLOCK=shape.block,
+    )  # fmt: skip
+    return sums_RSC
+
+
+def launch_rows(
+    op: str, kernel: Any, v_RN: Tensor, sums_RSC: Tensor, results: tuple[Tensor, Tensor, Tensor],
+    **arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Fills the results of `empty_results` from the sums, in one program."""
+    R, N = v_RN.shape
+    shape = launch_shape(op, R, N, v_RN.device)
+    loss, rows_SR, flags_FR = results
+    if len(flags_FR):
+        arguments["flags_ptr"] = flags_FR
+    launch(
+        kernel, (1,), shape, sums_ptr=sums_RSC, **arguments, rows_ptr=rows_SR, loss_ptr=loss,
+        rows=R, elements=N, chunks=sums_RSC.shape[2], ROWS=shape.rows,
+    )  # fmt: skip
+    return results
+
+
+def launch_gradient(
+    op: str, kernel: Any, v_RN: Tensor, rows_SR: Tensor, upstream: Tensor, **arguments: Any
+) -> Tensor:
+    """The gradient of v [R, N] in its dtype."""
+    R, N = v_RN.shape
+    shape = launch_shape(op, R, N, v_RN.device)
+    grad_RN = torch.empty_like(v_RN)
+    launch(
+        kernel, grid_of_rows(R, N, shape.block), shape, v_ptr=v_RN, **arguments, rows_ptr=rows_SR,
+        upstream_ptr=upstream, grad_ptr=grad_RN, rows=R, elements=N, BLOCK=shape.block,
+    )  # fmt: skip
+    return grad_RN
 
 
 # ---- registration --------------------------------------------------------------------------------
@@ -232,7 +315,7 @@ def register_row_loss(
     def fake_grad(v_RN: Tensor, *_: object) -> Tensor:
         return torch.empty_like(v_RN)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:tensors], output[1])
         ctx.constants = inputs[len(inputs) - constants :]
         ctx.without_gradient = len(inputs) - 1
@@ -245,4 +328,4 @@ def register_row_loss(
 
     loss_op.register_fake(fake_loss)
     grad_op.register_fake(fake_grad)
-    loss_op.register_autograd(backward, setup_context=keep)
+    loss_op.register_autograd(backward, setup_context=save)

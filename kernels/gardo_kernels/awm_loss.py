@@ -49,40 +49,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import (
-    Backend,
-    block_and_row,
-    choose_backend,
-    compute_dtype,
-    grid_of_rows,
-    launch,
-)
-from gardo_kernels._row_loss import (
-    BLOCK,
-    CHUNK,
-    ROWS_AT_A_TIME,
-    check_kl,
-    check_not_negative,
-    check_positive,
-    check_tensors,
-    clipped_term,
-    clipped_term_ref,
-    constant_rows,
-    constant_samples,
-    empty_results,
-    error_where,
-    exp_near_0,
-    gated_kl_ref,
-    is_gated,
-    kernel_rows,
-    kl_pull,
-    load_fp32,
-    load_rows,
-    log_bounds,
-    register_row_loss,
-    sum_chunks,
-    within,
-)
+from gardo_kernels import _row_loss as shared
+from gardo_kernels._examples import Examples, On, with_gradient
+from gardo_kernels._launch import Backend, block_and_row, compute_dtype
 
 EPSILON = tl.constexpr(1e-10)
 
@@ -137,10 +106,10 @@ def awm_loss_ref(
         gain_R = _curved_gain_ref(gain_R, l_R, l_old_R, power)
     log_ratio_R = w_R * gain_R
     ratio_R = log_ratio_R.exp()
-    policy_R, high_R, low_R = clipped_term_ref(
+    policy_R, clipped_high_R, clipped_low_R = shared.clipped_term_ref(
         advantage_R, log_ratio_R, ratio_R, clip_low, clip_high
     )
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
+    kl, kl_R = shared.gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     ema_R = torch.zeros_like(policy_R)
     if v_ema_RN is not None:
         ema_R = (v_RN - v_ema_RN).square().mean(1)
@@ -151,15 +120,20 @@ def awm_loss_ref(
         log_ratio_R=log_ratio_R.detach(),
         kl_R=kl_R.detach(),
         ema_R=ema_R.detach(),
-        clipped_high_R=high_R,
-        clipped_low_R=low_R,
+        clipped_high_R=clipped_high_R,
+        clipped_low_R=clipped_low_R,
     )
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-STATISTICS = 8  # policy, ratio, log-ratio, KL, EMA, and the gradient's three scalars
-FLAGS = 2  # clipped high, clipped low
+# rows[statistic, row]: what is reported, and the gradient's three scalars
+POLICY, RATIO, LOG_RATIO, KL, EMA = (tl.constexpr(i) for i in range(5))
+POLICY_WEIGHT, KL_WEIGHT, EMA_WEIGHT = (tl.constexpr(i) for i in range(5, 8))
+STATISTICS, FLAGS = 8, 2  # flags: clipped high, clipped low
+# sums[row, sum, chunk]: squares, but for the gain
+GAIN, REFERENCE_2, EMA_2, U_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
+SUMS = tl.constexpr(5)
 
 
 @triton.jit
@@ -173,36 +147,34 @@ def _awm_loss_sums_kernel(
     For p not 1 also those of l_old and l: u^2, (v - target)^2.
     """
     chunk, row = block_and_row(elements, CHUNK)
-    gated = is_gated(gate_ptr, row, BLOCK)
+    gated = shared.is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     reference_2 = tl.zeros((BLOCK,), tl.float32)
     ema_2 = tl.zeros((BLOCK,), tl.float32)
     u_2 = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK, BLOCK):
-        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        inside = element < elements
-        at = row * elements + element
-        v = load_fp32(v_ptr, at, inside)
-        v_old = load_fp32(v_old_ptr, at, inside)
-        target = load_fp32(target_ptr, at, inside)
+        at, inside = shared.elements_at(row, chunk * CHUNK + start, elements, BLOCK)
+        v = shared.load_fp32(v_ptr, at, inside)
+        v_old = shared.load_fp32(v_old_ptr, at, inside)
+        target = shared.load_fp32(target_ptr, at, inside)
         delta, u = v - v_old, target - v_old
         gain += delta * (2.0 * u - delta)
         if CURVED:
             u_2 += u * u
             error_2 += (v - target) * (v - target)
         if HAS_REF:
-            reference = error_where(v, v_ref_ptr, at, inside & gated)
+            reference = shared.error_where(v, v_ref_ptr, at, inside & gated)
             reference_2 += reference * reference
         if HAS_EMA:
-            ema = v - load_fp32(v_ema_ptr, at, inside)
+            ema = v - shared.load_fp32(v_ema_ptr, at, inside)
             ema_2 += ema * ema
-    at = sums_ptr + row * 5 * chunks + chunk
-    tl.store(at, tl.sum(gain))
-    tl.store(at + chunks, tl.sum(reference_2))
-    tl.store(at + 2 * chunks, tl.sum(ema_2))
-    tl.store(at + 3 * chunks, tl.sum(u_2))
-    tl.store(at + 4 * chunks, tl.sum(error_2))
+    here = sums_ptr + row * SUMS * chunks + chunk
+    tl.store(here + chunks * GAIN, tl.sum(gain))
+    tl.store(here + chunks * REFERENCE_2, tl.sum(reference_2))
+    tl.store(here + chunks * EMA_2, tl.sum(ema_2))
+    tl.store(here + chunks * U_2, tl.sum(u_2))
+    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
 
 
 @triton.jit
@@ -230,41 +202,41 @@ def _awm_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        advantage = load_rows(advantage_ptr, row, inside)
-        advantage = within(advantage, -adv_clip, adv_clip)
-        w = load_rows(w_ptr, row, inside)
-        gate = load_rows(gate_ptr, row, inside)
-        gain = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
+        advantage = shared.load_rows(advantage_ptr, row, inside)
+        advantage = shared.clamp(advantage, -adv_clip, adv_clip)
+        w = shared.load_rows(w_ptr, row, inside)
+        gate = shared.load_rows(gate_ptr, row, inside)
+        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
         if CURVED:
-            l_old = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements
-            l = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
+            l_old = shared.sum_chunks(sums_ptr, row, inside, chunks, U_2, SUMS) / elements
+            l = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
             gain = _curved_gain(gain, l, l_old, power)
             curve = tl.exp((power - 1.0) * tl.log(l + EPSILON))
         else:
             curve = 1.0
         log_ratio = w * gain
-        ratio = exp_near_0(log_ratio)
-        policy, high, low = clipped_term(
+        ratio = shared.exp_near_0(log_ratio)
+        policy, clipped_high, clipped_low = shared.clipped_term(
             advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
         )
-        kl = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements
-        ema = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
+        kl = shared.sum_chunks(sums_ptr, row, inside, chunks, REFERENCE_2, SUMS) / elements
+        ema = shared.sum_chunks(sums_ptr, row, inside, chunks, EMA_2, SUMS) / elements
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
-        moves = advantage * tl.where(high | low, 0.0, ratio)
+        moves = advantage * tl.where(clipped_high | clipped_low, 0.0, ratio)
         scale = 2.0 / (rows * 1.0 * elements)
-        at = rows_ptr + row
-        tl.store(at, policy, mask=inside)
-        tl.store(at + rows, ratio, mask=inside)
-        tl.store(at + 2 * rows, log_ratio, mask=inside)
-        tl.store(at + 3 * rows, kl, mask=inside)
-        tl.store(at + 4 * rows, ema, mask=inside)
-        tl.store(at + 5 * rows, moves * w * curve * scale, mask=inside)
-        tl.store(at + 6 * rows, beta * gate * scale, mask=inside)
-        tl.store(at + 7 * rows, ema_beta * scale, mask=inside)
-        tl.store(flags_ptr + row, high, mask=inside)
-        tl.store(flags_ptr + rows + row, low, mask=inside)
+        here = rows_ptr + row
+        tl.store(here + rows * POLICY, policy, mask=inside)
+        tl.store(here + rows * RATIO, ratio, mask=inside)
+        tl.store(here + rows * LOG_RATIO, log_ratio, mask=inside)
+        tl.store(here + rows * KL, kl, mask=inside)
+        tl.store(here + rows * EMA, ema, mask=inside)
+        tl.store(here + rows * POLICY_WEIGHT, moves * w * curve * scale, mask=inside)
+        tl.store(here + rows * KL_WEIGHT, beta * gate * scale, mask=inside)
+        tl.store(here + rows * EMA_WEIGHT, ema_beta * scale, mask=inside)
+        tl.store(flags_ptr + row, clipped_high, mask=inside)
+        tl.store(flags_ptr + rows + row, clipped_low, mask=inside)
     tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows + ema_beta * ema_sum / rows)
 
 
@@ -274,25 +246,21 @@ def _awm_loss_bwd_kernel(
     HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    inside = element < elements
-    at = row * elements + element
-    upstream = tl.load(upstream_ptr)
-    policy_weight = upstream * tl.load(rows_ptr + 5 * rows + row)
-    v = load_fp32(v_ptr, at, inside)
-    grad = policy_weight * (v - load_fp32(target_ptr, at, inside))
+    row, at, inside = shared.elements_of(elements, BLOCK)
+    upstream, here = tl.load(upstream_ptr), rows_ptr + row
+    policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
+    v = shared.load_fp32(v_ptr, at, inside)
+    grad = policy_weight * (v - shared.load_fp32(target_ptr, at, inside))
     if HAS_REF:
-        kl_weight = upstream * tl.load(rows_ptr + 6 * rows + row)
-        kl = tl.load(rows_ptr + 3 * rows + row)
-        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     if HAS_EMA:
-        ema_weight = upstream * tl.load(rows_ptr + 7 * rows + row)
-        grad += ema_weight * (v - load_fp32(v_ema_ptr, at, inside))
+        ema_weight = upstream * tl.load(here + rows * EMA_WEIGHT)
+        grad += ema_weight * (v - shared.load_fp32(v_ema_ptr, at, inside))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- ops -----------------------------------------------------------------------------------------
+# ---- op ------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gardo::awm_loss", mutates_args=())
@@ -302,24 +270,19 @@ def _awm_loss_op(
     clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
-    R, N = v_RN.shape
-    chunks = triton.cdiv(N, CHUNK)
-    sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
-    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
-    launch(
-        _awm_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
-        v_RN, target_RN, v_ref_RN, v_ema_RN, v_old_RN, gate_R, sums_R5C, N, chunks,
+    log_low, log_high = shared.log_bounds(clip_low, clip_high)
+    sums_RSC = shared.launch_sums(
+        "awm_loss", _awm_loss_sums_kernel, v_RN, SUMS.value, target_ptr=target_RN,
+        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, v_old_ptr=v_old_RN, gate_ptr=gate_R,
         HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
-        CHUNK=CHUNK, BLOCK=BLOCK,
     )  # fmt: skip
-    launch(
-        _awm_loss_rows_kernel, (1,),
-        sums_R5C, advantage_R, w_R, gate_R, rows_SR, flags_FR, loss, R, N, chunks,
-        power, *log_bounds(clip_low, clip_high), clip_low, clip_high,
-        beta if v_ref_RN is not None else 0.0, ema_beta, adv_clip,
-        CURVED=power != 1, ROWS=ROWS_AT_A_TIME,
+    return shared.launch_rows(
+        "awm_loss", _awm_loss_rows_kernel, v_RN, sums_RSC,
+        shared.empty_results(v_RN, STATISTICS, FLAGS), advantage_ptr=advantage_R, w_ptr=w_R,
+        gate_ptr=gate_R, power=power, log_low=log_low, log_high=log_high, clip_low=clip_low,
+        clip_high=clip_high, beta=beta if v_ref_RN is not None else 0.0, ema_beta=ema_beta,
+        adv_clip=adv_clip, CURVED=power != 1,
     )  # fmt: skip
-    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::awm_loss_grad", mutates_args=())
@@ -328,17 +291,16 @@ def _awm_loss_grad_op(
     rows_SR: Tensor, upstream: Tensor,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
-    R, N = v_RN.shape
-    grad_RN = torch.empty_like(v_RN)
-    launch(
-        _awm_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
-        v_RN, target_RN, v_ref_RN, v_ema_RN, rows_SR, upstream, grad_RN, R, N,
-        HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, BLOCK=BLOCK,
+    return shared.launch_gradient(
+        "awm_loss", _awm_loss_bwd_kernel, v_RN, rows_SR, upstream, target_ptr=target_RN,
+        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, HAS_REF=v_ref_RN is not None,
+        HAS_EMA=v_ema_RN is not None,
     )  # fmt: skip
-    return grad_RN
 
 
-register_row_loss(_awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4)
+shared.register_row_loss(
+    _awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4
+)
 
 
 def awm_loss(
@@ -378,33 +340,39 @@ def awm_loss(
     power not positive, an unknown transform, beta > 0 with neither v_ref nor a gate, and ema_beta >
     0 without v_ema. Source: arXiv 2509.25050.
     """
-    op = "awm_loss"
-    samples = {"target": target, "v_ref": v_ref, "v_ema": v_ema, "v_old": v_old}
-    check_tensors(op, v, samples, {"advantage": advantage, "t": t, "gate": gate})
+    op, samples = "awm_loss", {"target": target, "v_ref": v_ref, "v_ema": v_ema, "v_old": v_old}
+    shared.check_tensors(op, v, samples, {"advantage": advantage, "t": t, "gate": gate})
     if transform not in TRANSFORMS:
         raise ValueError(
             f"{op}: transform {transform!r} is unknown; choose {', '.join(TRANSFORMS)}"
         )
-    check_positive(op, power=power)
-    check_not_negative(
+    shared.check_positive(op, power=power)
+    shared.check_not_negative(
         op, clip_low=clip_low, clip_high=clip_high, ema_beta=ema_beta, adv_clip=adv_clip
     )
-    check_kl(op, beta, gate, v_ref)
+    shared.check_kl(op, beta, gate, v_ref)
     if ema_beta > 0 and v_ema is None:
         raise ValueError(
             f"{op}: ema_beta is {ema_beta} but v_ema is None; pass v_ema or ema_beta=0"
         )
     weigh, p = TRANSFORMS[transform]
-    dtype = compute_dtype(v, v_old, target)
-    kernels = choose_backend(op, backend, v, v_old, target) == "triton"
-    values = advantage, weigh(t.to(dtype)), gate
-    inputs = [
-        *constant_samples(None if kernels else dtype, *samples.values()),
-        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip),
-    ]
+    widest = (v, v_old, target)
+    row_values = (advantage, weigh(t.to(compute_dtype(*widest))), gate)
+    kernels, inputs = shared.prepared(op, backend, widest, samples.values(), row_values)
+    inputs += (power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip)
     if not kernels:
-        return awm_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR, flags_FR = _awm_loss_op(v.flatten(1).contiguous(), *inputs)
-    policy_R, ratio_R, log_ratio_R, kl_R, ema_R, *_ = rows_SR.unbind(0)
-    return AwmLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, ema_R, *flags_FR.unbind(0))
+        return awm_loss_ref(*inputs)
+    loss, rows_SR, flags_FR = _awm_loss_op(*inputs)
+    statistics = (rows_SR[i.value] for i in (POLICY, RATIO, LOG_RATIO, KL, EMA))
+    return AwmLoss(loss, *statistics, *flags_FR.unbind(0))
+
+
+def examples(on: On) -> Examples:
+    """With all that is optional, curved; see `_examples.py`. The target is fp32, as noise is."""
+    v_old, moved, target, v_ref, v_ema = on.samples(5)
+    v, t = (v_old + 0.1 * moved).requires_grad_(), on.row_values(0.2, 0.8)
+    out = awm_loss(
+        v, v_old, target.float(), advantage=t - 0.5, t=t, transform="ghuber", gate=t, v_ref=v_ref,
+        beta=0.1, v_ema=v_ema, ema_beta=0.1, backend=on.backend,
+    )  # fmt: skip
+    yield "", with_gradient(out, v)

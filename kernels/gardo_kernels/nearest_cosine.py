@@ -15,24 +15,25 @@ Least traffic: the features once, n written and read again. Called once an itera
 by GARDO's diversity and by the evaluation.
 
 Groups take three launches: n, and where each group lies; squared chords in fp32, which keep the
-digits of small distances; the groups' means. One group of many rows takes n, its Gram matrix g in
-tiles on and above the diagonal, on tensor cores, and two reductions of torch. There
-
-    d_ij = (g_ii + g_jj) / 2 - g_ij            g_ij = n_i . n_j, with an error of about 1e-6
-
-and g is made by the same arithmetic everywhere, so that identical rows have equal g. The matrix of
-all distances is never in memory. No atomics, no host synchronisation, the same bits every time.
+digits of small distances; the groups' means. One group of many rows takes n and then, in
+`_gram_tiles.py`, products on tensor cores. The matrix of all distances is never in memory. No
+atomics, no host synchronisation, the same bits every time.
 
 Shapes: B samples, D features, G samples of one group (groups may differ in size and lie anywhere in
-the batch), S splits of a group's columns, T tiles of the batch.
+the batch), S splits of a group's columns, T tiles of rows.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gardo_kernels._examples import Examples, On
+from gardo_kernels._gram_tiles import one_group
 from gardo_kernels._launch import Backend, check_floating, check_rows, choose_backend, launch
+from gardo_kernels._launch_shape import LaunchShape, launch_shape
 
 
 @torch.no_grad()
@@ -67,10 +68,11 @@ def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
 WHOLE = 64  # n is filled up to a multiple of this many features, which needs no masks
 # A program of chords is one warp, which waits for no other: LANES along a row, each with four
 # features, one 128-bit load. SPLITS programs share a tile of rows.
-ROWS, COLUMNS, SPLITS, LANES, STAGES = 8, 8, 4, 16, 2
+COLUMNS, SPLITS, LANES = 8, 4, 16
 _FEATURES = tl.constexpr(4)
-BLOCK, MEANS_BLOCK = 1024, 256  # features or group ids at a time; distances of a group at a time
-TILE, DEPTH = 64, 32  # rows and columns of a Gram tile, and features at a time
+# block: features or group ids at a time. chunk: a group's distances at a time. rows: of a tile.
+# warps: of the normalisation. stages: of the chords' loads.
+DEFAULT = LaunchShape(block=1024, chunk=256, rows=8, warps=8, stages=2)
 MANY = 128  # rows of one group above which tiles are taken, not chords
 
 
@@ -88,7 +90,7 @@ def _extent(group_ptr, group, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalise_kernel(
+def _nearest_cosine_normalise_kernel(
     e_ptr, group_ptr, n_ptr, zero_ptr, leader_ptr, bounds_ptr, rows, features, width,
     HAS_GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +132,7 @@ def _normalise_kernel(
 
 
 @triton.jit
-def _chords_kernel(
+def _nearest_cosine_chords_kernel(
     n_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, sums_ptr, rows, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -168,7 +170,7 @@ def _chords_kernel(
 
 
 @triton.jit
-def _means_kernel(
+def _nearest_cosine_means_kernel(
     parts_ptr, sums_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, mean_ptr, rows,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -202,62 +204,6 @@ def _means_kernel(
     tl.store(mean_ptr + row, tl.where(size == 1, alone, mean))
 
 
-@triton.jit
-def _gram(n_ptr, row, column, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """n_i . n_j of TILE rows and TILE columns; equal bits for equal pairs of rows."""
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    column = tl.minimum(column, rows - 1).to(tl.int64)
-    gram = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, width, DEPTH):
-        feature = start + tl.arange(0, DEPTH)
-        a = tl.load(n_ptr + row[:, None] * width + feature[None, :])
-        b = tl.load(n_ptr + column[None, :] * width + feature[:, None])
-        gram = tl.dot(a, b, gram, input_precision="tf32x3")
-    return gram
-
-
-@triton.jit
-def _squares_kernel(n_ptr, square_ptr, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """square[row] = n_i . n_i, by the arithmetic of the tiles."""
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    gram = _gram(n_ptr, row, row, rows, width, TILE, DEPTH)
-    square = tl.sum(tl.where(row[:, None] == row[None, :], gram, 0.0), 1)
-    tl.store(square_ptr + row, square, mask=row < rows)
-
-
-@triton.jit
-def _tiles_kernel(
-    n_ptr, square_ptr, nearest_ptr, sums_ptr, rows, width, TILE: tl.constexpr, DEPTH: tl.constexpr
-):
-    """nearest, sums[tile, row]: least distance from a row to those of a tile, and the sum of all.
-
-    A program on or above the diagonal fills its rows' part and, the distance being symmetric, its
-    columns'.
-    """
-    row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    if column_tile < row_tile:
-        return
-    row = (row_tile * TILE).to(tl.int32) + tl.arange(0, TILE)
-    column = (column_tile * TILE).to(tl.int32) + tl.arange(0, TILE)
-    gram = _gram(n_ptr, row, column, rows, width, TILE, DEPTH)
-    row_square = tl.load(square_ptr + row, mask=row < rows, other=1.0)[:, None]
-    column_square = tl.load(square_ptr + column, mask=column < rows, other=1.0)[None, :]
-    distance = 0.5 * (row_square + column_square) - gram
-    distance = tl.where(row_square * column_square == 0, 1.0, distance)
-    distance = tl.where(distance < 0, 0.0, distance)  # not minimum and maximum: NaN stays
-    distance = tl.where(distance > 2, 2.0, distance)
-    pair = (row[:, None] != column[None, :]) & (row < rows)[:, None] & (column < rows)[None, :]
-    least, term = tl.where(pair, distance, float("inf")), tl.where(pair, distance, 0.0)
-    sums = tl.sum(term, 1)  # NaN where one is, which tl.min drops
-    tl.store(nearest_ptr + column_tile * rows + row, tl.min(least, 1) + 0.0 * sums, mask=row < rows)
-    tl.store(sums_ptr + column_tile * rows + row, sums, mask=row < rows)
-    if column_tile > row_tile:
-        sums = tl.sum(term, 0)
-        at = row_tile * rows + column
-        tl.store(nearest_ptr + at, tl.min(least, 0) + 0.0 * sums, mask=column < rows)
-        tl.store(sums_ptr + at, sums, mask=column < rows)
-
-
 # ---- op ------------------------------------------------------------------------------------------
 
 
@@ -265,48 +211,38 @@ def _tiles_kernel(
 def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
     B, D = e_BD.shape
-    tiles = triton.cdiv(B, ROWS)
+    shape = launch_shape("nearest_cosine", B, D, e_BD.device, DEFAULT)
+    T = triton.cdiv(B, shape.rows)
     width = triton.cdiv(D, WHOLE) * WHOLE
     n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
     zero_B = e_BD.new_empty(B, dtype=torch.float32)
     leader_B = e_BD.new_empty(B, dtype=torch.int32)
-    bounds_T2 = e_BD.new_empty(tiles, 2, dtype=torch.int32)
+    bounds_T2 = e_BD.new_empty(T, 2, dtype=torch.int32)
     launch(
-        _normalise_kernel, (tiles,),
-        e_BD, group_B, n_BD, zero_B, leader_B, bounds_T2, B, D, width,
-        HAS_GROUPS=group_B is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+        _nearest_cosine_normalise_kernel, (T,), shape._replace(stages=3), e_ptr=e_BD,
+        group_ptr=group_B, n_ptr=n_BD, zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2,
+        rows=B, features=D, width=width, HAS_GROUPS=group_B is not None, ROWS=shape.rows,
+        BLOCK=shape.block,
     )  # fmt: skip
     if group_B is None and B > MANY:
-        return _one_group(n_BD)
+        return one_group(n_BD)
     parts_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
     sums_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
     nearest_B = e_BD.new_empty(B, dtype=torch.float32)
     mean_B = e_BD.new_empty(B, dtype=torch.float32)
     launch(
-        _chords_kernel, (tiles, SPLITS),
-        n_BD, zero_B, leader_B, bounds_T2, parts_SB, sums_SB, B, width,
-        ROWS=ROWS, COLUMNS=COLUMNS, SPLITS=SPLITS, LANES=LANES, STAGES=STAGES, num_warps=1,
+        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=1, stages=3), n_ptr=n_BD,
+        zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2, nearest_ptr=parts_SB,
+        sums_ptr=sums_SB, rows=B, width=width, ROWS=shape.rows, COLUMNS=COLUMNS, SPLITS=SPLITS,
+        LANES=LANES, STAGES=shape.stages,
     )  # fmt: skip
     launch(
-        _means_kernel, (tiles,),
-        parts_SB, sums_SB, zero_B, leader_B, bounds_T2, nearest_B, mean_B, B,
-        ROWS=ROWS, SPLITS=SPLITS, BLOCK=MEANS_BLOCK,
+        _nearest_cosine_means_kernel, (T,), shape._replace(warps=4, stages=3), parts_ptr=parts_SB,
+        sums_ptr=sums_SB, zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2,
+        nearest_ptr=nearest_B, mean_ptr=mean_B, rows=B, ROWS=shape.rows, SPLITS=SPLITS,
+        BLOCK=shape.chunk,
     )  # fmt: skip
     return nearest_B, mean_B
-
-
-def _one_group(n_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """The results for one group of many rows."""
-    B, D = n_BD.shape
-    T = triton.cdiv(B, TILE)
-    square_B = n_BD.new_empty(B)
-    nearest_TB = n_BD.new_empty(T, B)
-    sums_TB = n_BD.new_empty(T, B)
-    # the same tile and warps in both, so that equal rows get equal bits; two stages do not spill
-    launch(_squares_kernel, (T,), n_BD, square_B, B, D, TILE=TILE, DEPTH=DEPTH, num_stages=2)
-    launch(_tiles_kernel, (T, T), n_BD, square_B, nearest_TB, sums_TB, B, D, TILE=TILE, DEPTH=DEPTH)
-    mean = sums_TB.sum() / (B * (B - 1))
-    return nearest_TB.amin(0), mean.expand(B).contiguous()
 
 
 @_nearest_cosine_op.register_fake
@@ -341,3 +277,11 @@ def nearest_cosine(
         group_B = None if group_B is None else group_B.long().contiguous()
         return _nearest_cosine_op(e_BD.detach().contiguous(), group_B)
     return nearest_cosine_ref(e_BD, group_B)
+
+
+def examples(on: On) -> Examples:
+    """Groups, and one group of many rows; see `_examples.py`."""
+    (e_BD,) = on.samples(1)
+    yield "", list(nearest_cosine(e_BD, on.row_index() // 3, backend=on.backend))
+    (e_BD,) = replace(on, rows=MANY + 2, elements=40).samples(1)
+    yield "one_group", list(nearest_cosine(e_BD, backend=on.backend))

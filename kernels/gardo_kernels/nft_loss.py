@@ -31,34 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import (
-    Backend,
-    block_and_row,
-    choose_backend,
-    compute_dtype,
-    grid_of_rows,
-    launch,
-)
-from gardo_kernels._row_loss import (
-    BLOCK,
-    CHUNK,
-    ROWS_AT_A_TIME,
-    check_kl,
-    check_positive,
-    check_tensors,
-    constant_rows,
-    constant_samples,
-    empty_results,
-    error_where,
-    gated_kl_ref,
-    is_gated,
-    kernel_rows,
-    kl_pull,
-    load_fp32,
-    load_rows,
-    register_row_loss,
-    sum_chunks,
-)
+from gardo_kernels import _row_loss as shared
+from gardo_kernels._examples import Examples, On, with_gradient
+from gardo_kernels._launch import Backend, block_and_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +79,7 @@ def nft_loss_ref(
     plus_R, weight_plus_R = branch(b * v_RN + (1 - b) * v_old_RN)
     minus_R, weight_minus_R = branch((1 + b) * v_old_RN - b * v_RN)
     policy_R = policy_scale * (r_R * plus_R + (1 - r_R) * minus_R) / b
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
+    kl, kl_R = shared.gated_kl_ref(v_RN, v_ref_RN, gate_R, torch.ones_like(gate_R))
     return NftLoss(
         loss=policy_R.mean() + beta * kl,
         policy_R=policy_R.detach(),
@@ -118,7 +93,23 @@ def nft_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-STATISTICS = 9  # policy, KL, both weights, both weighted errors, and the gradient's three scalars
+# rows[statistic, row]: what is reported, and the gradient's three scalars
+POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS = (tl.constexpr(i) for i in range(6))
+PULL_PLUS, PULL_MINUS, KL_WEIGHT = (tl.constexpr(i) for i in range(6, 9))
+STATISTICS, FLAGS = 9, 0
+# sums[row, sum, chunk]: of absolute values and squares
+PLUS_1, PLUS_2, MINUS_1, MINUS_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
+SUMS = tl.constexpr(5)
+
+
+@triton.jit
+def _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b):
+    """e and s: the errors of the two branches are e - s and e + s."""
+    v_old = shared.load_fp32(v_old_ptr, at, inside)
+    x_t = shared.load_fp32(x_t_ptr, at, inside)
+    x0 = shared.load_fp32(x0_ptr, at, inside)
+    e = (x_t - x0) - t * v_old  # in this order: at small t x_t - x0 is exact or nearly
+    return e, t * b * (v - v_old)
 
 
 @triton.jit
@@ -128,7 +119,7 @@ def _nft_loss_sums_kernel(
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
     chunk, row = block_and_row(elements, CHUNK)
-    gated = is_gated(gate_ptr, row, BLOCK)
+    gated = shared.is_gated(gate_ptr, row, BLOCK)
     t = tl.load(t_ptr + row)
     plus_1 = tl.zeros((BLOCK,), tl.float32)
     plus_2 = tl.zeros((BLOCK,), tl.float32)
@@ -136,28 +127,22 @@ def _nft_loss_sums_kernel(
     minus_2 = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK, BLOCK):
-        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        inside = element < elements
-        at = row * elements + element
-        v = load_fp32(v_ptr, at, inside)
-        v_old = load_fp32(v_old_ptr, at, inside)
-        x_t = load_fp32(x_t_ptr, at, inside)
-        x0 = load_fp32(x0_ptr, at, inside)
-        e = (x_t - x0) - t * v_old  # in this order: at small t x_t - x0 is exact or nearly
-        s = t * b * (v - v_old)
+        at, inside = shared.elements_at(row, chunk * CHUNK + start, elements, BLOCK)
+        v = shared.load_fp32(v_ptr, at, inside)
+        e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
         plus_1 += tl.abs(e - s)
         plus_2 += (e - s) * (e - s)
         minus_1 += tl.abs(e + s)
         minus_2 += (e + s) * (e + s)
         if HAS_REF:
-            error = error_where(v, v_ref_ptr, at, inside & gated)
+            error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    at = sums_ptr + row * 5 * chunks + chunk
-    tl.store(at, tl.sum(plus_1))
-    tl.store(at + chunks, tl.sum(plus_2))
-    tl.store(at + 2 * chunks, tl.sum(minus_1))
-    tl.store(at + 3 * chunks, tl.sum(minus_2))
-    tl.store(at + 4 * chunks, tl.sum(error_2))
+    here = sums_ptr + row * SUMS * chunks + chunk
+    tl.store(here + chunks * PLUS_1, tl.sum(plus_1))
+    tl.store(here + chunks * PLUS_2, tl.sum(plus_2))
+    tl.store(here + chunks * MINUS_1, tl.sum(minus_1))
+    tl.store(here + chunks * MINUS_2, tl.sum(minus_2))
+    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
 
 
 @triton.jit
@@ -170,30 +155,32 @@ def _nft_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        t = load_rows(t_ptr, row, inside)
-        r = load_rows(r_ptr, row, inside)
-        gate = load_rows(gate_ptr, row, inside)
-        weight_plus = sum_chunks(sums_ptr, row, inside, chunks, 0, 5) / elements
-        weight_minus = sum_chunks(sums_ptr, row, inside, chunks, 2, 5) / elements
+        t = shared.load_rows(t_ptr, row, inside)
+        r = shared.load_rows(r_ptr, row, inside)
+        gate = shared.load_rows(gate_ptr, row, inside)
+        weight_plus = shared.sum_chunks(sums_ptr, row, inside, chunks, PLUS_1, SUMS) / elements
+        weight_minus = shared.sum_chunks(sums_ptr, row, inside, chunks, MINUS_1, SUMS) / elements
         weight_plus = tl.where(weight_plus < floor, floor, weight_plus)  # NaN stays
         weight_minus = tl.where(weight_minus < floor, floor, weight_minus)
-        plus = sum_chunks(sums_ptr, row, inside, chunks, 1, 5) / elements / weight_plus
-        minus = sum_chunks(sums_ptr, row, inside, chunks, 3, 5) / elements / weight_minus
-        kl = sum_chunks(sums_ptr, row, inside, chunks, 4, 5) / elements
-        policy = policy_scale * (r * plus + (1.0 - r) * minus) / b
+        plus_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, PLUS_2, SUMS) / elements
+        minus_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, MINUS_2, SUMS) / elements
+        loss_plus, loss_minus = plus_2 / weight_plus, minus_2 / weight_minus
+        kl = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+        policy = policy_scale * (r * loss_plus + (1.0 - r) * loss_minus) / b
         policy_sum += tl.sum(tl.where(inside, policy, 0.0))
         kl_sum += tl.sum(gate * kl)
         scale = 2.0 * t * policy_scale / (rows * 1.0 * elements)
-        at = rows_ptr + row
-        tl.store(at, policy, mask=inside)
-        tl.store(at + rows, kl, mask=inside)
-        tl.store(at + 2 * rows, weight_plus, mask=inside)
-        tl.store(at + 3 * rows, weight_minus, mask=inside)
-        tl.store(at + 4 * rows, plus, mask=inside)
-        tl.store(at + 5 * rows, minus, mask=inside)
-        tl.store(at + 6 * rows, -scale * r / weight_plus, mask=inside)
-        tl.store(at + 7 * rows, scale * (1.0 - r) / weight_minus, mask=inside)
-        tl.store(at + 8 * rows, beta * gate * (2.0 / (rows * 1.0 * elements)), mask=inside)
+        here = rows_ptr + row
+        tl.store(here + rows * POLICY, policy, mask=inside)
+        tl.store(here + rows * KL, kl, mask=inside)
+        tl.store(here + rows * WEIGHT_PLUS, weight_plus, mask=inside)
+        tl.store(here + rows * WEIGHT_MINUS, weight_minus, mask=inside)
+        tl.store(here + rows * LOSS_PLUS, loss_plus, mask=inside)
+        tl.store(here + rows * LOSS_MINUS, loss_minus, mask=inside)
+        tl.store(here + rows * PULL_PLUS, -scale * r / weight_plus, mask=inside)
+        tl.store(here + rows * PULL_MINUS, scale * (1.0 - r) / weight_minus, mask=inside)
+        kl_weight = beta * gate * (2.0 / (rows * 1.0 * elements))
+        tl.store(here + rows * KL_WEIGHT, kl_weight, mask=inside)
     tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows)
 
 
@@ -203,28 +190,20 @@ def _nft_loss_bwd_kernel(
     rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    inside = element < elements
-    at = row * elements + element
-    upstream, t = tl.load(upstream_ptr), tl.load(t_ptr + row)
-    plus = upstream * tl.load(rows_ptr + 6 * rows + row)
-    minus = upstream * tl.load(rows_ptr + 7 * rows + row)
-    kl_weight = upstream * tl.load(rows_ptr + 8 * rows + row)
-    v = load_fp32(v_ptr, at, inside)
-    v_old = load_fp32(v_old_ptr, at, inside)
-    x_t = load_fp32(x_t_ptr, at, inside)
-    x0 = load_fp32(x0_ptr, at, inside)
-    e = (x_t - x0) - t * v_old
-    s = t * b * (v - v_old)
+    row, at, inside = shared.elements_of(elements, BLOCK)
+    upstream, here, t = tl.load(upstream_ptr), rows_ptr + row, tl.load(t_ptr + row)
+    plus = upstream * tl.load(here + rows * PULL_PLUS)
+    minus = upstream * tl.load(here + rows * PULL_MINUS)
+    v = shared.load_fp32(v_ptr, at, inside)
+    e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
     grad = plus * (e - s) + minus * (e + s)
     if HAS_REF:
-        kl = tl.load(rows_ptr + rows + row)
-        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- ops -----------------------------------------------------------------------------------------
+# ---- op ------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gardo::nft_loss", mutates_args=())
@@ -234,21 +213,16 @@ def _nft_loss_op(
     floor: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
-    R, N = v_RN.shape
-    chunks = triton.cdiv(N, CHUNK)
-    sums_R5C = v_RN.new_empty(R, 5, chunks, dtype=torch.float32)
-    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, 0)
-    launch(
-        _nft_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
-        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, gate_R, sums_R5C, N, chunks, b,
-        HAS_REF=v_ref_RN is not None, CHUNK=CHUNK, BLOCK=BLOCK,
+    sums_RSC = shared.launch_sums(
+        "nft_loss", _nft_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, x_t_ptr=x_t_RN,
+        x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, gate_ptr=gate_R, b=b,
+        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
-    launch(
-        _nft_loss_rows_kernel, (1,),
-        sums_R5C, t_R, r_R, gate_R, rows_SR, loss, R, N, chunks, b,
-        beta if v_ref_RN is not None else 0.0, policy_scale, floor, ROWS=ROWS_AT_A_TIME,
+    return shared.launch_rows(
+        "nft_loss", _nft_loss_rows_kernel, v_RN, sums_RSC,
+        shared.empty_results(v_RN, STATISTICS, FLAGS), t_ptr=t_R, r_ptr=r_R, gate_ptr=gate_R, b=b,
+        beta=beta if v_ref_RN is not None else 0.0, policy_scale=policy_scale, floor=floor,
     )  # fmt: skip
-    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
@@ -257,18 +231,15 @@ def _nft_loss_grad_op(
     t_R: Tensor, rows_SR: Tensor, upstream: Tensor, b: float,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
-    R, N = v_RN.shape
-    grad_RN = torch.empty_like(v_RN)
-    launch(
-        _nft_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
-        v_RN, v_old_RN, x_t_RN, x0_RN, v_ref_RN, t_R, rows_SR, upstream, grad_RN, R, N, b,
-        HAS_REF=v_ref_RN is not None, BLOCK=BLOCK,
+    return shared.launch_gradient(
+        "nft_loss", _nft_loss_bwd_kernel, v_RN, rows_SR, upstream, v_old_ptr=v_old_RN,
+        x_t_ptr=x_t_RN, x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, b=b,
+        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
-    return grad_RN
 
 
-register_row_loss(
-    _nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, flags=0, tensors=6, constants=1
+shared.register_row_loss(
+    _nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=6, constants=1
 )
 
 
@@ -302,21 +273,28 @@ def nft_loss(
     ValueError for shapes, dtypes or devices that do not fit, b or floor not positive, beta
     negative, and beta > 0 with neither v_ref nor a gate. Source: arXiv 2509.16117.
     """
-    op = "nft_loss"
-    samples = {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
+    op, samples = "nft_loss", {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
     row_values = {"t": t, "r": r, "gate": gate}
-    check_tensors(op, v, samples, row_values)
-    check_positive(op, b=b, floor=floor)
-    check_kl(op, beta, gate, v_ref)
-    dtype = compute_dtype(v, v_old, x_t, x0)
-    kernels = choose_backend(op, backend, v, v_old, x_t, x0) == "triton"
-    values = row_values.values()
-    inputs = [
-        *constant_samples(None if kernels else dtype, *samples.values()),
-        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(beta, policy_scale, floor, b),
-    ]
+    shared.check_tensors(op, v, samples, row_values)
+    shared.check_positive(op, b=b, floor=floor)
+    shared.check_kl(op, beta, gate, v_ref)
+    kernels, inputs = shared.prepared(
+        op, backend, (v, v_old, x_t, x0), samples.values(), row_values.values()
+    )
+    inputs += (beta, policy_scale, floor, b)
     if not kernels:
-        return nft_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR, _ = _nft_loss_op(v.flatten(1).contiguous(), *inputs)
-    return NftLoss(loss, *rows_SR.unbind(0)[:6])
+        return nft_loss_ref(*inputs)
+    loss, rows_SR, _ = _nft_loss_op(*inputs)
+    reported = (POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS)
+    return NftLoss(loss, *(rows_SR[i.value] for i in reported))
+
+
+def examples(on: On) -> Examples:
+    """With a reference, weighted; see `_examples.py`."""
+    v_old, moved, x_t, x0, v_ref = on.samples(5)
+    v, t = (v_old + 0.1 * moved).requires_grad_(), on.row_values(0.2, 0.8)
+    out = nft_loss(
+        v, v_old, x_t, x0, t, r=t, b=1.0, gate=t, v_ref=v_ref, beta=0.1, policy_scale=1.0,
+        backend=on.backend,
+    )  # fmt: skip
+    yield "", with_gradient(out, v)

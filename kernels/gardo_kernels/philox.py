@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gardo_kernels._examples import Examples, On
 from gardo_kernels._launch import (
     INTERPRETED,
     Backend,
@@ -45,6 +46,7 @@ from gardo_kernels._launch import (
     grid_of_rows,
     launch,
 )
+from gardo_kernels._launch_shape import launch_shape
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -171,7 +173,7 @@ def normal_pair(word_a, word_b, FAST: tl.constexpr):
 
 
 @triton.jit
-def low_high(value):
+def halves(value):
     """The 32-bit halves of a 64-bit integer, as uint32."""
     bits = value.to(tl.uint64)
     return (bits & 0xFFFFFFFF).to(tl.uint32), (bits >> 32).to(tl.uint32)
@@ -190,8 +192,8 @@ def _random_kernel(
 ):  # fmt: skip
     """out[row, :count], BLOCK elements of a row in each program."""
     block, row = block_and_row(count, BLOCK)
-    seed_low, seed_high = low_high(tl.load(seed_ptr))
-    id_low, id_high = low_high(tl.load(id_ptr + row))
+    seed_low, seed_high = halves(tl.load(seed_ptr))
+    id_low, id_high = halves(tl.load(id_ptr + row))
     quads = tl.arange(0, BLOCK // 4)
     quad = (block.to(tl.int64) * (BLOCK // 4) + quads).to(tl.uint32)
     a, b, c, d = philox_words(quad, stream.to(tl.uint32), id_low, id_high, seed_low, seed_high)
@@ -209,13 +211,14 @@ def _random_kernel(
 
 def _random(kind: tl.constexpr, seed: Seed, sample_id_B: Tensor, stream: int, count: int) -> Tensor:
     """[B, count] from the kernel: int64 for BITS, else fp32."""
-    device, block = sample_id_B.device, 1024
+    B, device = len(sample_id_B), sample_id_B.device
+    shape = launch_shape("philox", B, count, device)
     dtype = torch.int64 if kind is BITS else torch.float32
-    out = torch.empty(len(sample_id_B), count, dtype=dtype, device=device)
+    out = torch.empty(B, count, dtype=dtype, device=device)
     launch(
-        _random_kernel, grid_of_rows(len(sample_id_B), count, block),
-        out, seed_tensor(seed, device), sample_id_B.contiguous(), stream, count,
-        KIND=kind, FAST=not INTERPRETED, BLOCK=block,
+        _random_kernel, grid_of_rows(B, count, shape.block), shape, out_ptr=out,
+        seed_ptr=seed_tensor(seed, device), id_ptr=sample_id_B.contiguous(), stream=stream,
+        count=count, KIND=kind, FAST=not INTERPRETED, BLOCK=shape.block,
     )  # fmt: skip
     return out
 
@@ -284,3 +287,11 @@ def check_ids(op: str, sample_id: Tensor) -> None:
             f"{op}: sample_id has shape {tuple(sample_id.shape)} and dtype {sample_id.dtype}; pass "
             "[B] int64, B at least 1"
         )
+
+
+def examples(on: On) -> Examples:
+    """The three kinds; see `_examples.py`."""
+    ids, count = on.row_index(), on.elements
+    yield "bits", [random_bits(1, ids, 3, count, backend=on.backend)]
+    yield "uniform", [random_uniform(1, ids, 3, count, backend=on.backend)]
+    yield "normal", [random_normal(1, ids, 3, (count,), backend=on.backend)]

@@ -33,10 +33,10 @@ arXiv 2510.22319.
 Least traffic: v, v_old, u, and v_ref of gated rows, once for the row sums and once for the
 gradient, which is written. Called once for each micro-batch by `gardo.algorithms`.
 
-Three launches: partial sums of CHUNK elements of a row in each program; one program that adds them
-in a fixed order and makes every row's statistics, the loss and the gradient's two scalars; the
-gradient. No atomics, no host synchronisation, the same bits every time. Nothing is kept for the
-backward pass but the inputs and the rows.
+Three launches: partial sums of a chunk of a row in each program; one program that adds them in a
+fixed order and makes every row's statistics, the loss and the gradient's two scalars; the gradient.
+No atomics, no host synchronisation, the same bits every time. Nothing is kept for the backward pass
+but the inputs and the rows.
 
 Shapes: R rows, N elements (any dimensions after the first).
 """
@@ -48,40 +48,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import (
-    Backend,
-    block_and_row,
-    choose_backend,
-    compute_dtype,
-    grid_of_rows,
-    launch,
-)
-from gardo_kernels._row_loss import (
-    BLOCK,
-    CHUNK,
-    ROWS_AT_A_TIME,
-    check_kl,
-    check_not_negative,
-    check_tensors,
-    clipped_term,
-    clipped_term_ref,
-    constant_rows,
-    constant_samples,
-    empty_results,
-    error_where,
-    exp_near_0,
-    gated_difference,
-    gated_kl_ref,
-    is_gated,
-    kernel_rows,
-    kl_pull,
-    load_fp32,
-    load_rows,
-    log_bounds,
-    register_row_loss,
-    sum_chunks,
-    within,
-)
+from gardo_kernels import _row_loss as shared
+from gardo_kernels._examples import Examples, On, with_gradient
+from gardo_kernels._launch import Backend, block_and_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,53 +85,30 @@ def policy_loss_ref(
         gain_R = gain_R - delta_RN.square().mean(1)
     log_ratio_R = h_R * B_R.square() * gain_R
     ratio_R = log_ratio_R.exp()
-    term_R, high_R, low_R = clipped_term_ref(advantage_R, log_ratio_R, ratio_R, clip_low, clip_high)
+    term_R, clipped_high_R, clipped_low_R = shared.clipped_term_ref(
+        advantage_R, log_ratio_R, ratio_R, clip_low, clip_high
+    )
     policy_R = weight_R * term_R
-    kl, kl_R = gated_kl_ref(v_RN, v_ref_RN, gate_R, kl_scale_R)
+    kl, kl_R = shared.gated_kl_ref(v_RN, v_ref_RN, gate_R, kl_scale_R)
     return PolicyLoss(
         loss=policy_R.mean() + beta * kl,
         loss_R=policy_R.detach(),
         ratio_R=ratio_R.detach(),
         log_ratio_R=log_ratio_R.detach(),
         kl_R=kl_R.detach(),
-        clipped_high_R=high_R,
-        clipped_low_R=low_R,
+        clipped_high_R=clipped_high_R,
+        clipped_low_R=clipped_low_R,
     )
-
-
-@torch.no_grad()
-def policy_loss_grad_ref(
-    v: Tensor, v_old: Tensor, u: Tensor, *, advantage: Tensor, h: Tensor, B: Tensor,
-    weight: Tensor | None = None, gate: Tensor | None = None, v_ref: Tensor | None = None,
-    kl_scale: Tensor | None = None, clip_low: float = 1e-4, clip_high: float = 1e-4,
-    beta: float = 0.0, adv_clip: float = 5.0, quadratic: bool = True,
-) -> Tensor:  # fmt: skip
-    """dL/dv in closed form: [R, ...] fp32, or fp64 for fp64 inputs. Arguments as `policy_loss`."""
-    out = policy_loss(
-        v, v_old, u, advantage=advantage, h=h, B=B, clip_low=clip_low, clip_high=clip_high,
-        adv_clip=adv_clip, quadratic=quadratic, backend="torch",
-    )  # fmt: skip
-    dtype = compute_dtype(v, v_old, u)
-    v_RN, v_old_RN, u_RN, v_ref_RN = constant_samples(dtype, v, v_old, u, v_ref)
-    advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R = constant_rows(
-        v, dtype, advantage, h, B, weight, gate, kl_scale
-    )
-    R, N = v_RN.shape
-    moving_R = out.ratio_R.masked_fill(out.clipped_high_R | out.clipped_low_R, 0.0)
-    policy_weight_R = weight_R * advantage_R.clamp(-adv_clip, adv_clip) * moving_R
-    policy_weight_R = policy_weight_R * 2 * h_R * B_R.square() / (R * N)
-    direction_RN = u_RN - (v_RN - v_old_RN) if quadratic else u_RN
-    grad_RN = -policy_weight_R[:, None] * direction_RN
-    if v_ref_RN is not None:
-        kl_weight_R = beta * gate_R * 2 * kl_scale_R / (R * N)
-        grad_RN = grad_RN + kl_weight_R[:, None] * gated_difference(v_RN, v_ref_RN, gate_R)
-    return grad_RN.view(v.shape)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-STATISTICS = 6  # policy, ratio, log-ratio, KL, and the gradient's two scalars
-FLAGS = 2  # clipped high, clipped low
+# rows[statistic, row]: what is reported, and the gradient's two scalars
+POLICY, RATIO, LOG_RATIO, KL, POLICY_WEIGHT, KL_WEIGHT = (tl.constexpr(i) for i in range(6))
+STATISTICS, FLAGS = 6, 2  # flags: clipped high, clipped low
+# sums[row, sum, chunk]
+GAIN, ERROR_2 = (tl.constexpr(i) for i in range(2))
+SUMS = tl.constexpr(2)
 
 
 @triton.jit
@@ -172,25 +118,23 @@ def _policy_loss_sums_kernel(
 ):  # fmt: skip
     """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
     chunk, row = block_and_row(elements, CHUNK)
-    gated = is_gated(gate_ptr, row, BLOCK)
+    gated = shared.is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
     error_2 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, CHUNK, BLOCK):
-        element = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        inside = element < elements
-        at = row * elements + element
-        v = load_fp32(v_ptr, at, inside)
-        delta = v - load_fp32(v_old_ptr, at, inside)
-        pull = 2.0 * load_fp32(u_ptr, at, inside)
+        at, inside = shared.elements_at(row, chunk * CHUNK + start, elements, BLOCK)
+        v = shared.load_fp32(v_ptr, at, inside)
+        delta = v - shared.load_fp32(v_old_ptr, at, inside)
+        pull = 2.0 * shared.load_fp32(u_ptr, at, inside)
         if QUADRATIC:
             pull -= delta
         gain += pull * delta
         if HAS_REF:
-            error = error_where(v, v_ref_ptr, at, inside & gated)
+            error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    at = sums_ptr + row * 2 * chunks + chunk
-    tl.store(at, tl.sum(gain))
-    tl.store(at + chunks, tl.sum(error_2))
+    here = sums_ptr + row * SUMS * chunks + chunk
+    tl.store(here + chunks * GAIN, tl.sum(gain))
+    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
 
 
 @triton.jit
@@ -204,33 +148,35 @@ def _policy_loss_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
-        advantage = load_rows(advantage_ptr, row, inside)
-        advantage = within(advantage, -adv_clip, adv_clip)
-        B = load_rows(B_ptr, row, inside)
-        strength = load_rows(h_ptr, row, inside) * B * B
-        weight = load_rows(weight_ptr, row, inside)
-        gate = load_rows(gate_ptr, row, inside)
-        kl_scale = load_rows(kl_scale_ptr, row, inside)
-        log_ratio = strength * (sum_chunks(sums_ptr, row, inside, chunks, 0, 2) / elements)
-        ratio = exp_near_0(log_ratio)
-        term, high, low = clipped_term(
+        advantage = shared.load_rows(advantage_ptr, row, inside)
+        advantage = shared.clamp(advantage, -adv_clip, adv_clip)
+        B = shared.load_rows(B_ptr, row, inside)
+        strength = shared.load_rows(h_ptr, row, inside) * B * B
+        weight = shared.load_rows(weight_ptr, row, inside)
+        gate = shared.load_rows(gate_ptr, row, inside)
+        kl_scale = shared.load_rows(kl_scale_ptr, row, inside)
+        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
+        error_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+        log_ratio = strength * gain
+        ratio = shared.exp_near_0(log_ratio)
+        term, clipped_high, clipped_low = shared.clipped_term(
             advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
         )
         policy = weight * term
-        kl = kl_scale * (sum_chunks(sums_ptr, row, inside, chunks, 1, 2) / elements)
+        kl = kl_scale * error_2
         policy_sum += tl.sum(policy)  # rows outside weigh 0
         kl_sum += tl.sum(gate * kl)
-        moves = weight * advantage * tl.where(high | low, 0.0, ratio)
+        moves = weight * advantage * tl.where(clipped_high | clipped_low, 0.0, ratio)
         scale = 2.0 / (rows * 1.0 * elements)
-        at = rows_ptr + row
-        tl.store(at, policy, mask=inside)
-        tl.store(at + rows, ratio, mask=inside)
-        tl.store(at + 2 * rows, log_ratio, mask=inside)
-        tl.store(at + 3 * rows, kl, mask=inside)
-        tl.store(at + 4 * rows, moves * (strength * scale), mask=inside)
-        tl.store(at + 5 * rows, beta * gate * (kl_scale * scale), mask=inside)
-        tl.store(flags_ptr + row, high, mask=inside)
-        tl.store(flags_ptr + rows + row, low, mask=inside)
+        here = rows_ptr + row
+        tl.store(here + rows * POLICY, policy, mask=inside)
+        tl.store(here + rows * RATIO, ratio, mask=inside)
+        tl.store(here + rows * LOG_RATIO, log_ratio, mask=inside)
+        tl.store(here + rows * KL, kl, mask=inside)
+        tl.store(here + rows * POLICY_WEIGHT, moves * (strength * scale), mask=inside)
+        tl.store(here + rows * KL_WEIGHT, beta * gate * (kl_scale * scale), mask=inside)
+        tl.store(flags_ptr + row, clipped_high, mask=inside)
+        tl.store(flags_ptr + rows + row, clipped_low, mask=inside)
     tl.store(loss_ptr, policy_sum / rows + beta * kl_sum / rows)
 
 
@@ -240,25 +186,21 @@ def _policy_loss_bwd_kernel(
     HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
-    block, row = block_and_row(elements, BLOCK)
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    inside = element < elements
-    at = row * elements + element
-    upstream = tl.load(upstream_ptr)
-    policy_weight = upstream * tl.load(rows_ptr + 4 * rows + row)
-    kl_weight = upstream * tl.load(rows_ptr + 5 * rows + row)
-    v = load_fp32(v_ptr, at, inside)
-    direction = load_fp32(u_ptr, at, inside)
+    row, at, inside = shared.elements_of(elements, BLOCK)
+    upstream, here = tl.load(upstream_ptr), rows_ptr + row
+    policy_weight = upstream * tl.load(here + rows * POLICY_WEIGHT)
+    v = shared.load_fp32(v_ptr, at, inside)
+    direction = shared.load_fp32(u_ptr, at, inside)
     if QUADRATIC:
-        direction -= v - load_fp32(v_old_ptr, at, inside)
+        direction -= v - shared.load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
     if HAS_REF:
-        kl = tl.load(rows_ptr + 3 * rows + row)
-        grad += kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
+        kl_ptr, kl_weight_ptr = here + rows * KL, here + rows * KL_WEIGHT
+        grad += shared.kl_gradient(v, v_ref_ptr, upstream, kl_ptr, kl_weight_ptr, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- ops -----------------------------------------------------------------------------------------
+# ---- op ------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("gardo::policy_loss", mutates_args=())
@@ -269,22 +211,18 @@ def _policy_loss_op(
     beta: float, adv_clip: float, quadratic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
-    R, N = v_RN.shape
-    chunks = triton.cdiv(N, CHUNK)
-    sums_R2C = v_RN.new_empty(R, 2, chunks, dtype=torch.float32)
-    loss, rows_SR, flags_FR = empty_results(v_RN, STATISTICS, FLAGS)
-    launch(
-        _policy_loss_sums_kernel, grid_of_rows(R, N, CHUNK),
-        v_RN, v_old_RN, u_RN, v_ref_RN, gate_R, sums_R2C, N, chunks,
-        HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, CHUNK=CHUNK, BLOCK=BLOCK,
+    log_low, log_high = shared.log_bounds(clip_low, clip_high)
+    sums_RSC = shared.launch_sums(
+        "policy_loss", _policy_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, u_ptr=u_RN,
+        v_ref_ptr=v_ref_RN, gate_ptr=gate_R, HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic,
     )  # fmt: skip
-    launch(
-        _policy_loss_rows_kernel, (1,),
-        sums_R2C, advantage_R, h_R, B_R, weight_R, gate_R, kl_scale_R, rows_SR, flags_FR, loss,
-        R, N, chunks, *log_bounds(clip_low, clip_high), clip_low, clip_high,
-        beta if v_ref_RN is not None else 0.0, adv_clip, ROWS=ROWS_AT_A_TIME,
+    return shared.launch_rows(
+        "policy_loss", _policy_loss_rows_kernel, v_RN, sums_RSC,
+        shared.empty_results(v_RN, STATISTICS, FLAGS), advantage_ptr=advantage_R, h_ptr=h_R,
+        B_ptr=B_R, weight_ptr=weight_R, gate_ptr=gate_R, kl_scale_ptr=kl_scale_R, log_low=log_low,
+        log_high=log_high, clip_low=clip_low, clip_high=clip_high,
+        beta=beta if v_ref_RN is not None else 0.0, adv_clip=adv_clip,
     )  # fmt: skip
-    return loss, rows_SR, flags_FR
 
 
 @torch.library.custom_op("gardo::policy_loss_grad", mutates_args=())
@@ -293,24 +231,16 @@ def _policy_loss_grad_op(
     rows_SR: Tensor, upstream: Tensor, quadratic: bool,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
-    R, N = v_RN.shape
-    grad_RN = torch.empty_like(v_RN)
-    launch(
-        _policy_loss_bwd_kernel, grid_of_rows(R, N, BLOCK),
-        v_RN, v_old_RN, u_RN, v_ref_RN, rows_SR, upstream, grad_RN, R, N,
-        HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic, BLOCK=BLOCK,
+    return shared.launch_gradient(
+        "policy_loss", _policy_loss_bwd_kernel, v_RN, rows_SR, upstream, v_old_ptr=v_old_RN,
+        u_ptr=u_RN, v_ref_ptr=v_ref_RN, HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic,
     )  # fmt: skip
-    return grad_RN
 
 
-register_row_loss(
-    _policy_loss_op,
-    _policy_loss_grad_op,
-    statistics=STATISTICS,
-    flags=FLAGS,
-    tensors=4,
+shared.register_row_loss(
+    _policy_loss_op, _policy_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4,
     constants=1,
-)
+)  # fmt: skip
 
 
 def policy_loss(
@@ -350,23 +280,32 @@ def policy_loss(
     reference. Sources: Flow-GRPO, arXiv 2505.05470, eq. 5; GARDO, arXiv 2512.24138, eq. 7;
     GRPO-Guard, arXiv 2510.22319.
     """
-    op = "policy_loss"
+    op, samples = "policy_loss", {"v_old": v_old, "u": u, "v_ref": v_ref}
     row_values = {
         "advantage": advantage, "h": h, "B": B, "weight": weight, "gate": gate, "kl_scale": kl_scale
     }  # fmt: skip
-    check_tensors(op, v, {"v_old": v_old, "u": u, "v_ref": v_ref}, row_values)
-    check_not_negative(op, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
-    check_kl(op, beta, gate, v_ref)
-    dtype = compute_dtype(v, v_old, u)
-    kernels = choose_backend(op, backend, v, v_old, u) == "triton"
-    values = row_values.values()
-    inputs = [
-        *constant_samples(None if kernels else dtype, v_old, u, v_ref),
-        *(kernel_rows(*values) if kernels else constant_rows(v, dtype, *values)),
-        *(clip_low, clip_high, beta, adv_clip, quadratic),
-    ]
+    shared.check_tensors(op, v, samples, row_values)
+    shared.check_not_negative(op, clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
+    shared.check_kl(op, beta, gate, v_ref)
+    kernels, inputs = shared.prepared(
+        op, backend, (v, v_old, u), samples.values(), row_values.values()
+    )
+    inputs += (clip_low, clip_high, beta, adv_clip, quadratic)
     if not kernels:
-        return policy_loss_ref(v.flatten(1).to(dtype), *inputs)
-    loss, rows_SR, flags_FR = _policy_loss_op(v.flatten(1).contiguous(), *inputs)
-    policy_R, ratio_R, log_ratio_R, kl_R, *_ = rows_SR.unbind(0)
-    return PolicyLoss(loss, policy_R, ratio_R, log_ratio_R, kl_R, *flags_FR.unbind(0))
+        return policy_loss_ref(*inputs)
+    loss, rows_SR, flags_FR = _policy_loss_op(*inputs)
+    statistics = (rows_SR[i.value] for i in (POLICY, RATIO, LOG_RATIO, KL))
+    return PolicyLoss(loss, *statistics, *flags_FR.unbind(0))
+
+
+def examples(on: On) -> Examples:
+    """With everything, and with what may be left out left out; see `_examples.py`."""
+    v_old, moved, u, v_ref = on.samples(4)
+    rows = on.row_values(0.5, 1.5)
+    for name, optional in (("", rows), ("plain", None)):
+        v = (v_old + 0.1 * moved).requires_grad_()
+        out = policy_loss(
+            v, v_old, u, advantage=rows - 1, h=rows, B=-rows, weight=optional, gate=rows > 1,
+            v_ref=v_ref, kl_scale=optional, beta=0.1, backend=on.backend,
+        )  # fmt: skip
+        yield name, with_gradient(out, v)

@@ -22,12 +22,14 @@ Shapes: R rows, N elements (any dimensions after the first), T steps, K columns 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gardo_kernels._examples import Examples, On
 from gardo_kernels._launch import (
     INTERPRETED,
     Backend,
@@ -41,11 +43,12 @@ from gardo_kernels._launch import (
     grid_of_rows,
     launch,
 )
+from gardo_kernels._launch_shape import launch_shape
 from gardo_kernels.philox import (
     Seed,
     check_ids,
+    halves,
     interleave,
-    low_high,
     normal_pair,
     philox_words,
     random_normal_ref,
@@ -54,7 +57,6 @@ from gardo_kernels.philox import (
 
 # What a table of steps begins with; more columns may follow.
 STEP_COLUMNS = ("sigma", "A", "B", "C", "std", "u_scale")
-BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +93,10 @@ def sde_step_ref(
     )
     velocity = v
     if uncond is not None:
-        low, wide = uncond.to(dtype), v.to(dtype)
-        velocity = (low + guidance * (wide - low)).to(v.dtype)
-    wide = velocity.to(dtype)
-    x_next = A * x.to(dtype) + B * wide
+        start = uncond.to(dtype)
+        velocity = (start + guidance * (v.to(dtype) - start)).to(v.dtype)
+    stepped = velocity.to(dtype)
+    x_next = A * x.to(dtype) + B * stepped
     for coefficient, term in ((C, m_prev), (std, z)):
         if term is not None:
             x_next = x_next + coefficient * term.to(dtype)
@@ -106,7 +108,7 @@ def sde_step_ref(
         model_input=x_next,
         velocity=velocity,
         u=(u_scale * z).detach(),
-        m=x.to(dtype) - sigma * wide,
+        m=x.to(dtype) - sigma * stepped,
         square_R=(std * z).detach().square().flatten(1).mean(1),
     )
 
@@ -117,43 +119,43 @@ def sde_step_ref(
 @triton.jit
 def _sde_step_fwd_kernel(
     x_ptr, v_ptr, uncond_ptr, m_prev_ptr, table_ptr, step_ptr, seed_ptr, id_ptr,
-    x_next_ptr, low_ptr, velocity_ptr, u_ptr, m_ptr, sums_ptr,
+    x_next_ptr, model_input_ptr, velocity_ptr, u_ptr, m_ptr, sums_ptr,
     elements, steps, columns, guidance,
-    HAS_NOISE: tl.constexpr, GUIDED: tl.constexpr, HAS_M: tl.constexpr, KEEP_LOW: tl.constexpr,
-    KEEP_U: tl.constexpr, KEEP_M: tl.constexpr, KEEP_SQUARE: tl.constexpr, FAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_NOISE: tl.constexpr, GUIDED: tl.constexpr, HAS_M: tl.constexpr,
+    KEEP_MODEL_INPUT: tl.constexpr, KEEP_U: tl.constexpr, KEEP_M: tl.constexpr,
+    KEEP_SQUARE: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of a row; sums[row, block] = the block's sum of (std z)^2."""
     block, row = block_and_row(elements, BLOCK)
     step = tl.load(step_ptr + row)
-    within = (step >= 0) & (step < steps)  # a step outside the table gives NaN
-    at = table_ptr + step * columns
-    sigma = tl.load(at, mask=within, other=float("nan"))
-    A = tl.load(at + 1, mask=within, other=float("nan"))
-    B = tl.load(at + 2, mask=within, other=float("nan"))
-    C = tl.load(at + 3, mask=within, other=float("nan"))
-    std = tl.load(at + 4, mask=within, other=float("nan"))
-    u_scale = tl.load(at + 5, mask=within, other=float("nan"))
+    in_table = (step >= 0) & (step < steps)  # a step outside the table gives NaN
+    entry = table_ptr + step * columns
+    sigma = tl.load(entry, mask=in_table, other=float("nan"))
+    A = tl.load(entry + 1, mask=in_table, other=float("nan"))
+    B = tl.load(entry + 2, mask=in_table, other=float("nan"))
+    C = tl.load(entry + 3, mask=in_table, other=float("nan"))
+    std = tl.load(entry + 4, mask=in_table, other=float("nan"))
+    u_scale = tl.load(entry + 5, mask=in_table, other=float("nan"))
     element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
-    here = row * elements + element
-    x = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    at = row * elements + element
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
-        uncond = tl.load(uncond_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        rounded = (uncond + guidance * (v - uncond)).to(velocity_ptr.dtype.element_ty)
-        tl.store(velocity_ptr + here, rounded, mask=inside)
-        v = rounded.to(tl.float32)
+        uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        velocity = (uncond + guidance * (v - uncond)).to(velocity_ptr.dtype.element_ty)
+        tl.store(velocity_ptr + at, velocity, mask=inside)
+        v = velocity.to(tl.float32)
     x_next = A * x + B * v
     if HAS_M:
-        x_next += C * tl.load(m_prev_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        x_next += C * tl.load(m_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
     else:
         x_next += tl.where(C == 0, 0.0, float("nan"))
     noise = tl.zeros((BLOCK,), tl.float32)
     if HAS_NOISE:
         if std != 0:
-            seed_low, seed_high = low_high(tl.load(seed_ptr))
-            id_low, id_high = low_high(tl.load(id_ptr + row))
+            seed_low, seed_high = halves(tl.load(seed_ptr))
+            id_low, id_high = halves(tl.load(id_ptr + row))
             quad = (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
             a, b, c, d = philox_words(
                 quad, step.to(tl.uint32), id_low, id_high, seed_low, seed_high
@@ -164,13 +166,14 @@ def _sde_step_fwd_kernel(
         x_next += std * noise
     else:
         x_next += tl.where(std == 0, 0.0, float("nan"))
-    tl.store(x_next_ptr + here, x_next, mask=inside)
-    if KEEP_LOW:
-        tl.store(low_ptr + here, x_next.to(low_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_next_ptr + at, x_next, mask=inside)
+    if KEEP_MODEL_INPUT:
+        rounded = x_next.to(model_input_ptr.dtype.element_ty)
+        tl.store(model_input_ptr + at, rounded, mask=inside)
     if KEEP_U:
-        tl.store(u_ptr + here, u_scale * noise, mask=inside)
+        tl.store(u_ptr + at, u_scale * noise, mask=inside)
     if KEEP_M:
-        tl.store(m_ptr + here, x - sigma * v, mask=inside)
+        tl.store(m_ptr + at, x - sigma * v, mask=inside)
     if KEEP_SQUARE:
         square = tl.sum(tl.where(inside, noise * noise, 0.0)) * std * std
         tl.store(sums_ptr + tl.program_id(0), square)
@@ -178,70 +181,63 @@ def _sde_step_fwd_kernel(
 
 # ---- op ------------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op("gardo::sde_step", mutates_args=())
-def _sde_step_op(
-    x_RN: Tensor,
-    v_RN: Tensor,
-    uncond_RN: Tensor | None,
-    m_prev_RN: Tensor | None,
-    table_TK: Tensor,
-    step_R: Tensor,
-    seed: Tensor | None,
-    sample_id_R: Tensor | None,
-    guidance: float,
-    model_dtype: torch.dtype,
-    keep_u: bool,
-    keep_m: bool,
-    keep_square: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x', its copy, the guided velocity, u, m [R, N], sums [R, blocks]; empty where not kept."""
-    R, N = x_RN.shape
-    guided, keep_low = uncond_RN is not None, model_dtype != torch.float32
-    outputs = _empty(x_RN, v_RN, guided, model_dtype, keep_u, keep_m, keep_square)
-    launch(
-        _sde_step_fwd_kernel, grid_of_rows(R, N, BLOCK),
-        x_RN, v_RN, uncond_RN, m_prev_RN, table_TK, step_R, seed, sample_id_R, *outputs,
-        N, *table_TK.shape, guidance,
-        HAS_NOISE=seed is not None, GUIDED=guided, HAS_M=m_prev_RN is not None, KEEP_LOW=keep_low,
-        KEEP_U=keep_u, KEEP_M=keep_m, KEEP_SQUARE=keep_square, FAST=not INTERPRETED, BLOCK=BLOCK,
-    )  # fmt: skip
-    return outputs
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _empty(
-    x_RN: Tensor,
-    v_RN: Tensor,
-    guided: bool,
-    model_dtype: torch.dtype,
-    keep_u: bool,
-    keep_m: bool,
-    keep_square: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, model_dtype: torch.dtype, keep_u: bool,
+    keep_m: bool, keep_square: bool,
+) -> Outputs:  # fmt: skip
+    """x', its copy, the guided velocity, u, m [R, N], square [R]; empty where not asked for."""
     R, N = x_RN.shape
 
-    def empty(kept: bool, dtype: torch.dtype, width: int = N) -> Tensor:
-        return x_RN.new_empty((R, width) if kept else (0,), dtype=dtype)
+    def empty(kept: bool, dtype: torch.dtype = torch.float32, *, size: tuple[int, ...]) -> Tensor:
+        return x_RN.new_empty(size if kept else (0,), dtype=dtype)
 
     return (
-        empty(True, torch.float32),
-        empty(model_dtype != torch.float32, model_dtype),
-        empty(guided, v_RN.dtype),
-        empty(keep_u, torch.float32),
-        empty(keep_m, torch.float32),
-        empty(keep_square, torch.float32, triton.cdiv(N, BLOCK)),
+        empty(True, size=(R, N)),
+        empty(model_dtype != torch.float32, model_dtype, size=(R, N)),
+        empty(uncond_RN is not None, v_RN.dtype, size=(R, N)),
+        empty(keep_u, size=(R, N)),
+        empty(keep_m, size=(R, N)),
+        empty(keep_square, size=(R,)),
     )
 
 
+@torch.library.custom_op("gardo::sde_step", mutates_args=())
+def _sde_step_op(
+    x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, m_prev_RN: Tensor | None,
+    table_TK: Tensor, step_R: Tensor, seed: Tensor | None, sample_id_R: Tensor | None,
+    guidance: float, model_dtype: torch.dtype, keep_u: bool, keep_m: bool, keep_square: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`Outputs` of inputs that are contiguous, as `_empty` lays them out."""
+    (R, N), (steps, columns) = x_RN.shape, table_TK.shape
+    shape = launch_shape("sde_step", R, N, x_RN.device)
+    x_next, model_input, velocity, u, m, square_R = _empty(
+        x_RN, v_RN, uncond_RN, model_dtype, keep_u, keep_m, keep_square
+    )
+    sums_RC = square_R.new_empty(len(square_R), triton.cdiv(N, shape.block))
+    launch(
+        _sde_step_fwd_kernel, grid_of_rows(R, N, shape.block), shape, x_ptr=x_RN, v_ptr=v_RN,
+        uncond_ptr=uncond_RN, m_prev_ptr=m_prev_RN, table_ptr=table_TK, step_ptr=step_R,
+        seed_ptr=seed, id_ptr=sample_id_R, x_next_ptr=x_next, model_input_ptr=model_input,
+        velocity_ptr=velocity, u_ptr=u, m_ptr=m, sums_ptr=sums_RC, elements=N, steps=steps,
+        columns=columns, guidance=guidance, HAS_NOISE=seed is not None,
+        GUIDED=uncond_RN is not None, HAS_M=m_prev_RN is not None,
+        KEEP_MODEL_INPUT=model_dtype != torch.float32, KEEP_U=keep_u, KEEP_M=keep_m,
+        KEEP_SQUARE=keep_square, FAST=not INTERPRETED, BLOCK=shape.block,
+    )  # fmt: skip
+    if keep_square:
+        square_R = sums_RC.sum(1) / N
+    return x_next, model_input, velocity, u, m, square_R
+
+
 @_sde_step_op.register_fake
-def _(
-    x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, m: object, table: object, step: object,
-    seed: object, sample_id: object, guidance: float, model_dtype: torch.dtype, *keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return _empty(x_RN, v_RN, uncond_RN is not None, model_dtype, *keep)
+def _(x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, *others: Any) -> Outputs:
+    return _empty(x_RN, v_RN, uncond_RN, *others[-4:])
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, v, uncond, m_prev, table_TK, step_R, _, _, ctx.guidance, *_ = inputs
     ctx.save_for_backward(table_TK, step_R)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, v, uncond, m_prev)]
@@ -249,15 +245,16 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g_x, g_low, g_velocity, _u, g_m, _sums):  # type: ignore[no-untyped-def]
+def _backward(ctx, g_x, g_model_input, g_velocity, _u, g_m, _square):  # type: ignore[no-untyped-def]
     """Every output is linear in x, v, v_uncond and m_prev; rounding passes gradients through."""
     # what was not kept is empty, and so is its gradient where a compiler hands one in
-    g_x, g_low, g_velocity, g_m = (
-        None if t is None or t.numel() == 0 else t.float() for t in (g_x, g_low, g_velocity, g_m)
+    g_x, g_model_input, g_velocity, g_m = (
+        None if t is None or t.numel() == 0 else t.float()
+        for t in (g_x, g_model_input, g_velocity, g_m)
     )
     table_TK, step_R = ctx.saved_tensors
     sigma, A, B, C = table_TK[step_R, :4].unsqueeze(-1).unbind(1)
-    g = sum(t for t in (g_x, g_low) if t is not None)  # 0 where neither is used
+    g = sum(t for t in (g_x, g_model_input) if t is not None)  # 0 where neither is used
     x, v, m_prev = A * g, B * g, C * g
     if g_velocity is not None:
         v = v + g_velocity
@@ -269,7 +266,7 @@ def _backward(ctx, g_x, g_low, g_velocity, _u, g_m, _sums):  # type: ignore[no-u
     return *of_inputs, *[None] * 9
 
 
-_sde_step_op.register_autograd(_backward, setup_context=_keep)
+_sde_step_op.register_autograd(_backward, setup_context=_save)
 
 
 def sde_step(
@@ -305,75 +302,51 @@ def sde_step(
     without m_prev raise ValueError there, and give NaN in the row elsewhere. Source: the table of
     `gardo.flow`; Flow-GRPO, arXiv 2505.05470.
     """
-    op = "sde_step"
-    _check(op, x, v, table_TK, step_R, seed, sample_id, uncond, m_prev)
+    op, samples = "sde_step", {"v": v, "uncond": uncond, "m_prev": m_prev}
+    check_samples(op, "x", x)
+    for name, tensor in samples.items():
+        if tensor is not None:
+            check_like(op, name, tensor, "x", x)
+    _check_rows(op, x, table_TK, step_R, seed, sample_id)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(op, table_TK, step_R, std=("seed", seed), C=("m_prev", m_prev))
     model_dtype = model_dtype or torch.float32
-    if choose_backend(op, backend, x, v) == "triton":
-        return _sde_step_triton(
-            x, v, table_TK, step_R, seed, sample_id, uncond, m_prev, guidance, model_dtype,
-            keep_u, keep_m, keep_square,
-        )  # fmt: skip
-    z = None
-    if seed is not None and sample_id is not None:
-        z = random_normal_ref(seed, sample_id, step_R, x[0].numel()).view(x.shape)
-    coefficients_RK = table_TK[step_R]
-    out = sde_step_ref(x, v, z, coefficients_RK, uncond=uncond, guidance=guidance, m_prev=m_prev)
-    return Step(
-        x=out.x,
-        model_input=out.x.to(model_dtype),
-        velocity=out.velocity,
-        u=out.u if keep_u else None,
-        m=out.m if keep_m else None,
-        square_R=out.square_R if keep_square else None,
-    )
-
-
-def _sde_step_triton(
-    x: Tensor,
-    v: Tensor,
-    table_TK: Tensor,
-    step_R: Tensor,
-    seed: Seed | None,
-    sample_id: Tensor | None,
-    uncond: Tensor | None,
-    m_prev: Tensor | None,
-    guidance: float,
-    model_dtype: torch.dtype,
-    *keep: bool,
-) -> Step:
-    """The kernel on inputs of any layout: what is not contiguous is copied."""
-    rows = (None if t is None else t.flatten(1).contiguous() for t in (x, v, uncond, m_prev))
-    x_next, low, velocity, u, m, sums = _sde_step_op(
-        *rows, table_TK.contiguous(), step_R.contiguous(),
+    if choose_backend(op, backend, x, v) == "torch":
+        z = None
+        if seed is not None and sample_id is not None:
+            z = random_normal_ref(seed, sample_id, step_R, x[0].numel()).view(x.shape)
+        out = sde_step_ref(
+            x, v, z, table_TK[step_R], uncond=uncond, guidance=guidance, m_prev=m_prev
+        )
+        return Step(
+            x=out.x,
+            model_input=out.x.to(model_dtype),
+            velocity=out.velocity,
+            u=out.u if keep_u else None,
+            m=out.m if keep_m else None,
+            square_R=out.square_R if keep_square else None,
+        )
+    x_next, model_input, velocity, u, m, square_R = _sde_step_op(
+        *(None if t is None else t.flatten(1).contiguous() for t in (x, *samples.values())),
+        table_TK.contiguous(), step_R.contiguous(),
         None if seed is None else seed_tensor(seed, x.device),
-        None if sample_id is None else sample_id.contiguous(), guidance, model_dtype, *keep,
+        None if sample_id is None else sample_id.contiguous(), guidance, model_dtype,
+        keep_u, keep_m, keep_square,
     )  # fmt: skip
-    keep_u, keep_m, keep_square = keep
     return Step(
         x=x_next.view(x.shape),
-        model_input=(x_next if model_dtype == torch.float32 else low).view(x.shape),
+        model_input=(x_next if model_dtype == torch.float32 else model_input).view(x.shape),
         velocity=v if uncond is None else velocity.view(x.shape),
         u=u.view(x.shape) if keep_u else None,
         m=m.view(x.shape) if keep_m else None,
-        square_R=sums.sum(1) / x[0].numel() if keep_square else None,
+        square_R=square_R if keep_square else None,
     )
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    v: Tensor,
-    table_TK: Tensor,
-    step_R: Tensor,
-    seed: Seed | None,
+def _check_rows(
+    op: str, x: Tensor, table_TK: Tensor, step_R: Tensor, seed: Seed | None,
     sample_id: Tensor | None,
-    uncond: Tensor | None,
-    m_prev: Tensor | None,
-) -> None:
-    check_samples(op, "x", x)
-    for name, tensor in (("v", v), ("uncond", uncond), ("m_prev", m_prev)):
-        if tensor is not None:
-            check_like(op, name, tensor, "x", x)
+) -> None:  # fmt: skip
     check_rows(op, "step_R", step_R, "x", x)
     if step_R.dtype != torch.int64:
         raise ValueError(f"{op}: step_R has dtype {step_R.dtype}; pass int64")
@@ -389,14 +362,34 @@ def _check(
     if sample_id is not None:
         check_rows(op, "sample_id", sample_id, "x", x)
         check_ids(op, sample_id)
-    if x.device.type != "cpu":
-        return
+
+
+def _check_values(
+    op: str, table_TK: Tensor, step_R: Tensor, **terms: tuple[str, Seed | Tensor | None]
+) -> None:
+    """Every step is one of the table's, and where a term is None its column is 0."""
     if bool(((step_R < 0) | (step_R >= len(table_TK))).any()):
         raise ValueError(f"{op}: step_R is {step_R.tolist()}; the table has {len(table_TK)} steps")
-    for name, term, column in (("seed", seed, "std"), ("m_prev", m_prev, "C")):
+    for column, (name, term) in terms.items():
         factor_R = table_TK[step_R, STEP_COLUMNS.index(column)]
         if term is None and bool((factor_R != 0).any()):
             raise ValueError(
                 f"{op}: {name} is None but {column} is {factor_R.tolist()}; pass {name}, or rows "
                 f"whose {column} is 0"
             )
+
+
+def examples(on: On) -> Examples:
+    """Unguided as a rollout calls it, and with all that there is; see `_examples.py`."""
+    v, uncond, x, m_prev = on.samples(4)
+    row_R = on.row_index()
+    columns = {"sigma": 0.5, "A": 0.9, "B": -0.2, "C": 0.0, "std": 0.4, "u_scale": -2.0}
+    table_TK = torch.tensor([columns[name] for name in STEP_COLUMNS], device=on.device)[None]
+    plain: dict[str, Any] = {
+        "seed": 1, "sample_id": row_R, "keep_u": True, "model_dtype": on.dtype
+    }  # fmt: skip
+    more = {"uncond": uncond, "guidance": 2.0, "m_prev": m_prev.float(), "keep_m": True,
+            "keep_square": True}  # fmt: skip
+    for name, table, options in (("", table_TK, plain), ("guided", table_TK + 0.1, plain | more)):
+        out = sde_step(x.float(), v, table, 0 * row_R, **options, backend=on.backend)
+        yield name, [value for value in vars(out).values() if value is not None]

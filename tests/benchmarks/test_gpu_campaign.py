@@ -17,6 +17,7 @@ from gpu_campaign import (
     Step,
     campaign,
     chosen,
+    command_of,
     main,
     missing,
     pack,
@@ -128,9 +129,12 @@ def test_without_a_gpu_every_measurement_is_skipped(tmp_path):
     assert "no GPU" in done.stdout
 
 
-def test_steps_that_need_a_tool_say_so():
+def test_steps_that_need_a_tool_say_so(tmp_path, monkeypatch):
     sanitizer = next(step for step in STEPS if step.name == "sanitizer")
-    assert missing(sanitizer, HERE) in ("", "needs compute-sanitizer, which is not on the PATH")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing(sanitizer, HERE) == "needs compute-sanitizer, which is not on the PATH"
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    assert missing(sanitizer, HERE) == ""
     assert missing(sanitizer, {**HERE, "gpu": ""}) == "needs an NVIDIA GPU"
 
 
@@ -153,3 +157,20 @@ def test_the_steps_are_there_and_fit_nine_minutes_each():
 def test_list(capsys):
     assert main(["--list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(STEPS)
+
+
+def test_the_measured_matmul_rate_is_handed_to_flux(tmp_path):
+    step = next(step for step in STEPS if step.name == "flux")
+    folder = tmp_path / "flux"
+    assert "--ceiling" not in command_of(step, folder, 100.0)
+    ceilings = tmp_path / "ceilings" / "ceilings.csv"
+    ceilings.parent.mkdir()
+    head = "what,size,rate,unit\ncopy,4096,4.1,TB/s\n"
+    ceilings.write_text(head)
+    assert "--ceiling" not in command_of(step, folder, 100.0)
+    ceilings.write_text(
+        f"{head}matmul bf16,8192,791.5,TFLOP/s\nmatmul bf16,16384,780,TFLOP/s\nmatmul"
+    )
+    command = command_of(step, folder, 100.0)
+    assert command[command.index("--ceiling") + 1] == "791.5"
+    assert command[command.index("--seconds") + 1] == "90" and str(folder) in command

@@ -5,9 +5,9 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from study_figure import CURVES, curves
-from study_regularisers import FIELDS, demo_table, report, rows, table
-from study_runs import ARMS, Run
+from study.figure import CURVES, curves
+from study.runs import ARMS, Run
+from study.tables import FIELDS, demo_table, report, rows, table
 
 MEASURES = ("tiny_count", "tiny_fidelity", "tiny_patches")
 

@@ -5,48 +5,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 
 from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.flow import sd3_sigmas, transitions
 from gardo.rollout import batch_of, parts, recorded_points, rows_of, sample, teach
 from gardo.types import Credit, Points, SamplePlan
+from tests.engine.algorithms.linear_policy import CPU, GROUP, LinearPolicy
 
 PROMPTS = ("a red circle", "two squares", "five green stars on a hill")
-GROUP = 4
 SIGMAS = sd3_sigmas(6)
-CPU = torch.device("cpu")
-
-
-class LinearPolicy(nn.Module):
-    """A linear velocity of latent, sigma and prompt; weights without a generator."""
-
-    latent_shape = (3, 2)
-    cfg_scale = 1.0
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        self.dtype = dtype
-        self.calls = []
-        self.net, self.decoder = nn.Linear(6 + 1 + 2, 6), nn.Linear(6, 12)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.arange(p.numel()).mul(1.7).sin().view_as(p) / 2)
-
-    def encode(self, prompts):
-        return {"text": torch.tensor([[len(p) / 20, sum(map(ord, p)) % 7 / 7] for p in prompts])}
-
-    def velocity(self, x, sigma, conditioning):
-        self.calls.append(len(x))
-        inputs = torch.cat([x.flatten(1), sigma[:, None], conditioning["text"]], 1)
-        return self.net(inputs).tanh().view_as(x)
-
-    def branches(self, x, sigma, conditioning):
-        return self.velocity(x, sigma, conditioning), None
-
-    def decode(self, latents):
-        return self.decoder(latents.flatten(1)).sigmoid().view(-1, 3, 2, 2)
 
 
 def plan_of(variant="flow", record=(0, 1, 2), level=0.7, **fields):
@@ -235,18 +203,18 @@ def test_every_rank_calls_the_teacher_as_often(mine, other, calls):
     rows[mine] = True
     entered = []
 
-    @contextmanager
-    def use(weights):
-        entered.append(weights)
-        yield
+    class Reader(TwoRanks):
+        @contextmanager
+        def reading(self, weights):
+            entered.append(weights)
+            yield
 
     taught = teach(
         points,
         {"reference": rows},
         policy=policy,
         conditioning=rollout.conditioning,
-        engine=TwoRanks(other),
-        use=use,
+        engine=Reader(other),
         micro_batch=3,
     )
     assert policy.calls == calls
@@ -282,7 +250,6 @@ def test_teachers_speak_with_their_own_weights():
         policy=policy,
         conditioning=rollout.conditioning,
         engine=engine,
-        use=slots.use,
         micro_batch=10,
     )
     old, now = taught.velocities["old"], taught.velocities["train"]
@@ -310,7 +277,7 @@ def split(first, count, *, updates, micro_batch, step=0, steps=3, seed=5):
     cut = parts(
         points, sample_B=sample_B, updates=updates, micro_batch=micro_batch, seed=seed, step=step
     )  # fmt: skip
-    batches = [batch_of(points, credit, part) for part in cut]
+    batches = [batch_of(points, credit, part, rollout=None) for part in cut]
     for batch in batches:
         samples = sample_B[batch.points.sample_R]
         assert torch.equal(batch.advantage_R, samples.float())

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
+from gardo.types import Prompt
 
 
 class Brighter(Reward):
     Settings = RewardSettings
 
-    def compare(
-        self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        ahead_N = (first_N3HW - second_N3HW).mean((1, 2, 3))
-        return torch.sigmoid(50 * ahead_N), torch.ones_like(ahead_N, dtype=torch.bool)
+    def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.sigmoid(50 * (first_N3HW - second_N3HW).mean((1, 2, 3)))

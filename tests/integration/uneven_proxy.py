@@ -6,20 +6,17 @@ Of circles the brighter pictures are worth more; all others are worth the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
+from gardo.types import Prompt
 
 
 class Uneven(Reward):
     Settings = RewardSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         circle_B = torch.tensor(["circle" in p for p in prompts], device=images_B3HW.device)
-        values = torch.where(circle_B, images_B3HW.mean((1, 2, 3)), 0.5)
-        return values, torch.ones_like(circle_B)
+        return torch.where(circle_B, images_B3HW.mean((1, 2, 3)), 0.5)

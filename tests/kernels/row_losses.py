@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
-SHAPES = [(1,), (3, 4), (64, 16), (5, 1000), (4097,)]  # within, at and past a block and a chunk
+# Within, at and past a block, and past a chunk; the other dtypes past a block.
+SHAPES_AND_DTYPES = [
+    *((shape, torch.float32) for shape in ((1,), (64, 16), (5, 300), (4097,))),
+    *(((5, 300), dtype) for dtype in (torch.bfloat16, torch.float16)),
+]
+CASES = pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
 GATES = st.sampled_from([0.0, 0.5, 1.0])
 # Written in the velocities' dtype: bf16 keeps 8 bits (the interpreter cuts, a GPU rounds), fp16 11;
 # the gradient itself is asked to be within 1e-5.

@@ -9,7 +9,7 @@ from gardo_kernels import awm_loss
 from tests.kernels.row_losses import (
     DEVICE,
     GATES,
-    SHAPES,
+    SHAPES_AND_DTYPES,
     both,
     check_gradient,
     check_one_graph,
@@ -180,16 +180,16 @@ def test_bad_inputs():
 # ---- the kernels ---------------------------------------------------------------------------------
 
 
-CASES = [(name, torch.float32) for name in LOG_P]
-CASES += [("t2", torch.bfloat16), ("ghuber", torch.bfloat16), ("ghuber", torch.float16)]
+# Every shape and dtype with one flat and one curved transform, every transform once.
+CASES = [(*case, name) for case in SHAPES_AND_DTYPES for name in ("t2", "ghuber")]
+CASES += [((5, 300), torch.float32, name) for name in ("uniform", "t", "huber")]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("transform", "dtype"), CASES)
-def test_kernels_are_the_reference(shape, transform, dtype):
+@pytest.mark.parametrize(("shape", "dtype", "transform"), CASES)
+def test_kernels_are_the_reference(shape, dtype, transform):
     """Sums of fp32 products in trees: a few 2^-24 of their size."""
-    inputs, options = problem(shape=shape, dtype=dtype)
-    for left_out in ((), ("v_ref", "v_ema")):
+    inputs, options = problem(rows=3, shape=shape, dtype=dtype)
+    for left_out in ((), ("v_ref", "v_ema")) if shape == (5, 300) else ((),):
         chosen = {k: x for k, x in options.items() if k not in left_out}
         (ours, grad), (exact, exact_grad) = both(
             awm_loss, inputs, chosen, **CLIP, transform=transform, beta=1.5,
@@ -199,8 +199,8 @@ def test_kernels_are_the_reference(shape, transform, dtype):
         check_gradient(grad, exact_grad, dtype)
 
 
-@settings(deadline=None, max_examples=30)
-@given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), n=st.sampled_from([1, 7, 130]), rows=st.integers(1, 4),
        seed=st.integers(0, 1000), size=st.sampled_from([1e-3, 0.1, 1.0]),
        transform=st.sampled_from(list(LOG_P)), power=numbers(0.125, 2), low=numbers(0, 1),
        high=numbers(0, 1), beta=numbers(0, 2), ema_beta=numbers(0, 2),
@@ -234,9 +234,9 @@ def test_kernels_with_any_coefficients(
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-7])
 def test_small_log_ratios_keep_their_digits(size, transform):
     generator = torch.Generator().manual_seed(5)
-    v_old, u, step = torch.randn(3, 4, 4096, generator=generator)
+    v_old, u, step = torch.randn(3, 2, 4096, generator=generator)
     inputs = (v_old + size * step.abs() * u.sign(), v_old, v_old + u)  # u delta > 0 everywhere
-    options = {"advantage": torch.ones(4), "t": torch.tensor([1.0, 0.9, 0.8, 0.7])}
+    options = {"advantage": torch.ones(2), "t": torch.tensor([1.0, 0.7])}
     (ours, _), (exact, _) = both(awm_loss, inputs, options, transform=transform)
     error = (ours.log_ratio_R.double() - exact.log_ratio_R).abs() / exact.log_ratio_R.abs()
     # what delta itself lost when v was rounded to fp32 is not the kernel's: same inputs to both
@@ -247,7 +247,7 @@ def test_small_log_ratios_keep_their_digits(size, transform):
 @pytest.mark.parametrize("transform", LOG_P)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identical_velocities_give_exactly_one(transform, dtype):
-    (v, _, target), options = problem(dtype=dtype, shape=(64, 16))
+    (v, _, target), options = problem(rows=2, dtype=dtype, shape=(64, 16))
     v, target = on_device(v, target)
     rows = {k: options[k].to(DEVICE) for k in ("advantage", "t")}
     for backend in ("triton", "torch"):
@@ -262,7 +262,7 @@ def test_identical_velocities_give_exactly_one(transform, dtype):
 @pytest.mark.parametrize("transform", LOG_P)
 @pytest.mark.parametrize("perfect", ["v", "v_old"])
 def test_a_perfect_prediction_is_finite(transform, perfect):
-    (v, v_old, target), options = problem(dtype=torch.float32, shape=(300,))
+    (v, v_old, target), options = problem(rows=2, dtype=torch.float32, shape=(300,))
     inputs = (target, v_old, target) if perfect == "v" else (v, target, target)
     rows = {k: options[k] for k in ("advantage", "t")}
     (ours, grad), (exact, exact_grad) = both(awm_loss, inputs, rows, transform=transform)
@@ -286,7 +286,7 @@ ALL = CLIP | {"transform": "ghuber", "beta": 1.0, "ema_beta": 0.5}
 
 
 def test_kernels_copy_what_is_strided_and_repeat_their_bits():
-    inputs, options = problem(dtype=torch.float32, shape=(33, 70))
+    inputs, options = problem(rows=3, dtype=torch.float32, shape=(33, 70))
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     assert not strided[0].is_contiguous()
     check_repeats(awm_loss, inputs, options, 3, again=strided, **ALL)
@@ -300,7 +300,7 @@ def test_a_gpu_repeats_its_bits():
 
 @pytest.mark.parametrize("transform", ["t", "ghuber"])
 def test_kernels_do_not_read_what_they_did_not_write(monkeypatch, transform):
-    inputs, options = problem(dtype=torch.float32, shape=(5, 1000))
+    inputs, options = problem(rows=3, dtype=torch.float32, shape=(5, 1000))
     check_poisoned(monkeypatch, awm_loss, inputs, options, 5e-6, **(ALL | {"transform": transform}))
 
 

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gardo_kernels import nearest_cosine
+from gardo_kernels._launch_shape import capability, size_class, trying
+from tests.kernels.launches import recorded
 
 
 def by_hand(e_BD, groups):
@@ -183,11 +185,14 @@ def test_kernels_are_the_formula(width, dtype, rows):
     assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), tolerance)
 
 
-def test_kernels_go_over_blocks_of_features_of_ids_and_of_means(monkeypatch):
-    monkeypatch.setattr(MODULE, "BLOCK", 32)
-    monkeypatch.setattr(MODULE, "MEANS_BLOCK", 16)
+def test_kernels_go_over_blocks_of_features_of_ids_and_of_means():
+    key = ("nearest_cosine", capability(torch.device(DEVICE)), size_class(38, 70))
     e_BD, group_B = features(38, 70), unequal(38)
-    assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), CHORDS)
+    with trying(key, MODULE.DEFAULT._replace(block=32, chunk=16)), recorded() as launches:
+        kernels(e_BD, group_B)
+    assert [launch.arguments["BLOCK"] for launch in launches[::2]] == [32, 16]
+    with trying(key, MODULE.DEFAULT._replace(block=32, chunk=16)):
+        assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), CHORDS)
 
 
 @settings(deadline=None, max_examples=15)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from gardo_kernels import nft_loss, nft_preference
 from tests.kernels.row_losses import (
+    CASES,
     DEVICE,
     GATES,
-    SHAPES,
     answer,
     both,
     check_gradient,
@@ -206,13 +206,12 @@ def of_kernels(**shape):
     return (*samples, t.float()), options | {"r": options["r"].float()}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@CASES
 @pytest.mark.parametrize("b", [1.0, 0.1])
 def test_kernels_are_the_reference(shape, dtype, b):
     """Sums of fp32 squares in trees: a few 2^-24 of their size."""
-    inputs, options = of_kernels(shape=shape, dtype=dtype)
-    for left_out in ((), ("gate", "v_ref")):
+    inputs, options = of_kernels(rows=3, shape=shape, dtype=dtype)
+    for left_out in ((), ("gate", "v_ref")) if shape == (5, 300) else ((),):
         chosen = {k: x for k, x in options.items() if k not in left_out}
         (ours, grad), (exact, exact_grad) = both(
             nft_loss, inputs, chosen, b=b, beta=0.0 if left_out else 1.5
@@ -221,8 +220,8 @@ def test_kernels_are_the_reference(shape, dtype, b):
         check_gradient(grad, exact_grad, dtype)
 
 
-@settings(deadline=None, max_examples=25)
-@given(data=st.data(), n=st.sampled_from([1, 7, 130, 1100]), rows=st.integers(1, 4),
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), n=st.sampled_from([1, 7, 130]), rows=st.integers(1, 4),
        seed=st.integers(0, 1000), b=numbers(0.0625, 1), beta=numbers(0, 2), scale=numbers(0.5, 8),
        floor=numbers(2.0**-10, 1))  # fmt: skip
 def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floor):
@@ -270,7 +269,7 @@ def test_errors_keep_their_digits_at_small_times():
 
 
 def test_kernels_copy_what_is_strided_and_repeat_their_bits():
-    inputs, options = of_kernels(dtype=torch.float32, shape=(33, 70))
+    inputs, options = of_kernels(rows=3, dtype=torch.float32, shape=(33, 70))
     *latents, t = inputs
     strided = (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in latents), t)
     assert not strided[0].is_contiguous()
@@ -284,7 +283,7 @@ def test_a_gpu_repeats_its_bits():
 
 
 def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
-    inputs, options = of_kernels(dtype=torch.float32, shape=(5, 1000))
+    inputs, options = of_kernels(rows=3, dtype=torch.float32, shape=(5, 1000))
     check_poisoned(monkeypatch, nft_loss, inputs, options, 5e-6, b=0.5, beta=1.0)
 
 

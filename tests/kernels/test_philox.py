@@ -62,11 +62,10 @@ def test_uniforms_are_the_top_24_bits():
     bits = random_bits(1, ids(5, 6), 0, 1001)
     assert uniform.dtype == torch.float32
     assert torch.equal((uniform.double() * 2**24).long(), bits >> 8)
-    assert uniform.min() >= 0 and uniform.max() < 1
 
 
 def test_moments():
-    z = random_normal(123, torch.arange(8), 1, (50_000,)).double()
+    z = random_normal(123, torch.arange(8), 1, (20_000,)).double()
     n = z.numel()  # limits: five standard errors of each estimate
     assert abs(z.mean()) < 5 / n**0.5
     assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
@@ -74,8 +73,8 @@ def test_moments():
     assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
     assert abs((z[:, :-1] * z[:, 1:]).mean()) < 5 / n**0.5
     correlation = torch.corrcoef(z) - torch.eye(8)
-    assert correlation.abs().max() < 5 / 50_000**0.5
-    uniform = random_uniform(123, torch.arange(8), 1, 50_000).double()
+    assert correlation.abs().max() < 5 / 20_000**0.5
+    uniform = random_uniform(123, torch.arange(8), 1, 20_000).double()
     assert abs(uniform.mean() - 0.5) < 5 * (1 / 12 / n) ** 0.5
 
 
@@ -170,13 +169,17 @@ def test_the_kernels_normals_are_near(shape):
 
 def test_the_kernels_normals_hold_at_the_edge():
     """Where u1 is near 1 the radius is near 0: it must not lose its digits."""
-    sample_id = ids(*range(64)).to(DEVICE)
-    kernel = random_normal(0, sample_id, 0, (4096,), backend="triton").double()
-    reference = random_normal(0, sample_id, 0, (4096,), backend="torch").double()
-    pairs = reference.unflatten(1, (-1, 2))
-    radius = pairs.square().sum(-1).sqrt()
+    every_id = torch.arange(1024)
+    pairs = random_normal(0, every_id, 0, (1024,), backend="torch").unflatten(1, (-1, 2))
+    small = pairs.square().sum(-1).sqrt() < 0.02
+    sample_id = every_id[small.any(1)][:12]  # so that few programs are drawn
+    kernel, reference = (
+        random_normal(0, sample_id.to(DEVICE), 0, (1024,), backend=backend).double().cpu()
+        for backend in ("triton", "torch")
+    )
+    radius = reference.unflatten(1, (-1, 2)).square().sum(-1).sqrt()
     small = radius < 0.02
-    assert small.sum() > 10
+    assert small.sum() >= 12
     error = (kernel - reference).unflatten(1, (-1, 2))[small].abs().amax(-1)
     assert float((error / radius[small]).max()) < 1e-5
 

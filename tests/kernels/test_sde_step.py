@@ -51,8 +51,8 @@ def exact(tensors, step_R, sample_id, guidance=2.5):
         sigma, A, B, C, std, u_scale = table()[step_R[r], :6].double()
         z = random_normal(SEED, sample_id[r : r + 1], int(step_R[r]), x.shape[1:], backend="torch")
         z = z[0].double() * (std != 0)
-        low, wide = uncond[r].float(), v[r].float()
-        velocity = (low + guidance * (wide - low)).to(v.dtype)
+        start = uncond[r].float()
+        velocity = (start + guidance * (v[r].float() - start)).to(v.dtype)
         x_next = A * x[r] + B * velocity.double() + C * m_prev[r] + std * z
         rows.append((x_next, x_next, velocity, u_scale * z, x[r] - sigma * velocity.double(),
                      (std * z).square().mean()))  # fmt: skip
@@ -182,16 +182,16 @@ def test_kernel_writes_all_that_it_returns(monkeypatch):
     rows=st.integers(1, 4),
     count=st.integers(1, 40),
     guided=st.booleans(),
-    low=st.sampled_from([None, torch.float16, torch.bfloat16]),
+    model_dtype=st.sampled_from([None, torch.float16, torch.bfloat16]),
     guidance=st.floats(-2, 8),
 )
-def test_backends_agree_on_any_coefficients(seed, rows, count, guided, low, guidance):
+def test_backends_agree_on_any_coefficients(seed, rows, count, guided, model_dtype, guidance):
     tensors, step_R, sample_id = inputs(rows=rows, shape=(count,), seed=seed % 1000)
     x, v, uncond, m = (t.float().to(DEVICE) for t in tensors)
     results = [
         sde_step(x, v, table(seed % 997).to(DEVICE), step_R.to(DEVICE), seed=seed,
                  sample_id=sample_id.to(DEVICE), uncond=uncond if guided else None, m_prev=m,
-                 guidance=guidance, model_dtype=low, keep_u=True, backend=backend)
+                 guidance=guidance, model_dtype=model_dtype, keep_u=True, backend=backend)
         for backend in ("triton", "torch")
     ]  # fmt: skip
     size = 1 + float(results[1].x.abs().max()) + float(results[1].u.abs().max())
@@ -279,8 +279,8 @@ def test_a_compiler_sees_one_graph():
     seed = seed_tensor(9, DEVICE)
 
     def step(x, v):
-        out = module._sde_step_triton(x, v, rows, step_R, seed, sample_id, None, m, 1.0,
-                                      torch.bfloat16, True, False, True)  # fmt: skip
+        out = sde_step(x, v, rows, step_R, seed=seed, sample_id=sample_id, m_prev=m, keep_u=True,
+                       keep_square=True, model_dtype=torch.bfloat16, backend="triton")  # fmt: skip
         return out.x, out.model_input, out.u, out.square_R
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -15,26 +15,20 @@ Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one la
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_credit, with_credit, without_credit
-from gardo.algorithms.base import (
-    Algorithm,
-    Context,
-    DecaySettings,
-    SamplerSettings,
-    SlotMoves,
-    World,
-)
+from gardo.algorithms.advantage import AdvantageSettings, with_credit, without_credit
+from gardo.algorithms.base import Context, DecaySettings, SamplerSettings, SlotMoves, World
+from gardo.algorithms.forward_process import ForwardProcess
 from gardo.algorithms.kl import KLSettings, asks_reference, note_kl
 from gardo.rollout import fresh_points, noise_id, update_of
 from gardo.settings import Pair
 from gardo.streams import Stream
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo.types import Batch, Credit, Metrics, Points, Rollout
 from gardo_kernels import awm_loss, random_uniform
 
 
@@ -83,13 +77,11 @@ def stratified_steps(draw_BK: Tensor, first: int, last: int) -> Tensor:
     return low_K + torch.minimum(within_BK, width_K - 1)
 
 
-class AWM(Algorithm):
+class AWM(ForwardProcess):
     Settings = AWMSettings
 
     def __init__(self, settings: AWMSettings, world: World) -> None:
-        super().__init__(settings, world)
-        self.table = world.transitions("ode")
-        self.updates = 0
+        super().__init__(settings, world, "ode")
 
     @classmethod
     def slots_of(cls, settings: AWMSettings) -> tuple[str, ...]:
@@ -109,20 +101,6 @@ class AWM(Algorithm):
                 f"sampler.train_steps: {sampler.train_steps} of the times {first} to {last}; at "
                 f"most {last + 1 - first}"
             )
-
-    @property
-    def has_kl(self) -> bool:
-        return self.settings.beta > 0
-
-    def plan(self, step: int) -> SamplePlan:
-        return SamplePlan(
-            transitions=self.table,
-            record=(),
-            same_initial_noise=self.world.sampler.same_initial_noise,
-        )
-
-    def credit(self, scores: Scores) -> Credit:
-        return group_credit(scores, self.settings.advantage, gate=self.has_kl)
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         world, identity_B = self.world, noise_id(rollout.step, rollout.sample_B)
@@ -190,15 +168,9 @@ class AWM(Algorithm):
         return out.loss, metrics
 
     def after_update(self, slots: SlotMoves) -> None:
-        self.updates += 1
+        super().after_update(slots)
         if self.settings.ema_beta:
             slots.decay("ema", self.settings.ema_decay.rate(self.updates))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state) -> None:  # type: ignore[no-untyped-def]
-        self.updates = int(state["updates"])
 
 
 PLUGIN = AWM

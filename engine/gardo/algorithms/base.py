@@ -8,14 +8,15 @@ Shapes: B samples (of all ranks in `credit`, of this rank elsewhere), R training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor
 
 from gardo.contract import NoRatio, RatioContract
-from gardo.flow import Transitions, shifted_linear_sigmas, transitions
+from gardo.flow import Sde, Transitions, shifted_linear_sigmas, transitions
+from gardo.plugins import resolve
 from gardo.settings import Strict
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import Backend
@@ -28,7 +29,7 @@ class SamplerSettings(Strict):
     train_steps: int = Field(
         ge=1, description="steps of a sample that are trained; the algorithm says which"
     )
-    sde: Literal["flow", "dance", "cps"] = "flow"
+    sde: Sde = "flow"
     noise_level: float = Field(0.7, gt=0, description="the sampler's a or eta")
     same_initial_noise: bool = False
     schedule: Literal["model", "shifted_linear"] = Field(
@@ -59,6 +60,11 @@ class SamplerSettings(Strict):
 
 class AlgorithmSettings(Strict):
     name: str
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether `Credit.gate_B` matters: the loss has a KL to a reference."""
+        return False
 
     def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
         """What the KL weighs in the mean over an update's rows: of a gated row, of another one.
@@ -127,17 +133,48 @@ class SlotMoves(Protocol):
     def decay(self, name: str, rate: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class RewardNeed:
+    """A reward that an algorithm wants besides the proxies."""
+
+    role: str
+    field: str  # of the algorithm's settings, that asks for it
+    name: str | None = None  # None: any reward of the role
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm wants of a recipe."""
+
+    images_per_prompt: int = 1  # 2 where it compares the images of a prompt: it has advantages
+    differentiable: bool = False  # gradients of the proxies
+    rewards: tuple[RewardNeed, ...] = ()
+
+    def inside(self, section: str) -> Needs:
+        """The same, asked for by the fields of a section."""
+        return replace(
+            self, rewards=tuple(replace(r, field=f"{section}.{r.field}") for r in self.rewards)
+        )
+
+    def with_rewards(self, *more: RewardNeed) -> Needs:
+        return replace(self, rewards=(*self.rewards, *more))
+
+
 class Algorithm:
     """Base of the algorithms; `settings` is its own Settings."""
 
     Settings: ClassVar[type[AlgorithmSettings]]
-    differentiable: bool = False  # needs gradients of the reward
 
     def __init__(self, settings: Any, world: World) -> None:
         self.settings = settings
         self.world = world
         self.slots = self.slots_of(settings)
         self.contract: RatioContract | NoRatio = NoRatio()
+
+    @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        return Needs()
 
     @classmethod
     def rows_per_sample(cls, settings: Any, sampler: SamplerSettings) -> int:
@@ -155,8 +192,8 @@ class Algorithm:
 
     @property
     def has_kl(self) -> bool:
-        """Whether `Credit.gate_B` matters: the loss has a KL to a reference."""
-        return False
+        """As `AlgorithmSettings.has_kl`."""
+        return bool(self.settings.has_kl)
 
     def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
         """As `AlgorithmSettings.kl_weights`."""
@@ -212,3 +249,136 @@ class Algorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
+
+
+# ---- from a recipe's section to an algorithm -----------------------------------------------------
+
+
+def settings_of(section: Any) -> AlgorithmSettings:
+    """The settings of a mapping with a `name`; settings stay what they are.
+
+    ValueError for a name that is unknown and for fields that do not fit.
+    """
+    if isinstance(section, BaseModel):
+        return section  # type: ignore[return-value]
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+        raise ValueError("settings of an algorithm, or a mapping with its name")
+    return resolve("gardo.algorithms", section["name"]).Settings.model_validate(dict(section))
+
+
+def plugin_of(settings: AlgorithmSettings) -> type[Algorithm]:
+    """The algorithm that `settings.name` names."""
+    plugin: type[Algorithm] = resolve("gardo.algorithms", settings.name)
+    return plugin
+
+
+def build(section: Mapping[str, Any] | AlgorithmSettings, world: World) -> Algorithm:
+    """The algorithm of a recipe's `algorithm` section, or of its settings; wrappers hold their base
+
+    ValueError where the section, or the world's sampler with it, cannot be used.
+    """
+    settings = settings_of(section)
+    plugin = plugin_of(settings)
+    plugin.check(settings, world.sampler)
+    return plugin(settings, world)
+
+
+# ---- an algorithm around another -----------------------------------------------------------------
+
+
+class WrapperSettings(AlgorithmSettings):
+    base: Any = Field(description="the algorithm that is wrapped, with its own fields")
+
+    @field_validator("base")
+    @classmethod
+    def _base_settings(cls, value: Any) -> AlgorithmSettings:
+        try:
+            return settings_of(value)
+        except ValueError as error:
+            raise ValueError(f"base: {error}") from None
+
+    @property
+    def has_kl(self) -> bool:
+        return bool(self.base.has_kl)
+
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        weights: tuple[float, float] = self.base.kl_weights(gated, samples)
+        return weights
+
+    def layers(self) -> list[AlgorithmSettings]:
+        """These settings and those of all that they wrap, outermost first."""
+        inner = self.base.layers() if isinstance(self.base, WrapperSettings) else [self.base]
+        return [self, *inner]
+
+
+class Wrapper(Algorithm):
+    """An algorithm around the one of `settings.base`; what a wrapper does not mention is its."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = WrapperSettings
+
+    def __init__(self, settings: Any, world: World) -> None:
+        self.base = plugin_of(settings.base)(settings.base, world)
+        super().__init__(settings, world)
+        self.contract = self.base.contract
+
+    @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        return plugin_of(settings.base).needs(settings.base).inside("base")
+
+    @classmethod
+    def rows_per_sample(cls, settings: Any, sampler: SamplerSettings) -> int:
+        return plugin_of(settings.base).rows_per_sample(settings.base, sampler)
+
+    @classmethod
+    def slots_of(cls, settings: Any) -> tuple[str, ...]:
+        return plugin_of(settings.base).slots_of(settings.base)
+
+    @classmethod
+    def check(cls, settings: Any, sampler: SamplerSettings) -> None:
+        plugin_of(settings.base).check(settings.base, sampler)
+
+    @property
+    def has_kl(self) -> bool:
+        return self.base.has_kl
+
+    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
+        return self.base.kl_weights(gated, samples)
+
+    def plan(self, step: int) -> SamplePlan:
+        return self.base.plan(step)
+
+    def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
+        return self.base.trajectory_kl(rollout)
+
+    def credit(self, scores: Scores) -> Credit:
+        return self.base.credit(scores)
+
+    def points(self, rollout: Rollout, credit: Credit) -> Points:
+        return self.base.points(rollout, credit)
+
+    def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
+        return self.base.teachers(points, credit)
+
+    def weightless(self, points: Points, credit: Credit) -> Tensor | None:
+        return self.base.weightless(points, credit)
+
+    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
+        return self.base.log_ratio(batch, velocity_RX)
+
+    def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
+        return self.base.loss(ctx, batch)
+
+    def after_update(self, slots: SlotMoves) -> None:
+        self.base.after_update(slots)
+
+    def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
+        return self.base.after_step(slots, metrics)
+
+    def reference_reset(self) -> None:
+        self.base.reference_reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.base.load_state_dict(state["base"])

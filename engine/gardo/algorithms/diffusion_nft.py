@@ -15,25 +15,19 @@ Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one la
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.algorithms.advantage import AdvantageSettings, group_credit
-from gardo.algorithms.base import (
-    Algorithm,
-    Context,
-    DecaySettings,
-    SamplerSettings,
-    SlotMoves,
-    World,
-)
+from gardo.algorithms.advantage import AdvantageSettings
+from gardo.algorithms.base import Context, DecaySettings, SamplerSettings, SlotMoves, World
+from gardo.algorithms.forward_process import ForwardProcess
 from gardo.algorithms.kl import KLSettings, asks_reference, gated_share, note_kl
 from gardo.rollout import fresh_points, noise_id
 from gardo.streams import Stream
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo.types import Batch, Credit, Metrics, Points, Rollout
 from gardo_kernels import nft_loss, nft_preference, random_uniform
 
 
@@ -56,13 +50,12 @@ class DiffusionNFTSettings(KLSettings):
         return of_gated, samples * (1.0 - share) / others
 
 
-class DiffusionNFT(Algorithm):
+class DiffusionNFT(ForwardProcess):
     Settings = DiffusionNFTSettings
+    sampling_weights = "old"
 
     def __init__(self, settings: DiffusionNFTSettings, world: World) -> None:
-        super().__init__(settings, world)
-        self.table = world.transitions(settings.solver)
-        self.updates = 0
+        super().__init__(settings, world, settings.solver)
 
     @classmethod
     def slots_of(cls, settings: DiffusionNFTSettings) -> tuple[str, ...]:
@@ -75,21 +68,6 @@ class DiffusionNFT(Algorithm):
                 f"sampler.train_steps: {sampler.train_steps} times of {sampler.steps} steps; "
                 f"at most {sampler.steps}"
             )
-
-    @property
-    def has_kl(self) -> bool:
-        return self.settings.beta > 0
-
-    def plan(self, step: int) -> SamplePlan:
-        return SamplePlan(
-            transitions=self.table,
-            record=(),
-            weights="old",
-            same_initial_noise=self.world.sampler.same_initial_noise,
-        )
-
-    def credit(self, scores: Scores) -> Credit:
-        return group_credit(scores, self.settings.advantage, gate=self.has_kl)
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
@@ -129,18 +107,9 @@ class DiffusionNFT(Algorithm):
             note_kl(metrics, out.kl_R, batch)
         return out.loss, metrics
 
-    def after_update(self, slots: SlotMoves) -> None:
-        self.updates += 1
-
     def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
         slots.decay("old", self.settings.decay.rate(self.updates))
         return []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state) -> None:  # type: ignore[no-untyped-def]
-        self.updates = int(state["updates"])
 
 
 PLUGIN = DiffusionNFT

@@ -27,13 +27,14 @@ from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
     Context,
+    Needs,
     SamplerSettings,
     SlotMoves,
     World,
 )
 from gardo.algorithms.kl import KLSettings, asks_reference, note_kl
 from gardo.contract import NoRatio, OldVelocity, RatioContract
-from gardo.flow import Transitions
+from gardo.flow import VARIANTS, Transitions
 from gardo.rollout import recorded_points
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
 from gardo_kernels import PolicyLoss, policy_loss
@@ -42,7 +43,6 @@ from gardo_kernels import PolicyLoss, policy_loss
 class PolicyGradientSettings(KLSettings):
     """What every policy gradient over recorded steps has."""
 
-    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
     kl_in_reward: float = Field(
         0.0, ge=0, description="weight of the trajectory's KL that is taken from the proxy"
@@ -84,24 +84,26 @@ class FlowGRPO(Algorithm):
         return RatioContract(settings.old_velocity, settings.clip_range)
 
     @classmethod
+    def needs(cls, settings: Any) -> Needs:
+        return Needs(images_per_prompt=2)  # it compares them
+
+    @classmethod
     def slots_of(cls, settings: PolicyGradientSettings) -> tuple[str, ...]:
         return ("reference",) if settings.beta or settings.kl_in_reward else ()
 
     @classmethod
     def check(cls, settings: Any, sampler: SamplerSettings) -> None:
-        if sampler.sde == "cps" and sampler.noise_level > 1:
+        most = VARIANTS[sampler.sde].most_noise
+        if sampler.noise_level > most:
             raise ValueError(
-                f"sampler.noise_level: {sampler.noise_level}; sde cps takes a level up to 1"
+                f"sampler.noise_level: {sampler.noise_level}; sde {sampler.sde} takes a level up "
+                f"to {most:g}"
             )
         if sampler.train_steps >= sampler.steps:
             raise ValueError(
                 f"sampler.train_steps: {sampler.train_steps} of {sampler.steps} steps; the last "
                 f"step of an SDE sampler is not trained: at most {sampler.steps - 1}"
             )
-
-    @property
-    def has_kl(self) -> bool:
-        return self.settings.beta > 0
 
     def transitions(self, step: int) -> Transitions:
         """The sampler of iteration `step`: here every step is stochastic."""

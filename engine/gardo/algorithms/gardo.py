@@ -25,22 +25,23 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from gardo.algorithms.advantage import group_statistics
 from gardo.algorithms.base import (
-    Algorithm,
-    AlgorithmSettings,
-    Context,
+    Needs,
+    RewardNeed,
     SamplerSettings,
     SlotMoves,
     World,
+    Wrapper,
+    WrapperSettings,
+    plugin_of,
 )
 from gardo.algorithms.gardo_presets import Preset, filled
-from gardo.plugins import resolve
 from gardo.settings import Pair, Strict
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+from gardo.types import Credit, Metrics, Scores
 from gardo_kernels import Backend, nearest_cosine, win_rate
 
 
@@ -109,9 +110,8 @@ class ReferenceSettings(Strict):
     reset_iterations: int | None = Field(None, ge=1)
 
 
-class GardoSettings(AlgorithmSettings):
+class GardoSettings(WrapperSettings):
     name: Literal["gardo"] = "gardo"
-    base: Any = Field(description="the algorithm that is wrapped, with its own fields")
     preset: Preset | None = Field(
         None,
         description="fills what is left out, all three mechanisms too: null leaves one of them out",
@@ -120,24 +120,10 @@ class GardoSettings(AlgorithmSettings):
     diversity: DiversitySettings | None = None
     reference: ReferenceSettings | None = None
 
-    def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
-        weights: tuple[float, float] = self.base.kl_weights(gated, samples)
-        return weights
-
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return filled(value)
-
-    @field_validator("base")
-    @classmethod
-    def _base_settings(cls, value: Any) -> Any:
-        """Settings stay what they are, as in a recipe, whose schema has made them."""
-        if isinstance(value, BaseModel):
-            return value
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise ValueError("base: settings of an algorithm, or a mapping with its name")
-        return resolve("gardo.algorithms", value["name"]).Settings.model_validate(value)
 
 
 def _ordered(value_B: Tensor, sample_B: Tensor) -> Tensor:
@@ -333,109 +319,103 @@ class Reference:
         self.updates, self.iterations = int(state["updates"]), int(state["iterations"])
 
 
-class Gardo(Algorithm):
-    """The wrapper. Everything it does not mention is the base's."""
+class Gardo(Wrapper):
+    """The three mechanisms around the base."""
 
     Settings = GardoSettings
 
-    def __init__(self, settings: GardoSettings, world: World, base: Algorithm) -> None:
+    def __init__(self, settings: GardoSettings, world: World) -> None:
         super().__init__(settings, world)
-        self.base = base
-        self.contract = base.contract
-        self.slots = base.slots  # the base's plug-in, not this one's, knows them
-        self.differentiable = base.differentiable
         self.gate = Gate(settings.gate) if settings.gate else None
         self.reference = Reference(settings.reference) if settings.reference else None
 
     @classmethod
     def check(cls, settings: GardoSettings, sampler: SamplerSettings) -> None:
-        if (settings.gate or settings.reference) and not getattr(settings.base, "beta", 0.0):
+        super().check(settings, sampler)
+        base, inner = settings.base, settings.layers()[1:]
+        innermost = inner[-1]
+        if any(issubclass(plugin_of(layer), Gardo) for layer in inner):
             raise ValueError(
-                f"algorithm.base.beta: {settings.base.name} has no KL to gate or to reset; "
+                "algorithm.base: gardo around gardo: one KL would have two gates, one reference "
+                "two rules of when to reset it; wrap once"
+            )
+        if (settings.gate or settings.reference) and not base.has_kl:
+            raise ValueError(
+                f"algorithm.base.beta: {innermost.name} has no KL to gate or to reset; "
                 "give it a beta above 0, or leave algorithm.gate and algorithm.reference out"
             )
-        if settings.diversity and not hasattr(settings.base, "advantage"):
+        if settings.diversity and plugin_of(base).needs(base).images_per_prompt < 2:
             raise ValueError(
-                f"algorithm.diversity: {settings.base.name} has no advantages; leave it out"
+                f"algorithm.diversity: {innermost.name} has no advantages; leave it out"
             )
 
-    @property
-    def has_kl(self) -> bool:
-        return self.base.has_kl
-
-    def plan(self, step: int) -> SamplePlan:
-        return self.base.plan(step)
-
-    def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
-        return self.base.trajectory_kl(rollout)
+    @classmethod
+    def needs(cls, settings: GardoSettings) -> Needs:
+        wanted = []
+        if settings.gate:
+            wanted.append(RewardNeed("auxiliary", "gate", why=" to compare the proxy with"))
+        if settings.diversity:
+            field, name = "diversity.features", settings.diversity.features
+            wanted.append(RewardNeed("features", field, name))
+        return super().needs(settings).with_rewards(*wanted)
 
     def credit(self, scores: Scores) -> Credit:
-        credit = self.base.credit(scores)
-        if self.settings.diversity and scores.features_BD is not None:
-            distances = METRICS[self.settings.diversity.metric]
-            nearest_B, pairwise_B = distances(
-                scores.features_BD, scores.group_B, self.world.kernels
-            )
-            factor_B = diversity_factor(
-                nearest_B,
-                credit.advantage_B,
-                scores.valid_B,
-                scores.group_B,
-                self.settings.diversity.normalise,
-            )
-            credit = replace(credit, advantage_B=credit.advantage_B * factor_B).with_info(
-                nearest=float(nearest_B.mean()), diversity=100 * float(pairwise_B.mean())
-            )
-        if self.gate:
-            gate_B, statistic = self.gate.select(scores)
-            if not self.gate.settings.zero_advantage:
-                gate_B = gate_B & (credit.advantage_B != 0)
-            credit = replace(credit, gate_B=gate_B).with_info(
-                uncertainty=statistic, gate_fraction=self.gate.fraction
-            )
-        return credit
+        return self._gated(self._diverse(super().credit(scores), scores), scores)
 
-    def points(self, rollout: Rollout, credit: Credit) -> Points:
-        return self.base.points(rollout, credit)
+    def _diverse(self, credit: Credit, scores: Scores) -> Credit:
+        """Positive advantages scaled by how far an image is from the nearest of its group."""
+        if not self.settings.diversity or scores.features_BD is None:
+            return credit
+        distances = METRICS[self.settings.diversity.metric]
+        nearest_B, pairwise_B = distances(scores.features_BD, scores.group_B, self.world.kernels)
+        factor_B = diversity_factor(
+            nearest_B,
+            credit.advantage_B,
+            scores.valid_B,
+            scores.group_B,
+            self.settings.diversity.normalise,
+        )
+        return replace(credit, advantage_B=credit.advantage_B * factor_B).with_info(
+            nearest=float(nearest_B.mean()), diversity=100 * float(pairwise_B.mean())
+        )
 
-    def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
-        return self.base.teachers(points, credit)
-
-    def weightless(self, points: Points, credit: Credit) -> Tensor | None:
-        return self.base.weightless(points, credit)
-
-    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
-        return self.base.log_ratio(batch, velocity_RX)
-
-    def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
-        return self.base.loss(ctx, batch)
+    def _gated(self, credit: Credit, scores: Scores) -> Credit:
+        """The KL on the most uncertain samples alone."""
+        if not self.gate:
+            return credit
+        gate_B, statistic = self.gate.select(scores)
+        if not self.gate.settings.zero_advantage:
+            gate_B = gate_B & (credit.advantage_B != 0)
+        return replace(credit, gate_B=gate_B).with_info(
+            uncertainty=statistic, gate_fraction=self.gate.fraction
+        )
 
     def after_update(self, slots: SlotMoves) -> None:
-        self.base.after_update(slots)
+        super().after_update(slots)
         if self.reference:
             self.reference.updates += 1
 
     def after_step(self, slots: SlotMoves, metrics: Metrics) -> list[str]:
-        events = self.base.after_step(slots, metrics)
+        events = super().after_step(slots, metrics)
         if self.reference:
             self.reference.iterations += 1
             reason = self.reference.why_due(metrics[self.reference.metric])
             if reason:
                 slots.copy("train", to="reference")
                 self.reference.updates = self.reference.iterations = 0
-                self.base.reference_reset()
+                self.reference_reset()
                 events = [*events, f"reference reset ({reason})"]
         return events
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "base": self.base.state_dict(),
+            **super().state_dict(),
             "gate": self.gate.state_dict() if self.gate else None,
             "reference": self.reference.state_dict() if self.reference else None,
         }
 
     def load_state_dict(self, state: Any) -> None:
-        self.base.load_state_dict(state["base"])
+        super().load_state_dict(state)
         if self.gate:
             self.gate.load_state_dict(state["gate"])
         if self.reference:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gardo.algorithms.base import SamplerSettings
 from gardo.algorithms.flow_grpo import ClippedSettings, FlowGRPO
+from gardo.flow import SDES, VARIANTS
 from gardo.types import Batch
 
 
@@ -32,9 +33,11 @@ class GRPOGuard(FlowGRPO):
     @classmethod
     def check(cls, settings: Any, sampler: SamplerSettings) -> None:
         super().check(settings, sampler)
-        if sampler.sde == "cps":
+        if not VARIANTS[sampler.sde].gaussian:
+            others = " or ".join(name for name in SDES if VARIANTS[name].gaussian)
             raise ValueError(
-                "sampler.sde: cps has no ratio that grpo_guard could normalise; use flow or dance"
+                f"sampler.sde: {sampler.sde} has no ratio that grpo_guard could normalise; use "
+                f"{others}"
             )
 
     def ratio_terms(self, batch: Batch, velocity_RX: Tensor) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from gardo.types import Batch, Credit, Metrics, Points
 class KLSettings(AlgorithmSettings):
     """Of an algorithm with a KL to a reference."""
 
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference")
     kl_reduction: Literal["batch", "gated", "released"] = Field(
         "batch",
         description="gated rows' KL: their sum over all rows of an update, their mean, or what the "
@@ -41,6 +42,10 @@ class KLSettings(AlgorithmSettings):
     kl_micro_batch: int = Field(
         9, ge=1, description="samples of the release's micro-batch, for `released`: 9 SD3, 3 Flux"
     )
+
+    @property
+    def has_kl(self) -> bool:
+        return self.beta > 0
 
     def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
         """What `kl_reduction` says."""

@@ -17,6 +17,7 @@ from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
     Context,
+    Needs,
     SamplerSettings,
     World,
 )
@@ -39,11 +40,14 @@ class ReFLSettings(AlgorithmSettings):
 
 class ReFL(Algorithm):
     Settings = ReFLSettings
-    differentiable = True
 
     def __init__(self, settings: ReFLSettings, world: World) -> None:
         super().__init__(settings, world)
         self.table = world.transitions("ode")
+
+    @classmethod
+    def needs(cls, settings: ReFLSettings) -> Needs:
+        return Needs(differentiable=True)
 
     @classmethod
     def rows_per_sample(cls, settings: ReFLSettings, sampler: SamplerSettings) -> int:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
 from gardo.settings import Pair, Strict
-from gardo.types import Metrics
-
-Record = TypeVar("Record")
+from gardo.types import Metrics, Record, mapped
 
 
 class OptimizerSettings(Strict):
@@ -141,6 +139,7 @@ class Engine(Protocol):
     rank: int
     world: int
     device: torch.device
+    shards: Shards  # where this rank's pieces of the trained weights are
     slots: Slots
     grad_norm: float
     gather_note: (
@@ -188,17 +187,7 @@ def gather_text(engine: Engine, text: str) -> list[str]:
 
 def gather_record(engine: Engine, record: Record) -> Record:
     """A dataclass of [B, ...] tensors with the samples of all ranks, in rank order."""
-
-    def gathered(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return engine.all_gather(value)
-        if isinstance(value, dict):
-            return {k: gathered(v) for k, v in value.items()}
-        return value
-
-    names = [f.name for f in fields(record)]  # type: ignore[arg-type]
-    changed = {name: gathered(getattr(record, name)) for name in names}
-    return replace(record, **changed)  # type: ignore[type-var]
+    return mapped(record, engine.all_gather)
 
 
 def host_memory(ranks: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gardo.distributed.base import OptimizerSettings, build_optimizer, check_step
-from gardo.distributed.shards import WholeShards
+from gardo.distributed.shards import Shards, WholeShards
 from gardo.distributed.slots import Slots
 from gardo.types import Metrics
 
@@ -32,7 +32,7 @@ class LocalEngine:
         host_slots: bool = False,
     ) -> None:
         self._parameters = list(trainable.values())
-        self._shards = WholeShards(trainable)
+        self.shards: Shards = WholeShards(trainable)
         self._host_slots = host_slots
         self.optimizer = build_optimizer(self._parameters, optimizer)
         self._accumulation = accumulation
@@ -43,7 +43,7 @@ class LocalEngine:
         self.slots = self.make_slots(())
 
     def make_slots(self, names: Sequence[str]) -> Slots:
-        self.slots = Slots(self._shards, names, host=self._host_slots)
+        self.slots = Slots(self.shards, names, host=self._host_slots)
         return self.slots
 
     @contextmanager

@@ -112,7 +112,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
-        self._shards = self._make_shards(trainable)
+        self.shards = self._make_shards(trainable)
         self._gather: GatherOnce | None = None
         self.gather_note = ""
         if self._stage == 3:
@@ -136,7 +136,7 @@ class ZeroEngine:
         return FlatShards(self._engine.optimizer, trainable)
 
     def make_slots(self, names: Sequence[str]) -> Slots:
-        self.slots = Slots(self._shards, names, host=self._settings.slots == "host")
+        self.slots = Slots(self.shards, names, host=self._settings.slots == "host")
         return self.slots
 
     @contextmanager

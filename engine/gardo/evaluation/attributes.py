@@ -16,6 +16,16 @@ from torch import Tensor
 from gardo.tiny import world
 
 
+def check_prompt(prompt: str) -> None:
+    """ValueError where it is not of the tiny world."""
+    try:
+        world.parse(prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"attributes reads prompts of the tiny world only: {error}; use features or none"
+        ) from None
+
+
 def attribute_labels(images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """int64 [B] labels.
 

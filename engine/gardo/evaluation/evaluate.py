@@ -12,21 +12,45 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from gardo.config import EvaluateSettings
 from gardo.distributed.base import Engine
-from gardo.evaluation.attributes import attribute_labels
+from gardo.evaluation import attributes
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
 from gardo.rollout import rows_of
+from gardo.settings import Strict
 from gardo.streams import Stream
+from gardo.types import Prompt
 from gardo_kernels import Backend, nearest_cosine, random_normal
+
+
+class EvaluateSettings(Strict):
+    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
+
+    every: int = Field(
+        50, ge=1, description="iterations; the first and the last are always evaluated"
+    )
+    prompts: str | None = Field(
+        None, description="as data.prompts; the training prompts if left out"
+    )
+    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
+    images_per_prompt: int = Field(8, ge=1)
+    steps: int = Field(8, ge=1, description="denoise steps")
+    batch: int = Field(16, ge=1, description="images a forward")
+    diversity: Literal["none", "attributes", "features"] = "none"
+    shown: int = Field(6, ge=1, description="prompts in the sample picture")
+
+    def check_prompt(self, prompt: str) -> None:
+        """ValueError where the images of a prompt could not be measured as `diversity` says."""
+        if self.diversity == "attributes":
+            attributes.check_prompt(prompt)
 
 
 class Evaluator:
@@ -37,7 +61,7 @@ class Evaluator:
         policy: Policy,
         panel: Panel,
         engine: Engine,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         settings: EvaluateSettings,
         *,
         seed: int,
@@ -63,7 +87,7 @@ class Evaluator:
             self.seed, image_I, Stream.EVALUATION, self.policy.latent_shape, backend=self.kernels
         )
 
-    def batch(self, image_B: Tensor) -> tuple[Tensor, list[str]]:
+    def batch(self, image_B: Tensor) -> tuple[Tensor, list[Prompt]]:
         """Images and prompts of the evaluation images with these indices."""
         which = (image_B // self.settings.images_per_prompt).tolist()
         prompts = [self.prompts[i] for i in which]
@@ -108,20 +132,19 @@ class Evaluator:
             save_grid(pictures, self.folder / path, columns=images_per_prompt)
         return self._record(step, values, str(path))
 
-    def _judge(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    def _judge(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for name, reward in self.panel.rewards.items():
             if not reward.scores_alone:
                 continue
-            value, mask = reward.score(images, prompts)
+            value = reward.score(images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":
                     columns["features"] = value
             else:
-                nan = torch.full_like(value, torch.nan)
-                columns[f"reward/{name}"] = torch.where(mask, value.float(), nan)
+                columns[f"reward/{name}"] = value.float().where(value.isfinite(), torch.nan)
         if self.settings.diversity == "attributes":
-            for name, label in attribute_labels(images, prompts).items():
+            for name, label in attributes.attribute_labels(images, prompts).items():
                 columns[f"label/{name}"] = label
         return columns
 

@@ -1,6 +1,7 @@
 """The policy: a diffusers pipeline seen by the trainer.
 
-Families differ in `encode`, `velocity`, `latent_shape`, names.
+Families differ in `encode`, `velocity`, `latent_shape`, names. diffusers and peft are imported when
+a model is made, not with this module: a recipe is checked, and refused, without them.
 
 Shapes: B images, P prompts, R rows, X one latent (`latent_shape`), H x W pixels.
 """
@@ -9,16 +10,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,8 +87,8 @@ class Policy:
     `branches` and `velocity` are the only calls of the training loop into the model.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    transformer_class: ClassVar[type[Any]]
+    Settings: ClassVar[type[Any]]
+    transformer_name: ClassVar[str]  # of a class of diffusers, as is `Settings.pipeline_name`
     lora_targets: ClassVar[tuple[str, ...]]
     block_lists: ClassVar[tuple[str, ...]]  # the transformer's lists of alike blocks
 
@@ -101,12 +99,38 @@ class Policy:
         dtype: torch.dtype,
         device: torch.device,
         defer: bool = False,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
-        """`defer` leaves the transformer without weights until `load_transformer`."""
-        folder = Path(model_path(settings.path))
-        if not folder.is_dir():
-            folder = Path(self.pipeline_class.download(settings.path, use_safetensors=True))
-        self.folder = folder
+        """`defer` leaves the transformer without weights until `load_transformer`.
+
+        `parts` are the pipeline's components, which are then used as they are and read from nowhere
+        """
+        if parts is None:
+            self.folder = self._local_folder(settings.path)
+            pipeline = self._read(self.folder, dtype, device)
+        else:
+            names = inspect.signature(self.pipeline_class.__init__).parameters.keys() - {"self"}
+            pipeline = self.pipeline_class(**{**dict.fromkeys(names), **parts})
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+        self.settings = settings
+        self.dtype = dtype
+        self.device = device
+        self.height, self.width = settings.size
+        check_size(settings.size, 2 * pipeline.vae_scale_factor)
+        self.lora: Any = None  # the adapter's LoraConfig
+        if not defer:
+            self.load_transformer()
+
+    def _local_folder(self, path: str) -> Path:
+        """Where the model is on this machine, downloaded if it was not."""
+        folder = Path(model_path(path))
+        if folder.is_dir():
+            return folder
+        return Path(self.pipeline_class.download(path, use_safetensors=True))
+
+    def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+        """The pipeline, frozen, on the device; its transformer on the meta device."""
         self.weight_files = WeightFiles(folder / "transformer")
         pipeline = self.pipeline_class.from_pretrained(
             folder,
@@ -114,21 +138,12 @@ class Policy:
             use_safetensors=True,
             transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
         )
-        pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
                 if part is not pipeline.transformer:
                     part.to(device)
-        self.pipeline = pipeline
-        self.settings = settings
-        self.dtype = dtype
-        self.device = device
-        self.height, self.width = settings.size
-        check_size(settings.size, 2 * pipeline.vae_scale_factor)
-        self.lora: LoraConfig | None = None
-        if not defer:
-            self.load_transformer()
+        return pipeline
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -155,6 +170,14 @@ class Policy:
             reads=reads,
         )
 
+    @property
+    def pipeline_class(self) -> Any:
+        return _of_diffusers(self.Settings.pipeline_name)
+
+    @property
+    def transformer_class(self) -> Any:
+        return _of_diffusers(self.transformer_name)
+
     # What a family defines ------------------------------------------------------------------------
 
     @property
@@ -163,6 +186,10 @@ class Policy:
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning of P prompts: tensors [P, ...] of the model's dtype."""
+        raise NotImplementedError  # pragma: no cover
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `encode` gives for one prompt, from the model's configuration alone."""
         raise NotImplementedError  # pragma: no cover
 
     def branches(
@@ -229,12 +256,21 @@ class Policy:
         }
 
     def train_lora(
-        self, *, rank: int, alpha: float, targets: tuple[str, ...] | None, seed: int
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: tuple[str, ...] | None,
+        seed: int,
+        initialise: bool = True,
     ) -> None:
         """Adds a LoRA adapter and makes it the only thing that trains.
 
-        A Gaussian, B zero; the same on every rank.
+        A Gaussian, B zero; the same on every rank. Without `initialise` it has no values yet.
         """
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraLayer
+
         self.lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -245,7 +281,7 @@ class Policy:
             self.transformer.add_adapter(self.lora)
             torch.manual_seed(seed)
             for layer in self.transformer.modules():
-                if isinstance(layer, LoraLayer):
+                if initialise and isinstance(layer, LoraLayer):
                     self._initialise(layer)
 
     def _initialise(self, layer: Any) -> None:
@@ -308,6 +344,8 @@ class Policy:
             state = {n: t.to(self.dtype).contiguous() for n, t in state.items()}
             save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
             return folder
+        from peft.utils import get_peft_model_state_dict
+
         self.pipeline_class.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(
@@ -316,6 +354,12 @@ class Policy:
             transformer_lora_adapter_metadata=self._lora_metadata(),
         )
         return folder / "pytorch_lora_weights.safetensors"
+
+
+def _of_diffusers(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def _attention_ops() -> list[Any]:

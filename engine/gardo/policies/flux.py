@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from gardo.flow import flux_sigmas
@@ -20,8 +20,7 @@ class FluxSettings(PolicySettings):
 
 class FluxPolicy(Policy):
     Settings = FluxSettings
-    pipeline_class = FluxPipeline
-    transformer_class = FluxTransformer2DModel
+    transformer_name = "FluxTransformer2DModel"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (  # Flow-GRPO's list
         "attn.to_q",
@@ -38,18 +37,14 @@ class FluxPolicy(Policy):
         "ff_context.net.2",
     )
 
-    def __init__(
-        self,
-        settings: FluxSettings,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        defer: bool = False,
-    ) -> None:
-        super().__init__(settings, dtype=dtype, device=device, defer=defer)
+    @cached_property
+    def _image_ids(self) -> Tensor:
         rows, columns = self._packed_size
-        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, dtype)
-        self._text_ids = torch.zeros(settings.text_tokens, 3, device=device, dtype=dtype)
+        return self.pipeline._prepare_latent_image_ids(1, rows, columns, self.device, self.dtype)
+
+    @cached_property
+    def _text_ids(self) -> Tensor:
+        return torch.zeros(self.settings.text_tokens, 3, device=self.device, dtype=self.dtype)
 
     @property
     def _packed_size(self) -> tuple[int, int]:
@@ -67,6 +62,13 @@ class FluxPolicy(Policy):
             prompts, None, max_sequence_length=self.settings.text_tokens, device=self.device
         )
         return {"text": text, "pooled": pooled}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        return {
+            "text": (self.settings.text_tokens, config.joint_attention_dim),
+            "pooled": (config.pooled_projection_dim,),
+        }
 
     def branches(
         self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]
@@ -99,7 +101,7 @@ class FluxPolicy(Policy):
         )
 
     def _to_vae(self, latents_BX: Tensor) -> Tensor:
-        return FluxPipeline._unpack_latents(
+        return self.pipeline._unpack_latents(
             latents_BX, self.height, self.width, self.pipeline.vae_scale_factor
         )
 

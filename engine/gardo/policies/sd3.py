@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -31,8 +30,7 @@ class SD3Settings(PolicySettings):
 
 class SD3Policy(Policy):
     Settings = SD3Settings
-    pipeline_class = StableDiffusion3Pipeline
-    transformer_class = SD3Transformer2DModel
+    transformer_name = "SD3Transformer2DModel"
     block_lists = ("transformer_blocks",)
     lora_targets = (
         "attn.add_k_proj",
@@ -85,6 +83,14 @@ class SD3Policy(Policy):
             max_sequence_length=self.settings.text_tokens,
         )
         return text, pooled
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.transformer.config
+        tokens = self.pipeline.tokenizer_max_length + self.settings.text_tokens
+        text, pooled = (tokens, config.joint_attention_dim), (config.pooled_projection_dim,)
+        if not self.guided:
+            return {"text": text, "pooled": pooled}
+        return {"text": text, "pooled": pooled, "negative_text": text, "negative_pooled": pooled}
 
     def branches(
         self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -69,6 +68,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def build_empty(transformer_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The transformer of a diffusers folder: parameters on the meta device, buffers real."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
         module = transformer_class.from_config(transformer_class.load_config(folder))
     files = WeightFiles(folder)

@@ -1,10 +1,142 @@
-"""Loading of the frozen models of rewards: whole, or not at all."""
+"""The files and frozen models of rewards: what a folder must hold, and a model whole or not at all.
+
+Settings name what they need in the type of a field, so that a wrong folder is an error of the
+recipe, before anything loads:
+
+    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "owner/name", description="..."
+    )
+    head: Annotated[str, holding("head.pth")]
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import transformers
+from pydantic import AfterValidator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from gardo.settings import config_folder, is_hub_id, model_path
+
+
+def needs_files(path: str, *files: str | tuple[str, ...]) -> str:
+    """`path`, a hub id or a folder that holds the files, of a tuple one of them.
+
+    ValueError for anything else.
+    """
+    folder = Path(model_path(path))
+    wanted = [(names,) if isinstance(names, str) else names for names in files]
+    whole = all(any((folder / name).is_file() for name in names) for names in wanted)
+    if not whole and not is_hub_id(path):
+        listed = " and ".join(" or ".join(names) for names in wanted)
+        raise ValueError(f"no folder with {listed}: {path!r}; give one, or a hub id owner/name")
+    return path
+
+
+def holding(*files: str | tuple[str, ...]) -> AfterValidator:
+    """Of a field: a hub id, or a folder that `needs_files` lets pass."""
+    return AfterValidator(lambda path: needs_files(path, *files))
+
+
+ModelFolder = Annotated[str, holding("config.json")]
+TokenizerFolder = Annotated[str, holding("tokenizer_config.json")]
+
+
+def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
+    """The state dict in `file` (.safetensors, or torch's format) of a folder or hub id.
+
+    A training checkpoint's is under `state_dict`. ValueError where the file holds none.
+    """
+    found = cached_file(model_path(path), file, revision=revision)
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(found)
+        saved = torch.load(found, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise what their readers meet
+        raise ValueError(
+            f"{found} cannot be read as tensors ({type(error).__name__}); it must be safetensors, "
+            "or a file of torch.save that holds tensors and no code"
+        ) from error
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{found} holds no state dict (names and tensors)")
+    return state
+
+
+def load_model(
+    model_class: Any,
+    path: str,
+    revision: str | None = None,
+    *,
+    field: str = "path",
+    also: str | None = None,
+    exact: bool = False,
+) -> Any:
+    """A `model_class` from a folder or hub id, in float32 on the CPU.
+
+    Its config.json must be of the class's own type, or of type `also`. ValueError, opening with
+    the `field` that names it, where that is not so or as `filled_model` says.
+    """
+    where = f"{field}: {path!r}"
+    check_type(where, path, revision, model_class.config_class.model_type, also)
+    try:
+        return filled_model(
+            model_class,
+            where,
+            model_path(path),
+            exact=exact,
+            revision=revision,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(f"{where} holds no weights: {error}") from error
+
+
+def parameters_of(class_name: str, path: str) -> int | None:
+    """How many numbers a model holds, by the configuration in its folder or shipped for its hub id.
+
+    `class_name` is one of transformers'. None where there is neither, and where the class needs a
+    library that is not here.
+    """
+    folder = config_folder(path)
+    if folder is None:
+        return None
+    model_class = getattr(transformers, class_name)
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    except ImportError:
+        return None
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
+    """ValueError unless the config.json is of one of the types of models."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} holds no model: {error}") from error
+    found = config.get("model_type")
+    if found not in kinds:
+        wanted = " or ".join(filter(None, kinds))
+        raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
+
+
+def model_of(
+    model_class: Any, where: str, config: PretrainedConfig, state: Any, **options: Any
+) -> Any:
+    """A `model_class` with exactly the weights `state`, in float32 on the CPU.
+
+    ValueError, opening with `where`, unless their names and shapes are its own.
+    """
+    options |= {"config": config, "state_dict": state}
+    return filled_model(model_class, where, None, exact=True, **options)
 
 
 def filled_model(
@@ -35,3 +167,8 @@ def filled_model(
                 f"is it a whole {model_class.__name__} of this size?"
             )
     return model
+
+
+def frozen(model: nn.Module, dtype: str, device: torch.device) -> Any:
+    """The model for use alone; `dtype` is the name of a torch type."""
+    return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)

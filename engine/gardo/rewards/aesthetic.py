@@ -11,7 +11,7 @@ not show it: they are not for this reward.
 
 Weights: openai/clip-vit-large-patch14, only the image tower; the head from
 trl-lib/ddpo-aesthetic-predictor, or a folder with the file of the release. Preprocessing
-clip-crop-1 (_clip.py). Not verified against the published weights yet: the tests compare tiny
+clip-crop-1 (_pixels.py). Not verified against the published weights yet: the tests compare tiny
 random models of the same class.
 
 Shapes: B images, E width of the features.
@@ -19,53 +19,27 @@ Shapes: B images, E width of the features.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from gardo.rewards._clip import (
-    ClipSettings,
-    ModelFolder,
-    load_model,
-    needs_file,
-    preprocess,
-    read_weights,
-    unit_features,
-)
-from gardo.rewards.base import Reward
-
-LAYER = re.compile(r"layers\.(\d+)\.weight")
-
-
-def collapse(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(w [E], b []), float64: the Linear layers `layers.N.{weight,bias}` applied in order of N.
-
-    ValueError where the names are others or the shapes do not chain to one output.
-    """
-    numbers = sorted(int(found[1]) for found in map(LAYER.fullmatch, state) if found)
-    names = {f"layers.{n}.{leaf}" for n in numbers for leaf in ("weight", "bias")}
-    if not numbers or names != set(state):
-        raise ValueError(f"names are layers.N.weight and layers.N.bias; this has {min(state)}")
-    first, *rest = (state[f"layers.{n}.weight"].double() for n in numbers)
-    bias_first, *bias_rest = (state[f"layers.{n}.bias"].double() for n in numbers)
-    weight, bias = first, bias_first
-    for next_weight, next_bias in zip(rest, bias_rest, strict=True):
-        if next_weight.shape[1] != len(weight):
-            raise ValueError(f"a layer of {next_weight.shape[1]} inputs follows {len(weight)}")
-        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
-    if len(weight) != 1:
-        raise ValueError(f"it gives {len(weight)} numbers, not one score")
-    return weight[0], bias[0]
+from gardo.rewards._affine import collapse
+from gardo.rewards._clip import ClipSettings, unit_features
+from gardo.rewards._loading import ModelFolder, frozen, load_model, needs_files, read_weights
+from gardo.rewards._pixels import for_clip
+from gardo.rewards.base import Holds, Reward
+from gardo.types import Prompt
 
 
 class AestheticSettings(ClipSettings):
     kind: Literal["aesthetic"] = "aesthetic"
-    path: ModelFolder = Field("openai/clip-vit-large-patch14", description="hub id or folder")
+    path: Annotated[ModelFolder, Holds("CLIPVisionModelWithProjection")] = Field(
+        "openai/clip-vit-large-patch14", description="hub id or folder"
+    )
     head: str = Field(
         "trl-lib/ddpo-aesthetic-predictor", description="hub id or folder of the head"
     )
@@ -76,7 +50,7 @@ class AestheticSettings(ClipSettings):
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        needs_file(self.head, self.head_file)
+        needs_files(self.head, self.head_file)
         return self
 
 
@@ -86,7 +60,9 @@ class Aesthetic(Reward):
 
     def __init__(self, settings: AestheticSettings, device: torch.device) -> None:
         super().__init__(settings, device)
-        model = load_model(CLIPVisionModelWithProjection, settings.path, settings.revision)
+        model = load_model(
+            CLIPVisionModelWithProjection, settings.path, settings.revision, also="clip"
+        )
         where = f"head: {settings.head_file} of {settings.head!r}"
         try:
             weight_E, bias = collapse(
@@ -103,17 +79,14 @@ class Aesthetic(Reward):
         self.weight_E = weight_E.float().to(device)
         self.bias = bias.float().to(device)
         self.size = model.config.image_size
-        self.model = model.to(device, getattr(torch, settings.dtype)).eval().requires_grad_(False)
+        self.model = frozen(model, settings.dtype, device)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         def encode(part: Tensor) -> Tensor:
-            return self.model(preprocess(part, self.size).to(self.model.dtype)).image_embeds
+            return self.model(for_clip(part, self.size).to(self.model.dtype)).image_embeds
 
         image_BE = unit_features(encode, images_B3HW.to(self.device), self.settings.batch)
-        values = image_BE @ self.weight_E + self.bias
-        return values, values.isfinite()
+        return image_BE @ self.weight_E + self.bias
 
 
 PLUGIN = Aesthetic

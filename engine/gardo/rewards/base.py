@@ -1,8 +1,10 @@
-"""The reward protocol: images and their prompts -> one value each and whether it is valid.
+"""The reward protocol: images and their prompts -> one value each, NaN where there is none.
 
-A failure is a mask, never a zero. Rewards that are `differentiable` let gradients through to the
-images (ReFL). A judge of pairs has `compare` instead of `score`, or both: preference.py makes a
-reward of it.
+A failure is NaN, never a zero: the panel masks what is not finite. Rewards that are
+`differentiable` let gradients through to the images (ReFL). A judge of pairs has `compare` instead
+of `score`, or both: preference.py makes a reward of it.
+
+A prompt is a text with a mapping `metadata`: what a line of a .jsonl prompt file says beside it.
 
 Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images.
 """
@@ -18,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.settings import Strict
-from gardo.types import Scores
+from gardo.types import Prompt, Scores
 
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
@@ -29,6 +31,13 @@ class RewardSettings(Strict):
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Of a field: the class, one of transformers', of the model that it names (`gardo plan`)."""
+
+    class_name: str
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,24 @@ class Reward:
         self.settings = settings
         self.device = device
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(values, mask): fp32 [B] (for features [B, D]) and bool [B].
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The value of each image, fp32 [B]; for features [B, D].
 
-        The mask is False where the value must not be used.
+        NaN where an image has no value: it must not be used. Infinities count as NaN.
         """
         raise NotImplementedError  # pragma: no cover
 
-    def compare(
-        self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """(preference, mask): fp32 [N] and bool [N], for judges of pairs.
+    def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """How sure a judge of pairs is of the first image, fp32 [N].
 
-        The preference is the probability that the first image is the better one, or 1, 0.5 for a
-        tie and 0. The mask is False where no verdict could be read.
+        The probability that it is the better one, or 1, 0.5 for a tie and 0; NaN where no verdict
+        could be read.
         """
         raise NotImplementedError  # pragma: no cover
 
     def score_together(
-        self, images_B3HW: Tensor, prompts: Sequence[str], place: Gathering
-    ) -> tuple[Tensor, Tensor]:
+        self, images_B3HW: Tensor, prompts: Sequence[Prompt], place: Gathering
+    ) -> Tensor:
         """As `score`, in training; for rewards that look at whole groups. All ranks call it."""
         return self.score(images_B3HW, prompts)
 
@@ -89,7 +94,25 @@ class Reward:
             )
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def parameters(cls, settings: Any) -> int | None:
+        """How many numbers its models hold on the device, from configurations alone; None: unknown.
+
+        For `gardo plan`.
+        """
+        from gardo.rewards._loading import parameters_of
+
+        if ":" in settings.kind:
+            return None
+        counts = [
+            parameters_of(mark.class_name, getattr(settings, field))
+            for field, about in type(settings).model_fields.items()
+            for mark in about.metadata
+            if isinstance(mark, Holds)
+        ]
+        return None if None in counts else sum(filter(None, counts))
+
+    @classmethod
+    def check_prompt(cls, prompt: Prompt) -> None:
         """ValueError where this reward could never score the prompt.
 
         Called for every prompt before training.
@@ -114,7 +137,7 @@ class Panel:
     def __call__(
         self,
         images_B3HW: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         sample_B: Tensor,
         group_B: Tensor,
@@ -125,17 +148,17 @@ class Panel:
         """Scores of this rank's images; non-finite values are masked. All ranks call it."""
         place = Gathering(sample_B, group_B, seed, step, gather)
         values: dict[str, Tensor] = {}
-        masks: dict[str, Tensor] = {}
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, reward in self.rewards.items():
-            value, mask = reward.score_together(images_B3HW, prompts, place)
+            value = reward.score_together(images_B3HW, prompts, place)
+            _check_shape(value, len(prompts), reward)
             if reward.gives_features:
-                features_valid_B = mask & value.isfinite().all(-1)
+                features_valid_B = value.isfinite().all(-1)
                 features = torch.where(features_valid_B[:, None], value.float(), 0.0)
-                continue
-            values[name] = value.float()
-            masks[name] = mask & value.isfinite()
+            else:
+                values[name] = value.float()
+        masks = {name: value.isfinite() for name, value in values.items()}
         proxies = self.names("proxy")
         proxy_B = torch.stack([self.rewards[n].settings.weight * values[n] for n in proxies]).sum(0)
         needed = [masks[n] for n in (*proxies, *self.names("auxiliary"))]
@@ -152,10 +175,23 @@ class Panel:
             features_BD=features,
         )
 
-    def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The weighted sum of the proxies with gradients to the images, fp32 [B]."""
         total = images_B3HW.new_zeros(len(images_B3HW))
         for name in self.names("proxy"):
             reward = self.rewards[name]
-            total = total + reward.settings.weight * reward.score(images_B3HW, prompts)[0]
+            total = total + reward.settings.weight * reward.score(images_B3HW, prompts)
         return total
+
+
+def _check_shape(value: Any, count: int, reward: Reward) -> None:
+    """A value [B, 1], for one, would make [B, B] of the proxies' sum."""
+    dimensions = 1 + reward.gives_features
+    if isinstance(value, Tensor) and value.dim() == dimensions and len(value) == count:
+        return
+    given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    wanted = f"[{count}, D]" if reward.gives_features else f"[{count}]"
+    raise ValueError(
+        f"{type(reward).__name__}.score gave {given}; it must give a tensor {wanted}, NaN where an "
+        "image has no value"
+    )

@@ -6,22 +6,20 @@
 to 1.2. Differentiable. (The paper of that name, arXiv 2104.08718, takes 2.5 max(cos, 0) of the
 ViT-B/32.)
 
-Weights and tokenizer: openai/clip-vit-large-patch14. Preprocessing clip-crop-1 (_clip.py). Not
+Weights and tokenizer: openai/clip-vit-large-patch14. Preprocessing clip-crop-1 (_pixels.py). Not
 verified against the published weights yet: the tests compare tiny random models of the same class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from transformers import CLIPModel
 
-from gardo.rewards._clip import Clip, ClipSettings, ModelFolder, load_model
-from gardo.rewards.base import Reward
+from gardo.rewards._clip import Clip, ClipReward, ClipSettings
+from gardo.rewards._loading import ModelFolder, load_model
+from gardo.rewards.base import Holds
 
 SCALE = 100
 DIVISOR = 30
@@ -29,25 +27,19 @@ DIVISOR = 30
 
 class ClipScoreSettings(ClipSettings):
     kind: Literal["clipscore"] = "clipscore"
-    path: ModelFolder = Field("openai/clip-vit-large-patch14", description="hub id or folder")
+    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "openai/clip-vit-large-patch14", description="hub id or folder"
+    )
 
 
-class ClipScore(Reward):
+class ClipScore(ClipReward):
     Settings = ClipScoreSettings
-    differentiable = True
+    factor = SCALE / DIVISOR
 
-    def __init__(self, settings: ClipScoreSettings, device: torch.device) -> None:
-        super().__init__(settings, device)
-        model = load_model(CLIPModel, settings.path, settings.revision)
-        self.clip = Clip(
-            model, settings.path, settings, device, tokenizer_revision=settings.revision
-        )
-
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values = SCALE / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+    def load(self) -> Clip:
+        path, revision = self.settings.path, self.settings.revision
+        model = load_model(CLIPModel, path, revision)
+        return Clip(model, path, self.settings, self.device, tokenizer_revision=revision)
 
 
 PLUGIN = ClipScore

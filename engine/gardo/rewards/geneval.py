@@ -3,10 +3,11 @@
     fraction  the share of the prompt's rules that hold
     strict    1 if all of them hold, else 0: what GenEval itself reports
 
-The prompt says what to look for (geneval_prompts.py); Mask2Former finds the objects and CLIP names
-their colours (geneval_vision.py, with the preprocessing); the rules are GenEval's
-(geneval_rules.py). In [0, 1]. Each object that is asked for is a rule, as are its colour, the place
-and, in `counting`, the exact number: there, `fraction` is 0 or 1.
+The prompt says what to look for: its text (geneval_prompts.py), or the metadata beside it in
+GenEval's own files (geneval_metadata.py). Mask2Former finds the objects and CLIP names their
+colours (geneval_vision.py, with the preprocessing); the rules are GenEval's (geneval_rules.py). In
+[0, 1]. Each object that is asked for is a rule, as are its colour, the place and, in `counting`,
+the exact number: there, `fraction` is 0 or 1.
 
 GenEval ran its detector at 800 pixels, larger than the pictures. Its overall score is the mean over
 the six tasks of the strict score. Not verified against the published weights yet.
@@ -19,20 +20,22 @@ Shapes: B images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSettings
-from gardo.rewards.geneval_prompts import Request, parse
+from gardo.rewards._loading import ModelFolder
+from gardo.rewards.base import Holds, Reward, RewardSettings
+from gardo.rewards.geneval_metadata import request_of
+from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
 from gardo.rewards.geneval_vision import ColourJudge, Detector, Source, cut_out
-from gardo.settings import is_hub_id, model_path
+from gardo.types import Prompt
 
 SCORINGS = {"fraction": fraction, "strict": strict}
 
@@ -40,25 +43,18 @@ SCORINGS = {"fraction": fraction, "strict": strict}
 class GenevalSettings(RewardSettings):
     kind: Literal["geneval"] = "geneval"
     scoring: Literal["fraction", "strict"] = "fraction"
-    path: str = Field(
+    path: Annotated[ModelFolder, Holds("Mask2FormerForUniversalSegmentation")] = Field(
         "facebook/mask2former-swin-small-coco-instance",
         description="Mask2Former for COCO's instances: hub id or folder",
     )
     revision: str | None = Field(None, description="of `path` on the hub")
-    clip: str = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
+    clip: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "openai/clip-vit-large-patch14", description="CLIP: hub id or folder"
+    )
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
     size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
     batch: int = Field(8, ge=1, description="images, or cut-out objects, a call")
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @field_validator("path", "clip")
-    @classmethod
-    def _exists(cls, value: str) -> str:
-        if not is_hub_id(value) and not (Path(model_path(value)) / "config.json").is_file():
-            raise ValueError(
-                f"no model folder (with config.json): {value!r}; give one, or a hub id owner/name"
-            )
-        return value
 
 
 class Geneval(Reward):
@@ -66,34 +62,29 @@ class Geneval(Reward):
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
         super().__init__(settings, device)
-        dtype = getattr(torch, settings.dtype)
-        detector = Source(model_path(settings.path), settings.revision, dtype, device)
-        clip = Source(model_path(settings.clip), settings.clip_revision, dtype, device)
+        dtype = settings.dtype
+        detector = Source("path", settings.path, settings.revision, dtype, device)
+        clip = Source("clip", settings.clip, settings.clip_revision, dtype, device)
         self.detector = Detector(detector, settings.size)
         self.colours = ColourJudge(clip, settings.batch)
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
-        parse(prompt)
+    def check_prompt(cls, prompt: Prompt) -> None:
+        request_of(prompt)
 
     @torch.no_grad()
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        batch, score = self.settings.batch, SCORINGS[self.settings.scoring]
         values: list[float] = []
-        valid: list[bool] = []
-        batch = self.settings.batch
         for start in range(0, len(prompts), batch):
             images = images_B3HW[start : start + batch].to(self.device, torch.float32)
-            for rules in self.rules(images, [parse(p) for p in prompts[start : start + batch]]):
-                values.append(SCORINGS[self.settings.scoring](rules) if rules else 0.0)
-                valid.append(rules is not None)
-        device = self.device
-        return torch.tensor(values, device=device), torch.tensor(valid, device=device)
+            asked = [request_of(prompt) for prompt in prompts[start : start + batch]]
+            values += [math.nan if r is None else score(r) for r in self.rules(images, asked)]
+        return torch.tensor(values, device=self.device)
 
     def rules(self, images_B3HW: Tensor, requests: Sequence[Request]) -> list[list[bool] | None]:
         """Which rules each picture fulfils; None where a model failed on it."""
-        names = [{asked.name for asked in request.objects} for request in requests]
+        names = [{asked.name for asked in (*r.objects, *r.absent)} for r in requests]
         seen = self.detector(images_B3HW, names)
         kept = [
             keep(found or [], request.task) for found, request in zip(seen, requests, strict=True)

@@ -22,9 +22,13 @@ from typing import Literal, get_args
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Relation = Literal["left of", "right of", "above", "below"]
 
+Colour = Literal[
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
+]
+
 TASKS: tuple[Task, ...] = get_args(Task)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOURS: tuple[Colour, ...] = get_args(Colour)
 
 # COCO's 80 classes in COCO's order, with GenEval's names for "mouse", "remote" and "keyboard"
 _NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -55,11 +59,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for. In `position`, the first object stands `relation` the second."""
+    """What a prompt asks for. In `position`, the first object stands `relation` the second.
+
+    Of each of `absent` there must be fewer than its `count`.
+    """
 
     task: Task
     objects: tuple[Asked, ...]
     relation: Relation | None = None
+    absent: tuple[Asked, ...] = ()
 
 
 def plural(name: str) -> str:
@@ -87,7 +95,8 @@ def text(request: Request) -> str:
     return _OPENING + f" {request.relation or 'and'} ".join(phrases)
 
 
-def _known(word: str, words: Sequence[str], what: str) -> str:
+def known(word: str, words: Sequence[str], what: str) -> str:
+    """The word. ValueError names the nearest of the words, where it is none of them."""
     if word in words:
         return word
     near = difflib.get_close_matches(word, words, n=1)
@@ -103,14 +112,14 @@ def _object(phrase: str) -> Asked:
         raise ValueError(f"{phrase!r}: GenEval writes '{_article(words)} {words}'")
     colour, _, name = words.partition(" ")
     if words in CLASSES or colour not in COLOURS:
-        return Asked(_known(words, CLASSES, "one of GenEval's 80 classes, nor colour and class"))
-    return Asked(_known(name, CLASSES, "one of GenEval's 80 classes"), colour=colour)
+        return Asked(known(words, CLASSES, "one of GenEval's 80 classes, nor colour and class"))
+    return Asked(known(name, CLASSES, "one of GenEval's 80 classes"), colour=colour)
 
 
 def _parse(body: str) -> Request:
     number, _, name = body.partition(" ")
     if number in _COUNTS:
-        name = _known(name, tuple(_SINGULAR), "the plural, as GenEval writes it, of a class")
+        name = known(name, tuple(_SINGULAR), "the plural, as GenEval writes it, of a class")
         return Request("counting", (Asked(_SINGULAR[name], _COUNTS[number]),))
     for relation in (*RELATIONS, "and"):
         first, found, second = body.partition(f" {relation} ")
@@ -163,7 +172,7 @@ def prompts(
     ValueError where the task cannot ask that many things, or cannot ask them.
     """
     for name in classes:
-        _known(name, CLASSES, "one of GenEval's 80 classes")
+        known(name, CLASSES, "one of GenEval's 80 classes")
     if not set(numbers) <= set(NUMBERS):
         raise ValueError(f"numbers: {list(numbers)} are not all {min(NUMBERS)} to {max(NUMBERS)}")
     if task in ("colors", "color_attr"):

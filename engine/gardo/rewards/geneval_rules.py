@@ -2,7 +2,8 @@
 
     kept      per class the 16 surest objects surer than 0.3 (counting: 0.9), the surest first
     counting  exactly the asked number of objects was kept
-    others    an object of the class was kept; the surest has the colour, the surest two the place
+    others    as many objects of the class were kept as are asked for (one, in GenEval's prompts);
+              the surest have the colour and the place
     A is right of B where  d_x / |c_A - c_B| > 0.5  (left: < -0.5; below and above: d_y)
         d = sign(c_A - c_B) max(|c_A - c_B| - 0.1 (size_A + size_B), 0)   c: centres of the boxes
 
@@ -14,12 +15,13 @@ many objects.)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gardo.rewards.geneval_prompts import RELATIONS, Relation, Request, Task
+from gardo.rewards.geneval_prompts import RELATIONS, Asked, Relation, Request, Task
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -65,37 +67,42 @@ def relations(a: Box, b: Box) -> set[Relation]:
     return {relation for relation, true in zip(RELATIONS, holds, strict=True) if true}
 
 
-def _surest(kept: Sequence[Found], name: str) -> int | None:
-    return next((at for at, thing in enumerate(kept) if thing.name == name), None)
+def _number(kept: Sequence[Found], name: str) -> int:
+    return sum(thing.name == name for thing in kept)
+
+
+def _surest(kept: Sequence[Found], asked: Asked) -> list[int]:
+    """The surest objects of the class, as indices of `kept`, as many as are asked for."""
+    return [at for at, thing in enumerate(kept) if thing.name == asked.name][: asked.count]
 
 
 def judged(request: Request, kept: Sequence[Found]) -> list[int]:
     """The objects, as indices of `kept`, whose colour the rules look at."""
-    surest = [_surest(kept, asked.name) for asked in request.objects if asked.colour]
-    return [at for at in surest if at is not None]
+    return [at for asked in request.objects if asked.colour for at in _surest(kept, asked)]
 
 
 def verdicts(request: Request, kept: Sequence[Found]) -> list[bool]:
     """Which of the rules hold that a prompt sets, from what `keep` returned.
 
-    counting: the number. Otherwise, for each object: that it is there, and its colour if one is
-    asked; then the place. The objects of `judged` must bring their colour.
+    For each class that is asked for: the number, and the colour if one is asked; then the place;
+    then for each class that is not wanted, that there are few enough. The objects of `judged` must
+    bring their colour.
     """
-    if request.task == "counting":
-        (asked,) = request.objects
-        return [sum(thing.name == asked.name for thing in kept) == asked.count]
     rules: list[bool] = []
-    boxes: list[Box] = []
+    seen: list[list[Found]] = []
     for asked in request.objects:
-        at = _surest(kept, asked.name)
-        rules.append(at is not None)
+        things = [kept[at] for at in _surest(kept, asked)]
+        enough = len(things) == asked.count
+        exact = request.task != "counting" or _number(kept, asked.name) == asked.count
+        rules.append(enough and exact)
         if asked.colour:
-            rules.append(at is not None and kept[at].colour == asked.colour)
-        if at is not None:
-            boxes.append(kept[at].box)
+            rules.append(enough and all(thing.colour == asked.colour for thing in things))
+        seen.append(things if enough else [])
     if request.relation:
-        rules.append(len(boxes) == 2 and request.relation in relations(*boxes))
-    return rules
+        pairs = list(itertools.product(*seen))
+        holds = [request.relation in relations(a.box, b.box) for a, b in pairs]
+        rules.append(bool(pairs) and all(holds))
+    return rules + [_number(kept, unwanted.name) < unwanted.count for unwanted in request.absent]
 
 
 def strict(rules: Sequence[bool]) -> float:

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     CLIPModel,
     Mask2FormerModel,
@@ -35,11 +34,12 @@ from transformers import (
 )
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from gardo.rewards import _clip, dinov3
+from gardo.rewards._loading import frozen, load_model
+from gardo.rewards._pixels import IMAGENET, for_clip, normalised, resized
 from gardo.rewards.geneval_prompts import CLASSES, COLOURS
 from gardo.rewards.geneval_rules import THRESHOLD, Found
+from gardo.settings import model_path
 
-IMAGENET = (dinov3.MEAN, dinov3.STD)
 GREY = 0x99 / 255
 LONGEST = 1333
 MULTIPLE = 32
@@ -59,12 +59,26 @@ SPELLINGS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from and how it runs."""
+    """Where a model comes from and how it runs; `field` is the setting that names it."""
 
+    field: str
     path: str
     revision: str | None
-    dtype: torch.dtype
+    dtype: str
     device: torch.device
+
+    def load(self, model_class: Any) -> Any:
+        model = load_model(model_class, self.path, self.revision, field=self.field)
+        return frozen(model, self.dtype, self.device)
+
+    def tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(model_path(self.path), revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self} holds no tokenizer: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.path!r}"
 
 
 class InstanceSegmenter(Mask2FormerPreTrainedModel):
@@ -85,35 +99,6 @@ class InstanceSegmenter(Mask2FormerPreTrainedModel):
         return self.class_predictor(queries), seen.masks_queries_logits[-1]
 
 
-def load(plugin: Any, model_type: str, source: Source) -> Any:
-    """A frozen model; ValueError where the folder or hub id does not hold such a model."""
-    where = {"revision": source.revision} if source.revision else {}
-    try:
-        config = AutoConfig.from_pretrained(source.path, **where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source.path!r} holds no model: {error}") from error
-    if config.model_type != model_type:
-        raise ValueError(f"{source.path!r} is a {config.model_type} model, not {model_type}")
-    try:
-        model, report = plugin.from_pretrained(
-            source.path,
-            dtype=source.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **where,
-        )
-    except OSError as error:
-        raise ValueError(f"{source.path!r} holds no weights: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{source.path!r} lacks {len(missing)} weights, {missing[0]} first")
-    return model.to(source.device).eval().requires_grad_(False)
-
-
-def normalise(images_B3HW: Tensor, statistics: tuple[Sequence[float], Sequence[float]]) -> Tensor:
-    mean, std = (images_B3HW.new_tensor(values)[:, None, None] for values in statistics)
-    return (images_B3HW - mean) / std
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sighting(Found):
     """A found object with its mask, bool [H, W]."""
@@ -126,7 +111,7 @@ class Detector:
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, size
-        self.model = load(InstanceSegmenter, "mask2former", source)
+        self.model = source.load(InstanceSegmenter)
         self.label = {
             name: label
             for label, spelling in self.model.config.id2label.items()
@@ -134,17 +119,15 @@ class Detector:
         }
         if missing := [name for name in CLASSES if name not in self.label]:
             raise ValueError(
-                f"{source.path!r} does not know {len(missing)} of COCO's 80 classes, "
+                f"{source} does not know {len(missing)} of COCO's 80 classes, "
                 f"{missing[0]!r} first; the detector must be one for COCO's instances"
             )
 
     def preprocess(self, images_B3HW: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> normalised [B, 3, h, w], h and w multiples of 32."""
         shape = get_size_with_aspect_ratio(tuple(images_B3HW.shape[-2:]), self.size, LONGEST)
-        shape = tuple(math.ceil(side / MULTIPLE) * MULTIPLE for side in shape)
-        if images_B3HW.shape[-2:] != shape:
-            images_B3HW = F.interpolate(images_B3HW, shape, mode="bilinear", antialias=True)
-        return normalise(images_B3HW, IMAGENET)
+        height, width = (math.ceil(side / MULTIPLE) * MULTIPLE for side in shape)
+        return normalised(resized(images_B3HW, height, width, "bilinear"), IMAGENET)
 
     def __call__(
         self, images_B3HW: Tensor, names: Sequence[Collection[str]]
@@ -153,7 +136,7 @@ class Detector:
 
         None where the model's output is not finite.
         """
-        pixels = self.preprocess(images_B3HW).to(self.source.dtype)
+        pixels = self.preprocess(images_B3HW).to(self.model.dtype)
         classes_BQC, masks_BQhw = (logits.float() for logits in self.model(pixels))
         finite_B = classes_BQC.isfinite().all((1, 2)) & masks_BQhw.isfinite().all((1, 2, 3))
         return [
@@ -205,28 +188,23 @@ class ColourJudge:
 
     def __init__(self, source: Source, batch: int) -> None:
         self.source, self.batch = source, batch
-        self.model = load(CLIPModel, "clip", source)
-        where = {"revision": source.revision} if source.revision else {}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source.path, **where)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source.path!r} holds no tokenizer: {error}") from error
+        self.model, self.tokenizer = source.load(CLIPModel), source.tokenizer()
         # without its files, transformers gives a tokenizer that knows no word
         tokens = [tuple(ids) for ids in self.tokenizer(list(COLOURS))["input_ids"]]
         known = self.model.config.text_config.vocab_size
         if len(set(tokens)) < len(COLOURS) or max(map(max, tokens)) >= known:
-            raise ValueError(f"{source.path!r} holds no tokenizer for its model")
+            raise ValueError(f"{source} holds no tokenizer for its model")
         self.size = self.model.config.vision_config.image_size
         self._colours: dict[str, Tensor] = {}
 
     def preprocess(self, crop_3HW: Tensor) -> Tensor:
-        """[3, h, w] in [0, 1] -> normalised [3, S, S], by clip-crop-1 of _clip.py."""
+        """[3, h, w] in [0, 1] -> normalised [3, S, S], by clip-crop-1 of _pixels.py."""
         height, width = crop_3HW.shape[-2:]
         short = min(height, width)
         # only the middle is seen; a crop one pixel wide would grow to a huge stripe
         top, left = (max(side - 8 * short, 0) // 2 for side in (height, width))
         crop_3HW = crop_3HW[:, top : height - top, left : width - left]
-        return _clip.preprocess(crop_3HW[None], self.size)[0]
+        return for_clip(crop_3HW[None], self.size)[0]
 
     def texts(self, name: str) -> Tensor:
         """fp32 [10, D]: a direction for each colour of a class; encoded once."""
@@ -250,7 +228,7 @@ class ColourJudge:
         if not crops:
             return []
         colours_N10D = torch.stack([self.texts(name) for name in names])
-        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.source.dtype)
+        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.model.dtype)
         features = [
             self.model.get_image_features(part).pooler_output for part in pixels.split(self.batch)
         ]

@@ -9,7 +9,7 @@ renamed here to those of transformers' CLIPModel, without a change of any number
 with the same names does as well. What the file does not say comes from `base`: config.json (heads,
 activation gelu) and the tokenizer.
 
-Preprocessing clip-pad-1 (_clip.py), as the release pads what is not square. The release resizes
+Preprocessing clip-pad-1 (_pixels.py), as the release pads what is not square. The release resizes
 8-bit images with Pillow, here tensors are resized with antialias on. Not verified against the
 published weights yet: the tests compare tiny random models of the same class.
 """
@@ -17,23 +17,23 @@ published weights yet: the tests compare tiny random models of the same class.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
-from gardo.rewards._clip import (
-    LAION_H14,
-    Clip,
-    ClipSettings,
+from gardo.rewards._clip import LAION_H14, Clip, ClipReward, ClipSettings
+from gardo.rewards._loading import (
     ModelFolder,
-    build_clip,
-    needs_file,
+    check_type,
+    model_of,
+    needs_files,
     read_weights,
 )
-from gardo.rewards.base import Reward
+from gardo.rewards.base import Holds
+from gardo.settings import model_path
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
@@ -106,7 +106,9 @@ class HPSv2Settings(ClipSettings):
     file: str | None = Field(
         None, description="weights in open_clip's names; the release's file if left out"
     )
-    base: ModelFolder = Field(LAION_H14, description="hub id or folder: config.json, tokenizer")
+    base: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        LAION_H14, description="hub id or folder: config.json, tokenizer"
+    )
 
     @property
     def weights(self) -> str:
@@ -114,30 +116,25 @@ class HPSv2Settings(ClipSettings):
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        needs_file(self.path, self.weights)
+        needs_files(self.path, self.weights)
         return self
 
 
-class HPSv2(Reward):
+class HPSv2(ClipReward):
     Settings = HPSv2Settings
-    differentiable = True
 
-    def __init__(self, settings: HPSv2Settings, device: torch.device) -> None:
-        super().__init__(settings, device)
+    def load(self) -> Clip:
+        settings = self.settings
         where = f"path: {settings.weights} of {settings.path!r}"
         state = read_weights(settings.path, settings.weights, settings.revision)
         try:
             renamed = from_open_clip(state)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        model = build_clip(settings.base, renamed, where)
-        self.clip = Clip(model, settings.base, settings, device, fit="pad")
-
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values = self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+        check_type(f"base: {settings.base!r}", settings.base, None, "clip")
+        config = CLIPConfig.from_pretrained(model_path(settings.base))
+        model = model_of(CLIPModel, where, config, renamed)
+        return Clip(model, settings.base, settings, self.device, fit="pad")
 
 
 PLUGIN = HPSv2

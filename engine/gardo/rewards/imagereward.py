@@ -8,14 +8,14 @@
     value = (y - 0.1671736) / 1.0333395
 
 The value is about -2 to 2, with mean 0 and standard deviation 1 over the authors' pictures. The
-MLP's five layers have nothing between them, so they are one affine map, multiplied out at load in
-fp64. A prompt is cut at 35 tokens, as published.
+MLP's five layers have nothing but dropout between them: they are one affine map, multiplied out at
+load in fp64. A prompt is cut at 35 tokens, as published.
 
 `raw: true` gives y itself. The ReFL algorithm standardises with the same two constants, so under it
 use `raw: true`, or keep the value as it is and set the algorithm's reward_mean: 0, reward_std: 1;
 both are the published ReFL loss. Otherwise the value would be standardised twice.
 
-Preprocessing clip-crop-1 of _clip.py: the shorter side to 224 (bicubic, antialiased, on
+Preprocessing clip-crop-1 of _pixels.py: the shorter side to 224 (bicubic, antialiased, on
 tensors), the middle square, CLIP's statistics. Differentiable.
 
 `path` holds ImageReward.safetensors or ImageReward.pt (read as tensors alone, never as a pickle's
@@ -32,12 +32,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from transformers import (
     BertTokenizer,
     BlipTextConfig,
@@ -47,15 +47,17 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from gardo.rewards._clip import preprocess, read_weights
-from gardo.rewards.base import Reward, RewardSettings
-from gardo.settings import is_hub_id, model_path
+from gardo.rewards._affine import collapse
+from gardo.rewards._loading import frozen, holding, model_of, read_weights
+from gardo.rewards._pixels import for_clip
+from gardo.rewards.base import Holds, Reward, RewardSettings
+from gardo.settings import model_path
+from gardo.types import Prompt
 
 Y_MEAN, Y_STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")  # the hub has the second
 TEXT_CONFIG = "med_config.json"
-MLP_LAYERS = (0, 2, 4, 6, 7)  # linear; between them dropout, which does nothing here
 VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
 VISION_NAMES = (  # published -> transformers
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -71,36 +73,16 @@ VISION_NAMES = (  # published -> transformers
 
 class ImageRewardSettings(RewardSettings):
     kind: Literal["imagereward"] = "imagereward"
-    path: str = Field("THUDM/ImageReward", description="hub id or folder")
+    path: Annotated[str, holding(WEIGHTS, TEXT_CONFIG), Holds("BlipModel")] = Field(
+        "THUDM/ImageReward", description="hub id or folder"
+    )
     revision: str | None = Field(None, description="of the hub's repository")
-    tokenizer: str = Field("google-bert/bert-base-uncased", description="hub id or folder")
+    tokenizer: Annotated[str, holding(("vocab.txt", "tokenizer.json"))] = Field(
+        "google-bert/bert-base-uncased", description="hub id or folder of BERT's tokenizer"
+    )
     raw: bool = Field(False, description="the MLP's output, not standardised")
     batch: int = Field(16, ge=1, description="images a forward pass")
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @field_validator("path")
-    @classmethod
-    def _exists(cls, value: str) -> str:
-        folder = Path(model_path(value))
-        weights = any((folder / name).is_file() for name in WEIGHTS)
-        if not is_hub_id(value) and not (weights and (folder / TEXT_CONFIG).is_file()):
-            raise ValueError(
-                f"no ImageReward folder (with {' or '.join(WEIGHTS)}, and {TEXT_CONFIG}): "
-                f"{value!r}; give one, or a hub id owner/name"
-            )
-        return value
-
-    @field_validator("tokenizer")
-    @classmethod
-    def _is_tokenizer(cls, value: str) -> str:
-        folder = Path(model_path(value))
-        files = any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
-        if not is_hub_id(value) and not files:
-            raise ValueError(
-                f"no BERT tokenizer (vocab.txt or tokenizer.json) in {value!r}; give a folder that "
-                "has one, or a hub id owner/name"
-            )
-        return value
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -127,10 +109,7 @@ def vision_model(weights: Mapping[str, Tensor]) -> BlipVisionModel:
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    with torch.device("meta"):
-        model = BlipVisionModel(config)
-    model.load_state_dict(state, assign=True)
-    return model
+    return model_of(BlipVisionModel, "the vision encoder", config, state)
 
 
 def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int) -> BlipTextModel:
@@ -144,20 +123,8 @@ def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int
         encoder_hidden_size=width,
         is_decoder=True,  # what transformers calls having cross attention
     )  # fmt: skip
-    with torch.device("meta"):
-        model = BlipTextModel(config, add_pooling_layer=False)
-    model.load_state_dict(part_of(weights, TEXT), assign=True)
-    model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return model
-
-
-def affine_map(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The MLP as one map: weight fp32 [1, D] and bias [1]."""
-    weight_1D, bias_1 = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for layer in reversed(MLP_LAYERS):
-        bias_1 = bias_1 + weight_1D @ weights[f"mlp.layers.{layer}.bias"].double()
-        weight_1D = weight_1D @ weights[f"mlp.layers.{layer}.weight"].double()
-    return weight_1D.float(), bias_1.float()
+    state = part_of(weights, TEXT)
+    return model_of(BlipTextModel, "the text encoder", config, state, add_pooling_layer=False)
 
 
 class ImageReward(Reward):
@@ -168,35 +135,30 @@ class ImageReward(Reward):
         super().__init__(settings, device)
         folder, revision = model_path(settings.path), settings.revision
         name = next((n for n in WEIGHTS if (Path(folder) / n).is_file()), WEIGHTS[-1])
-        path = f"{settings.path}/{name}"
+        where = f"path: {name} of {settings.path!r}"
         med = Path(cached_file(folder, TEXT_CONFIG, revision=revision))
         weights = read_weights(settings.path, name, revision)
         if f"{VISION}cls_token" not in weights:
-            raise ValueError(f"{path} is not ImageReward's: no tensor {VISION}cls_token")
+            raise ValueError(f"{where} is not ImageReward's: no tensor {VISION}cls_token")
         try:
             vision = vision_model(weights)
-            text = text_model(
-                weights, json.loads(med.read_text(encoding="utf-8")), vision.config.hidden_size
-            )
-            weight_1D, bias_1 = affine_map(weights)
+            text_settings = json.loads(med.read_text(encoding="utf-8"))
+            text = text_model(weights, text_settings, vision.config.hidden_size)
+            weight_D, bias = collapse(part_of(weights, "mlp."))
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} and {med} do not make an ImageReward: {error}") from error
-        dtype = getattr(torch, settings.dtype)
-        self.vision, self.text = (self._ready(model, dtype) for model in (vision, text))
-        self.weight_1D, self.bias_1 = weight_1D.to(device), bias_1.to(device)
+            raise ValueError(
+                f"{where} and {TEXT_CONFIG} do not make an ImageReward: {error}"
+            ) from error
+        self.vision, self.text = (frozen(m, settings.dtype, device) for m in (vision, text))
+        self.weight_1D, self.bias_1 = (x.float()[None].to(device) for x in (weight_D, bias))
         self.tokenizer = BertTokenizer.from_pretrained(model_path(settings.tokenizer))
         if len(self.tokenizer) > text.config.vocab_size:
             raise ValueError(
-                f"{settings.tokenizer} has {len(self.tokenizer)} tokens, ImageReward's text "
+                f"tokenizer: {settings.tokenizer!r} has {len(self.tokenizer)} tokens, the text "
                 f"encoder {text.config.vocab_size}; it needs bert-base-uncased's"
             )
 
-    def _ready(self, model: nn.Module, dtype: torch.dtype) -> Any:
-        return model.to(self.device, dtype).eval().requires_grad_(False)
-
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         tokens_TL = self.tokenizer(
             list(row), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
@@ -210,12 +172,11 @@ class ImageReward(Reward):
                 strict=True,
             )
         ])  # fmt: skip
-        value_B = y_B if self.settings.raw else (y_B - Y_MEAN) / Y_STD
-        return value_B, torch.ones_like(value_B, dtype=torch.bool)
+        return y_B if self.settings.raw else (y_B - Y_MEAN) / Y_STD
 
     def _output(self, images_B3HW: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """y, fp32 [B]."""
-        pixels = preprocess(images_B3HW, self.vision.config.image_size)
+        pixels = for_clip(images_B3HW, self.vision.config.image_size)
         hidden_BLD = self.text(
             ids_BL,
             attention_mask=mask_BL,

@@ -4,8 +4,8 @@
       text: {kind: ocr, role: proxy}
     prompt: a shop window with a sign that says "OPEN TODAY"
 
-The target is what stands between the first pair of quotes ("..." or “...”). Target and what the
-reader saw are compared in lower case and without spaces:
+The target is what stands between the first pair of quotes ("..." or “...”), or the "text" of a
+prompt's metadata. Target and what the reader saw are compared in lower case and without spaces:
 
     strict (default):  1 - min(edit, len) / len      edit: Levenshtein distance to the target
     compat:            1 where the target is a part of what was read, else as strict
@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.ocr_reader import end_with_parent, read, require
+from gardo.types import Prompt
 
 QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”')
 
@@ -65,13 +66,21 @@ def plain(text: str) -> str:
     return "".join(text.lower().split())
 
 
-def target_of(prompt: str) -> str:
-    """The text in the first pair of quotes. ValueError where there is none, or nothing in it."""
+def target_of(prompt: Prompt) -> str:
+    """The "text" of the metadata, or what is in the first pair of quotes; plain.
+
+    ValueError where there is none, or nothing in it.
+    """
+    if "text" in prompt.metadata:
+        text = prompt.metadata["text"]
+        if not isinstance(text, str) or not plain(text):
+            raise ValueError(f'{prompt!r}: "text" is {text!r}; it must be the text to look for')
+        return plain(text)
     found = QUOTED.search(prompt)
     if not found:
         raise ValueError(
             f"{prompt!r} has no text in quotes for ocr to look for; write it as in: a sign that "
-            'says "OPEN"'
+            'says "OPEN", or give its "text" in a .jsonl file'
         )
     target = plain(found[1] or found[2] or "")
     if not target:
@@ -161,20 +170,17 @@ class Ocr(Reward):
             return self._submit(picture).result()
 
     @torch.no_grad()
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         match = MATCHING[self.settings.matching]
         texts = self.texts(to_pictures(images_B3HW))
         values = [
             float("nan") if text is None else match(plain(text), target_of(prompt))
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        value_B = torch.tensor(values, dtype=torch.float32, device=images_B3HW.device)
-        return value_B, ~value_B.isnan()
+        return torch.tensor(values, dtype=torch.float32, device=images_B3HW.device)
 
     @classmethod
-    def check_prompt(cls, prompt: str) -> None:
+    def check_prompt(cls, prompt: Prompt) -> None:
         target_of(prompt)
 
 

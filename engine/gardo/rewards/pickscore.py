@@ -6,53 +6,42 @@ The published logit_scale is near ln 100. Raw scores lie around 20 to 23; the di
 Flow-GRPO's and brings them to about 0.8 to 0.9. Differentiable.
 
 Weights: yuvalkirstain/PickScore_v1; its tokenizer is the one of laion's ViT-H/14. Preprocessing
-clip-crop-1 (_clip.py). Not verified against the published weights yet: the tests compare tiny
+clip-crop-1 (_pixels.py). Not verified against the published weights yet: the tests compare tiny
 random models of the same class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from transformers import CLIPModel
 
-from gardo.rewards._clip import (
-    LAION_H14,
-    Clip,
-    ClipSettings,
-    ModelFolder,
-    TokenizerFolder,
-    load_model,
-)
-from gardo.rewards.base import Reward
+from gardo.rewards._clip import LAION_H14, Clip, ClipReward, ClipSettings
+from gardo.rewards._loading import ModelFolder, TokenizerFolder, load_model
+from gardo.rewards.base import Holds
 
 DIVISOR = 26
 
 
 class PickScoreSettings(ClipSettings):
     kind: Literal["pickscore"] = "pickscore"
-    path: ModelFolder = Field("yuvalkirstain/PickScore_v1", description="hub id or folder")
+    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+        "yuvalkirstain/PickScore_v1", description="hub id or folder"
+    )
     tokenizer: TokenizerFolder = Field(LAION_H14, description="hub id or folder of the tokenizer")
 
 
-class PickScore(Reward):
+class PickScore(ClipReward):
     Settings = PickScoreSettings
-    differentiable = True
 
-    def __init__(self, settings: PickScoreSettings, device: torch.device) -> None:
-        super().__init__(settings, device)
-        model = load_model(CLIPModel, settings.path, settings.revision)
-        self.clip = Clip(model, settings.tokenizer, settings, device)
+    def load(self) -> Clip:
+        model = load_model(CLIPModel, self.settings.path, self.settings.revision)
+        return Clip(model, self.settings.tokenizer, self.settings, self.device)
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        values = self.clip.scale / DIVISOR * self.clip.cosine(images_B3HW, prompts)
-        return values, values.isfinite()
+    @property
+    def factor(self) -> float:
+        return self.clip.scale / DIVISOR
 
 
 PLUGIN = PickScore

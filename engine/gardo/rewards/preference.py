@@ -46,6 +46,7 @@ from gardo import plugins
 from gardo.rewards.base import Gathering, Reward, RewardSettings, provides
 from gardo.rewards.bradley_terry import predicted_win_rate
 from gardo.streams import Stream
+from gardo.types import Prompt
 from gardo_kernels import random_uniform
 
 
@@ -72,11 +73,11 @@ class PreferenceSettings(RewardSettings):
 class Judge(Protocol):
     """Says who wins, from what it has seen of each image."""
 
-    def see(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def see(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """[B, ...]: all that a comparison needs of each image; this travels between ranks."""
 
     def compare(
-        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[str]
+        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[Prompt]
     ) -> Tensor:
         """fp32 [N] in [0, 1], how sure it is of the first; NaN where it failed.
 
@@ -90,18 +91,17 @@ class PairJudge:
     def __init__(self, reward: Reward, batch: int) -> None:
         self.reward, self.batch = reward, batch
 
-    def see(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def see(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def compare(
-        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[str]
+        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[Prompt]
     ) -> Tensor:
         answers = [torch.empty(0, device=seen.device)]
         for part in torch.arange(len(prompts), device=seen.device).split(self.batch):
             texts = [prompts[i] for i in part.tolist()]
             first, second = seen[first_N[part]].float() / 255, seen[second_N[part]].float() / 255
-            answer, mask = self.reward.compare(first, second, texts)
-            answers.append(torch.where(mask, answer.float(), torch.nan))
+            answers.append(self.reward.compare(first, second, texts).float())
         answer_N = torch.cat(answers)
         outside_N = answer_N[(answer_N < 0) | (answer_N > 1)]
         if len(outside_N):
@@ -118,12 +118,12 @@ class ScoreJudge:
     def __init__(self, reward: Reward, tie_margin: float) -> None:
         self.reward, self.tie_margin = reward, tie_margin
 
-    def see(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        value_B, mask_B = self.reward.score(images_B3HW, prompts)
-        return torch.where(mask_B & value_B.isfinite(), value_B.float(), torch.nan)
+    def see(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        value_B = self.reward.score(images_B3HW, prompts).float()
+        return torch.where(value_B.isfinite(), value_B, torch.nan)
 
     def compare(
-        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[str]
+        self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[Prompt]
     ) -> Tensor:
         ahead_N = seen[first_N] - seen[second_N]
         margin = self.tie_margin
@@ -240,6 +240,12 @@ class Preference(Reward):
         self.scores_alone = provides(plugin, "score")
 
     @classmethod
+    def parameters(cls, settings: PreferenceSettings) -> int | None:
+        judge = settings.judge
+        count: int | None = plugins.resolve("gardo.rewards", judge.kind).parameters(judge)
+        return count
+
+    @classmethod
     def check(cls, settings: PreferenceSettings, images_per_prompt: int) -> None:
         kind, others = settings.judge.kind, images_per_prompt - 1
         plugin = plugins.resolve("gardo.rewards", kind)
@@ -275,15 +281,13 @@ class Preference(Reward):
                 f"{opponents} others; use {opponents + 1}"
             )
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The judge's own scores, for evaluations."""
-        return self.reward.score(images_B3HW, prompts, metadata)
+        return self.reward.score(images_B3HW, prompts)
 
     def score_together(
-        self, images_B3HW: Tensor, prompts: Sequence[str], place: Gathering
-    ) -> tuple[Tensor, Tensor]:
+        self, images_B3HW: Tensor, prompts: Sequence[Prompt], place: Gathering
+    ) -> Tensor:
         settings = self.settings
         games = Tournament(place, settings.opponents, both_orders=settings.both_orders)
         seen, where_A = games.share(self.judge.see(images_B3HW, prompts))
@@ -296,7 +300,8 @@ class Preference(Reward):
         preference_PGG = games.preferences(answer_BK)
         valid_PGG = ~preference_PGG.isnan()
         value_PG = METHODS[settings.method](preference_PGG, valid_PGG, settings.prior)
-        return games.own(value_PG).float(), games.own(valid_PGG.any(-1))
+        value_PG = torch.where(valid_PGG.any(-1), value_PG, torch.nan)
+        return games.own(value_PG).float()
 
 
 PLUGIN = Preference

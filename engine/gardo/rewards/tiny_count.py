@@ -12,13 +12,15 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards._tiny import TinyReward
+from gardo.rewards.base import RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 # Mean coloured area of one object of the world, in pixels (measured by a test of it)
 OBJECT_AREA = {"circle": 57.0, "square": 53.0, "triangle": 40.0}
@@ -35,25 +37,14 @@ def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
     return (saturation * value * near).sum((1, 2))
 
 
-class TinyCount(Reward):
+class TinyCount(TinyReward):
     Settings = TinyCountSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        asked = [world.parse(p) for p in prompts]
-        device = images_B3HW.device
-        hues = torch.tensor(list(world.HUES.values()), device=device)
-        areas = torch.tensor([OBJECT_AREA[shape] for shape in world.SHAPES], device=device)
-        asked_B = torch.tensor([float(count) for count, _, _ in asked], device=device)
-        hue_B = hues[[colour for _, colour, _ in asked]]
-        found_B = coloured_area(images_B3HW, hue_B) / areas[[shape for _, _, shape in asked]]
-        values = (1 - (found_B - asked_B).abs() / asked_B).clamp(min=0)
-        return values, torch.ones_like(values, dtype=torch.bool)
-
-    @classmethod
-    def check_prompt(cls, prompt: str) -> None:
-        world.parse(prompt)
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        asked = world.asked(prompts, images_B3HW.device)
+        areas = torch.tensor([OBJECT_AREA[s] for s in world.SHAPES], device=images_B3HW.device)
+        found_B = coloured_area(images_B3HW, asked.hue_B) / areas[asked.shape_B]
+        return (1 - (found_B - asked.count_B).abs() / asked.count_B).clamp(min=0)
 
 
 PLUGIN = TinyCount

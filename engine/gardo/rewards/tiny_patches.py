@@ -10,15 +10,17 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards._tiny import TinyReward
+from gardo.rewards.base import RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class TinyPatchesSettings(RewardSettings):
@@ -53,23 +55,13 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
     return (area[:, 1:] >= min_pixels).sum(1)
 
 
-class TinyPatches(Reward):
+class TinyPatches(TinyReward):
     Settings = TinyPatchesSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        asked = [world.parse(p) for p in prompts]
-        hues = torch.tensor(list(world.HUES.values()), device=images_B3HW.device)
-        hue_B = hues[torch.tensor([colour for _, colour, _ in asked])]
-        asked_B = torch.tensor([count for count, _, _ in asked], device=images_B3HW.device)
-        found_B = count_patches(colour_mask(images_B3HW, hue_B), self.settings.min_pixels)
-        values = 1.0 / (1.0 + (found_B - asked_B).abs())
-        return values, torch.ones_like(values, dtype=torch.bool)
-
-    @classmethod
-    def check_prompt(cls, prompt: str) -> None:
-        world.parse(prompt)
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        asked = world.asked(prompts, images_B3HW.device)
+        found_B = count_patches(colour_mask(images_B3HW, asked.hue_B), self.settings.min_pixels)
+        return 1.0 / (1.0 + (found_B - asked.count_B).abs())
 
 
 PLUGIN = TinyPatches

@@ -6,38 +6,32 @@ A gate reads it; no gradient is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards._tiny import TinyReward
+from gardo.rewards.base import RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 
 class TinyPuritySettings(RewardSettings):
     kind: Literal["tiny_purity"] = "tiny_purity"
 
 
-class TinyPurity(Reward):
+class TinyPurity(TinyReward):
     Settings = TinyPuritySettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hues = torch.tensor(list(world.HUES.values()), device=images_B3HW.device)
-        hue_B = hues[torch.tensor([world.parse(p)[1] for p in prompts])]
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        hue_B = world.asked(prompts, images_B3HW.device).hue_B
         hue, saturation, value = world.rgb_to_hsv(images_B3HW)
         coloured = saturation * value  # how much of a colour the pixel shows
         coloured = torch.where(coloured > 0.2, coloured, torch.zeros_like(coloured))
         pure = coloured * (world.hue_distance(hue, hue_B[:, None, None]) < 0.06)
         total = coloured.sum((1, 2))
-        values = torch.where(total > 0, pure.sum((1, 2)) / total.clamp(min=1e-6), 0.0 * total)
-        return values, torch.ones_like(values, dtype=torch.bool)
-
-    @classmethod
-    def check_prompt(cls, prompt: str) -> None:
-        world.parse(prompt)
+        return torch.where(total > 0, pure.sum((1, 2)) / total.clamp(min=1e-6), 0.0 * total)
 
 
 PLUGIN = TinyPurity

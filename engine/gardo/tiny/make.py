@@ -2,7 +2,7 @@
 
     python -m gardo.tiny.make [STAGE ...]
 
-Stages, in order: vae, flux, dinov3, judges, sd3, picture. Each is seeded and stands alone once
+Stages, in order: vae, flux, dinov3, judges, sd3. Each is seeded and stands alone once
 those before it have run. About twenty-five minutes on 2 CPU cores; the results ship with the
 package, so nobody needs to run this.
 
@@ -27,19 +27,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from gardo.report.pictures import save_grid
-from gardo.rewards import dinov3
-from gardo.rewards.tiny_fidelity import REJECTED, FidelityNet
-from gardo.rewards.tiny_fidelity import WEIGHTS as FIDELITY
-from gardo.rewards.tiny_shape import WEIGHTS as SHAPE
-from gardo.rewards.tiny_shape import ShapeNet
-from gardo.tiny import models, world
+from gardo.tiny import judges, models, world
 
 FLUX = models.WEIGHTS / "flux"
 SD3 = models.WEIGHTS / "sd3"
 DINOV3 = models.WEIGHTS / "dinov3"
-PICTURE = Path(__file__).parents[3] / "benchmarks" / "results" / "tiny_flux_samples.png"
 PICTURES = 40_000
 GUIDANCE = 3.5
 
@@ -180,7 +174,12 @@ def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
     torch.manual_seed(3)
     model = models.dinov3().train()
     scene, images = pictures(20_000, seed=3)
-    images_in = dinov3.preprocess(images, world.SIZE)
+    # as rewards/dinov3.py shows it pictures
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    images_in = (images - mean) / std
     cover_BC = (
         F.adaptive_avg_pool2d((images.amax(1, keepdim=True) > 0.35).float(), 4).flatten(1) * 4
     )
@@ -253,24 +252,24 @@ def roughened(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def make_judges(steps: int = 1000, batch: int = 64) -> None:
-    SHAPE.parent.mkdir(parents=True, exist_ok=True)
+    judges.FOLDER.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(4)
     scene, images = pictures(12_000, seed=4)
-    net = ShapeNet()
+    net = judges.ShapeNet()
 
     def shape_loss(step: int) -> Tensor:
         rows = batch_index(step, batch, len(images), 4)
         return F.cross_entropy(net(images[rows]), scene.shape_BK[rows, 0])
 
     fit(net.parameters(), shape_loss, steps=steps, lr=3e-3, name="shape")
-    save_file({k: v.to(torch.bfloat16) for k, v in net.state_dict().items()}, SHAPE)
+    save_file({k: v.to(torch.bfloat16) for k, v in net.state_dict().items()}, judges.SHAPE)
 
     torch.manual_seed(5)
     scene, images = pictures(16_000, seed=5)
     images = torch.cat([images, corrupted(8_000, seed=6)])
-    label_B = torch.full((len(images),), REJECTED)
+    label_B = torch.full((len(images),), judges.REJECTED)
     label_B[:16_000] = scene.colour_B * len(world.SHAPES) + scene.shape_BK[:, 0]
-    judge = FidelityNet()
+    judge = judges.FidelityNet()
 
     def fidelity_loss(step: int) -> Tensor:
         rows = batch_index(step, batch, len(images), 5)
@@ -278,7 +277,7 @@ def make_judges(steps: int = 1000, batch: int = 64) -> None:
         return F.cross_entropy(judge(rough), label_B[rows])
 
     fit(judge.parameters(), fidelity_loss, steps=2 * steps, lr=2e-3, name="fidelity")
-    save_file({k: v.to(torch.bfloat16) for k, v in judge.state_dict().items()}, FIDELITY)
+    save_file({k: v.to(torch.bfloat16) for k, v in judge.state_dict().items()}, judges.FIDELITY)
 
 
 def make_sd3() -> None:
@@ -288,33 +287,12 @@ def make_sd3() -> None:
     publish(models.sd3_pipeline(vae), SD3)
 
 
-def make_picture() -> None:
-    """What the tiny Flux draws, one row a prompt, in the README (needs a checkout)."""
-    pipeline = FluxPipeline.from_pretrained(FLUX, dtype=torch.float32)
-    prompts = [world.caption(1 + k % 3, k, k % 3) for k in range(len(world.COLOURS))]
-    rows = [prompt for prompt in prompts for _ in range(12)]
-    noise = torch.randn(len(rows), 64, 16, generator=torch.Generator().manual_seed(0))
-    images = pipeline(
-        rows,
-        latents=noise,
-        height=world.SIZE,
-        width=world.SIZE,
-        num_inference_steps=16,
-        guidance_scale=GUIDANCE,
-        max_sequence_length=models.TEXT_TOKENS,
-        output_type="pt",
-    ).images
-    print(*prompts, sep=", ")
-    save_grid(images, PICTURE, columns=12, scale=2)
-
-
 STAGES: dict[str, Callable[[], None]] = {
     "vae": make_vae,
     "flux": make_flux,
     "dinov3": make_dinov3,
     "judges": make_judges,
     "sd3": make_sd3,
-    "picture": make_picture,
 }
 
 

@@ -7,8 +7,6 @@ stable-diffusion-3.5; weights are random until make.py trains them. Callers seed
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -29,9 +27,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from gardo.settings import BUILTIN
 from gardo.tiny import world
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = BUILTIN
 TEXT_WIDTH = 32
 TEXT_TOKENS = 8
 _END = "</w>"

@@ -10,6 +10,7 @@ Shapes: B pictures, K object slots (3), H = W = 32 pixels. Pictures: float32 [B,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,22 @@ def parse(prompt: str) -> tuple[int, int, int]:
         if word not in known:
             raise ValueError(f"prompt {prompt!r}: {word!r} is none of {', '.join(known)}")
     return COUNTS.index(count) + 1, COLOURS.index(colour), SHAPES.index(shape)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What B captions ask for."""
+
+    count_B: Tensor  # int64, 1..3
+    colour_B: Tensor  # int64, index into COLOURS
+    shape_B: Tensor  # int64, index into SHAPES
+    hue_B: Tensor  # float32 in [0, 1]
+
+
+def asked(prompts: Sequence[str], device: torch.device) -> Asked:
+    count_B, colour_B, shape_B = torch.tensor([parse(p) for p in prompts], device=device).T
+    hue_B = torch.tensor(list(HUES.values()), device=device)[colour_B]
+    return Asked(count_B, colour_B, shape_B, hue_B)
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from gardo.algorithms.base import SamplerSettings, World
 from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.flow import sd3_sigmas
-from gardo.rollout import Part, batch_of, parts, rows_of, sample
+from gardo.rollout import LossContext, Part, batch_of, parts, rows_of, sample
 from gardo.types import Scores
 
 PROMPTS = ("a red circle", "two squares")
@@ -16,14 +16,18 @@ CPU = torch.device("cpu")
 
 
 class LinearPolicy(nn.Module):
-    """A linear velocity and a linear decoder; weights without a generator."""
+    """A linear velocity of latent, sigma and prompt, a linear decoder; weights without a generator.
 
-    dtype = torch.float32
+    `calls` has the rows of each call.
+    """
+
     latent_shape = (3, 2)
     cfg_scale = 1.0
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32):
         super().__init__()
+        self.dtype = dtype
+        self.calls = []
         self.net, self.decoder = nn.Linear(6 + 1 + 2, 6), nn.Linear(6, 12)
         with torch.no_grad():
             for p in self.parameters():
@@ -33,8 +37,9 @@ class LinearPolicy(nn.Module):
         return {"text": torch.tensor([[len(p) / 20, sum(map(ord, p)) % 7 / 7] for p in prompts])}
 
     def velocity(self, x, sigma, conditioning):
-        inputs = torch.cat([x.flatten(1), sigma[:, None].to(x), conditioning["text"].to(x)], 1)
-        return self.net(inputs).tanh().view_as(x)
+        self.calls.append(len(x))
+        inputs = torch.cat([x.flatten(1), sigma[:, None], conditioning["text"]], 1)
+        return self.net(inputs.to(self.net.weight.dtype)).tanh().view_as(x)
 
     def branches(self, x, sigma, conditioning):
         return self.velocity(x, sigma, conditioning), None
@@ -43,24 +48,15 @@ class LinearPolicy(nn.Module):
         return self.decoder(latents.flatten(1)).sigmoid().view(-1, 3, 2, 2)
 
 
-class Trained:
-    """A policy with the rollout it trains on: what a loss may call."""
+def redness(images, prompts):
+    """A differentiable reward, in units that ReFL standardises; longer prompts want more."""
+    length = torch.tensor([len(prompt) for prompt in prompts])
+    return (images[:, 0] - images[:, 2]).mean((1, 2)) * length
 
-    def __init__(self, policy, rollout):
-        self.policy, self.rollout = policy, rollout
 
-    def velocity(self, batch):
-        points = batch.points
-        conditioning = rows_of(self.rollout.conditioning, points.prompt_R)
-        return self.policy.velocity(points.x_RX, points.sigma_R, conditioning)
-
-    def decode(self, latents):
-        return self.policy.decode(latents)
-
-    def score(self, images, batch):
-        """Redness, in units that ReFL standardises; longer prompts want more."""
-        length = torch.tensor([len(self.rollout.prompts[int(i)]) for i in batch.points.sample_R])
-        return (images[:, 0] - images[:, 2]).mean((1, 2)) * length
+def context(policy):
+    """What a loss may call."""
+    return LossContext(policy, redness)
 
 
 def build(plugin, settings, *, steps=5, train_steps=3, seed=SEED, **more):
@@ -84,13 +80,17 @@ def scores_of(rollout, valid=None):
     )
 
 
-def whole(points, credit):
-    return batch_of(points, credit, Part(torch.arange(len(points.sample_R))))
+def whole(points, credit, rollout):
+    return batch_of(points, credit, Part(torch.arange(len(points.sample_R))), rollout)
 
 
-def minibatches(points, credit, **how):
-    """All micro-batches of an iteration."""
-    return [batch_of(points, credit, part) for part in parts(points, **how)]
+def minibatches(points, credit, rollout, *, micro_batch, updates=1, **how):
+    """All micro-batches of the iteration STEP."""
+    cut = parts(
+        points, sample_B=rollout.sample_B, updates=updates, micro_batch=micro_batch, seed=SEED,
+        step=STEP, **how,
+    )  # fmt: skip
+    return [batch_of(points, credit, part, rollout) for part in cut]
 
 
 def nudge(policy, size):
@@ -131,3 +131,21 @@ def recorded_velocity(policy, rollout):
         for i, t in enumerate(rollout.step_T)
     ]
     return torch.stack(steps, 1), twin
+
+
+class Stated(nn.Module):
+    """A context whose velocities and rewards are parameters."""
+
+    def __init__(self, velocity, reward=None):
+        super().__init__()
+        self.velocities = nn.Parameter(velocity)
+        self.rewards = None if reward is None else nn.Parameter(reward)
+
+    def velocity(self, batch):
+        return self.velocities
+
+    def decode(self, latents):
+        return latents
+
+    def score(self, images, batch):
+        return self.rewards

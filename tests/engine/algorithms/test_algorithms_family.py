@@ -23,11 +23,10 @@ from gardo.rollout import Part, batch_of, rows_of
 from gardo.types import Metrics, Rollout
 from tests.engine.algorithms.linear_policy import (
     COUNT,
-    SEED,
     STEP,
     LinearPolicy,
-    Trained,
     build,
+    context,
     minibatches,
     nudge,
     roll,
@@ -74,7 +73,7 @@ def rolled(algorithm, policy, *, gate_B=None, reference=False):
 
 def gradient_of(algorithm, policy, rollout, batch):
     policy.zero_grad()
-    loss, metrics = algorithm.loss(Trained(policy, rollout), batch)
+    loss, metrics = algorithm.loss(context(policy), batch)
     loss.backward()
     return policy.net.weight.grad.clone(), loss.item(), metrics
 
@@ -130,7 +129,8 @@ def test_loss_and_gradient_are_the_formulas(name, beta):
     gate_B = torch.arange(COUNT) % 3 == 0
     rollout, credit, points = rolled(algorithm, policy, gate_B=gate_B, reference=beta > 0)
     nudge(policy, 0.1)
-    gradient, loss, metrics = gradient_of(algorithm, policy, rollout, whole(points, credit))
+    batch = whole(points, credit, rollout)
+    gradient, loss, metrics = gradient_of(algorithm, policy, rollout, batch)
     twin = twin_of(policy)
     exact = formula(name, rollout, credit, points, twin, beta)
     exact.backward()
@@ -153,9 +153,9 @@ def test_loss_and_gradient_are_the_formulas(name, beta):
 def test_on_policy_every_ratio_is_one(name):
     algorithm, policy = member(name), LinearPolicy()
     rollout, credit, points = rolled(algorithm, policy)
-    batch = whole(points, credit)
+    batch = whole(points, credit, rollout)
     assert not algorithm.log_ratio(batch, points.velocities["rollout"]).any()
-    again = algorithm.log_ratio(batch, Trained(policy, rollout).velocity(batch))
+    again = algorithm.log_ratio(batch, context(policy).velocity(batch))
     assert again.abs().max() < 1e-6, "the training pass is told another time or state"
     gradient, _, metrics = gradient_of(algorithm, policy, rollout, batch)
     assert metrics["clip_fraction"] == 0 and gradient.abs().max() > 1e-4
@@ -166,10 +166,10 @@ def test_rows_in_any_order(name):
     algorithm, policy = member(name, beta=0.5), LinearPolicy()
     rollout, credit, points = rolled(algorithm, policy, reference=True)
     nudge(policy, 0.1)
-    straight = gradient_of(algorithm, policy, rollout, whole(points, credit))
+    straight = gradient_of(algorithm, policy, rollout, whole(points, credit, rollout))
     order = (torch.arange(len(points.sample_R)) * 7 + 3) % len(points.sample_R)
     assert len(order.unique()) == len(order)
-    mixed = gradient_of(algorithm, policy, rollout, batch_of(points, credit, Part(order)))
+    mixed = gradient_of(algorithm, policy, rollout, batch_of(points, credit, Part(order), rollout))
     torch.testing.assert_close(mixed[0], straight[0], rtol=1e-4, atol=1e-7)
     assert mixed[1] == pytest.approx(straight[1], rel=1e-4, abs=1e-7)
 
@@ -184,7 +184,7 @@ def test_scaled_rewards_scale_the_gradient(name):
     gradients = []
     for proxy_B in (scores.proxy_B, 2 * scores.proxy_B, scores.proxy_B + 3):
         credit = algorithm.credit(dataclasses.replace(scores, proxy_B=proxy_B))
-        batch = whole(algorithm.points(rollout, credit), credit)
+        batch = whole(algorithm.points(rollout, credit), credit, rollout)
         gradients.append(gradient_of(algorithm, policy, rollout, batch)[0])
     once, twice, raised = gradients
     torch.testing.assert_close(twice, 2 * once, rtol=1e-5, atol=1e-8)
@@ -198,7 +198,7 @@ def test_equal_rewards_teach_nothing(name):
     scores = dataclasses.replace(scores_of(rollout), proxy_B=torch.full((COUNT,), 0.3))
     credit = algorithm.credit(scores)
     nudge(policy, 0.1)
-    batch = whole(algorithm.points(rollout, credit), credit)
+    batch = whole(algorithm.points(rollout, credit), credit, rollout)
     gradient, loss, _ = gradient_of(algorithm, policy, rollout, batch)
     assert loss == 0 and not gradient.any()
 
@@ -211,18 +211,19 @@ def test_gardo_around_it(name):
         Gardo.check(GardoSettings(base=free.settings, gate=GateSettings()), free.world.sampler)
     settings = GardoSettings(base=base.settings, gate=GateSettings())
     Gardo.check(settings, base.world.sampler)
-    wrapped = Gardo(settings, base.world, base)
+    wrapped = Gardo(settings, base.world)
     assert wrapped.slots == ("reference",) and wrapped.has_kl and not free.has_kl
-    assert type(wrapped).rows_per_sample(settings, base.world.sampler) > 0
+    rows = type(base).rows_per_sample(base.settings, base.world.sampler)
+    assert type(wrapped).rows_per_sample(settings, base.world.sampler) == rows
     policy = LinearPolicy()
     rollout, credit, points = rolled(wrapped.base, policy, reference=True)
     nudge(policy, 0.1)
     seen = {}
     for gated in (False, True):
         credit = dataclasses.replace(credit, gate_B=torch.full((COUNT,), gated))
-        seen[gated] = gradient_of(wrapped, policy, rollout, whole(points, credit))
+        seen[gated] = gradient_of(wrapped, policy, rollout, whole(points, credit, rollout))
         assert wrapped.teachers(points, credit) == {}  # the reference is the sampling policy
-    batch = whole(points, credit)
+    batch = whole(points, credit, rollout)
     assert torch.equal(seen[True][0], gradient_of(base, policy, rollout, batch)[0])
     torch.testing.assert_close(seen[False][0], gradient_of(free, policy, rollout, batch)[0])
     assert seen[False][2]["gate_share"] == 0 and seen[True][2]["gate_share"] == 1
@@ -245,9 +246,8 @@ def test_micro_batches_add_up(name):
     gradients = []
     for micro_batch in (rows, rows // 4):
         policy.zero_grad()
-        for batch in minibatches(points, credit, sample_B=rollout.sample_B, updates=1,
-                                 micro_batch=micro_batch, seed=SEED, step=STEP):  # fmt: skip
-            (algorithm.loss(Trained(policy, rollout), batch)[0] * micro_batch / rows).backward()
+        for batch in minibatches(points, credit, rollout, micro_batch=micro_batch):  # fmt: skip
+            (algorithm.loss(context(policy), batch)[0] * micro_batch / rows).backward()
         gradients.append(policy.net.weight.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
@@ -287,7 +287,7 @@ def test_golden_ratios(name, sde, level, ratio):
             scores_of(rollout), group_B=zero, proxy_B=torch.ones(1), valid_B=zero == 0
         )
     )
-    batch = whole(algorithm.points(rollout, credit), credit)
+    batch = whole(algorithm.points(rollout, credit), credit, rollout)
     # v + MOVED is rounded in fp32 to 3e-8 of .4, 1e-6 of the shift; the log-ratio is 1e-3 to 1e-2
     log_ratio = algorithm.log_ratio(batch, V + MOVED)
     assert log_ratio.expm1().item() == pytest.approx(ratio - 1, rel=1e-5)

@@ -21,12 +21,12 @@ from gardo.rollout import noise_id, teach
 from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
-from tests.engine.algorithms.test_algorithms import (
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
     STEP,
     LinearPolicy,
-    Trained,
+    context,
     engine_for,
     minibatches,
     nudge,
@@ -55,10 +55,10 @@ def prepared(settings, **more):
 
 def taught(points, algorithm, credit, policy, rollout):
     engine = engine_for(policy)
-    slots = engine.make_slots(algorithm.slots)
+    engine.make_slots(algorithm.slots)
     return teach(
         points, algorithm.teachers(points, credit), policy=policy,
-        conditioning=rollout.conditioning, engine=engine, use=slots.use, micro_batch=24,
+        conditioning=rollout.conditioning, engine=engine, micro_batch=24,
     )  # fmt: skip
 
 
@@ -131,8 +131,8 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("transform", CURVES)
-def test_loss_is_its_formula(transform):
+def off_policy(transform):
+    """The second of two updates: the weights have moved, the reference is elsewhere."""
     settings = AWMSettings(
         transform=transform, power=0.3, clip_range=0.02, beta=0.5, ema_beta=0.7,
         advantage=AdvantageSettings(std="none", scale=20.0), **WHOLE,
@@ -142,29 +142,44 @@ def test_loss_is_its_formula(transform):
     points = taught(points, algorithm, credit, policy, rollout)
     points = points.with_velocity("reference", points.velocities["ema"] + 0.1 * points.x_RX)
     nudge(policy, 0.02)
-    ctx, batch = Trained(policy, rollout), whole(points, credit)
-    loss, metrics = algorithm.loss(ctx, batch)
+    batch = whole(points, credit, rollout)
+    return batch, context(policy).velocity(batch), algorithm.loss(context(policy), batch)
 
-    def mean(difference):
-        return difference.double().square().mean((1, 2))
 
-    v, t = ctx.velocity(batch), points.sigma_R.double()
+def mean_2(difference):
+    return difference.double().square().mean((1, 2))
+
+
+def formula(transform, batch, v):
+    """Ratio, advantage, KL and EMA term of each row."""
+    points, t = batch.points, batch.points.sigma_R.double()
     before = torch.where(points.extra["detached"][:, None, None], v, points.velocities["train"])
     log_p, log_p_old = (
-        -CURVES[transform](mean(u - points.extra["target"]), t) for u in (v, before)
+        -CURVES[transform](mean_2(u - points.extra["target"]), t) for u in (v, before)
     )
-    ratio = (log_p - log_p_old).exp()
-    adv = credit.advantage_B.double().clamp(-5, 5)[points.sample_R] / 5
+    adv = batch.advantage_R.double().clamp(-5, 5) / 5
+    kl, ema = (mean_2(v - points.velocities[name]) for name in ("reference", "ema"))
+    return (log_p - log_p_old).exp(), adv, kl, ema
+
+
+@pytest.mark.parametrize("transform", CURVES)
+def test_loss_is_its_formula(transform):
+    batch, v, (loss, _) = off_policy(transform)
+    ratio, adv, kl, ema = formula(transform, batch, v)
     policy_term = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.98, 1.02))
-    kl, ema = mean(v - points.velocities["reference"]), mean(v - points.velocities["ema"])
-    gate = credit.gate_B[points.sample_R]
-    expected = policy_term.mean() + 0.5 * (kl * gate).mean() + 0.7 * ema.mean()
+    expected = policy_term.mean() + 0.5 * (kl * batch.gate_R).mean() + 0.7 * ema.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", CURVES)
+def test_metrics_are_the_formulas(transform):
+    batch, v, (_, metrics) = off_policy(transform)
+    ratio, adv, kl, ema = formula(transform, batch, v)
     assert (ratio == 1).sum() == 12, "half of the rows are of the first update"
     assert metrics["ratio"] == pytest.approx(ratio.mean().item(), rel=1e-6)
     clipped = ((adv > 0) & (ratio > 1.02)) | ((adv < 0) & (ratio < 0.98))
     assert metrics["clip_fraction"] == pytest.approx(clipped.double().mean().item())
-    assert metrics["kl"] == pytest.approx(kl[gate].mean().item(), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(kl[batch.gate_R].mean().item(), rel=1e-5)
     assert metrics["ema_kl"] == pytest.approx(ema.mean().item(), rel=1e-5)
     assert metrics["gate_share"] == pytest.approx(3 / 8)
 
@@ -174,7 +189,7 @@ def test_the_first_update_is_the_policy_gradient():
     algorithm, policy, rollout, credit, points = prepared(settings)
     assert algorithm.slots == () and not algorithm.has_kl
     assert algorithm.teachers(points, credit) == {}
-    ctx, batch = Trained(policy, rollout), whole(points, credit)
+    ctx, batch = context(policy), whole(points, credit, rollout)
     loss, metrics = algorithm.loss(ctx, batch)
     assert metrics["ratio"] == 1 and "kl" not in metrics and "ema_kl" not in metrics
     loss.backward()
@@ -192,16 +207,13 @@ def test_later_updates_ask_what_the_weights_said_before():
     wanted = algorithm.teachers(points, credit)
     assert set(wanted) == {"ema", "train", "reference"} and wanted["ema"].all()
     asked = points.with_extra(wanted=wanted["train"])
-    both = list(minibatches(asked, credit, sample_B=rollout.sample_B, updates=2, micro_batch=12,
-                            seed=SEED, step=STEP))  # fmt: skip
+    cut = {"updates": 2, "micro_batch": 12}
+    both = minibatches(asked, credit, rollout, **cut)
     assert [batch.points.extra["wanted"].tolist() for batch in both] == [[False] * 12, [True] * 12]
     taught_points = taught(points, algorithm, credit, policy, rollout)
     nudge(policy, 0.1)  # the first update
-    first, second = minibatches(
-        taught_points, credit, sample_B=rollout.sample_B, updates=2, micro_batch=12, seed=SEED,
-        step=STEP,
-    )  # fmt: skip
-    ctx = Trained(policy, rollout)
+    first, second = minibatches(taught_points, credit, rollout, **cut)
+    ctx = context(policy)
     assert algorithm.loss(ctx, first)[1]["ratio"] == 1
     assert algorithm.loss(ctx, second)[1]["ratio"] != 1
     current = build(AWMSettings(old_velocity="current", **WHOLE), updates=2)
@@ -241,7 +253,7 @@ def wrapped(base, **parts):
     settings = GardoSettings(base=base, **parts)
     algorithm = build(base)
     Gardo.check(settings, algorithm.world.sampler)
-    return Gardo(settings, algorithm.world, algorithm)
+    return Gardo(settings, algorithm.world)
 
 
 def judged(rollout):
@@ -276,7 +288,7 @@ def test_gardo_around_awm_one_mechanism_at_a_time(part):
     assert int(algorithm.teachers(points, credit)["reference"].sum()) == 3 * gated
     points = taught(points, algorithm, credit, policy, rollout)
     nudge(policy, 0.1)
-    _, metrics = algorithm.loss(Trained(policy, rollout), whole(points, credit))
+    _, metrics = algorithm.loss(context(policy), whole(points, credit, rollout))
     assert metrics["gate_share"] == gated / COUNT and metrics["kl"] > 0
     algorithm.after_update(slots)
     events = algorithm.after_step(slots, metrics)

@@ -22,8 +22,8 @@ from tests.engine.algorithms.linear_policy import (
     SEED,
     STEP,
     LinearPolicy,
-    Trained,
     build,
+    context,
     minibatches,
     nudge,
     roll,
@@ -142,11 +142,10 @@ def test_no_cut_into_micro_batches_changes_the_kl(plugin, settings, reduction):
         for beta in (0.7, 0.0):
             more = {"kl_reduction": reduction, "kl_micro_batch": 3, "beta": beta}
             algorithm, policy, rollout, credit, points = gated_update(plugin, settings(**more))
-            batches = minibatches(points, credit, sample_B=rollout.sample_B, updates=1,
-                                  micro_batch=rows, seed=SEED, step=STEP)  # fmt: skip
+            batches = minibatches(points, credit, rollout, micro_batch=rows)  # fmt: skip
             policy.zero_grad()
             for batch in batches:
-                loss, metrics = algorithm.loss(Trained(policy, rollout), batch)
+                loss, metrics = algorithm.loss(context(policy), batch)
                 (loss / len(batches)).backward()
                 if beta:
                     totals.add(metrics)
@@ -208,13 +207,12 @@ def test_rows_that_are_called_weightless_weigh_nothing(plugin, settings):
     assert expected_B.any() and not expected_B.all()
     assert torch.equal(idle_R, expected_B[points.sample_R])
     nudge(policy, 0.1)
-    more = {"sample_B": rollout.sample_B, "updates": 1, "seed": SEED, "step": STEP}
     gradients, trained = [], []
     for idle in (None, idle_R):
         policy.zero_grad()
-        batches = minibatches(points, credit, micro_batch=3, idle_R=idle, **more)
+        batches = minibatches(points, credit, rollout, micro_batch=3, idle_R=idle)
         for batch in batches:
-            loss, _ = algorithm.loss(Trained(policy, rollout), batch)
+            loss, _ = algorithm.loss(context(policy), batch)
             (loss / 8).backward()  # 24 rows in threes, whether or not all are there
         gradients.append(policy.net.weight.grad.clone())
         trained.append(torch.cat([batch.points.sample_R for batch in batches]))
@@ -239,8 +237,7 @@ def test_nft_awm_with_an_ema_and_refl_use_every_row():
         points = algorithm.points(rollout, credit)
         assert algorithm.weightless(points, credit) is None
         points = points.with_velocity("old", points.x_RX).with_velocity("ema", points.x_RX)
-        (batch,) = minibatches(points, credit, sample_B=rollout.sample_B, updates=1,
-                               micro_batch=99, seed=SEED, step=STEP)  # fmt: skip
-        loss, _ = algorithm.loss(Trained(policy, rollout), batch)
+        (batch,) = minibatches(points, credit, rollout, micro_batch=99)  # fmt: skip
+        loss, _ = algorithm.loss(context(policy), batch)
         loss.backward()
         assert policy.net.weight.grad.abs().max() > 1e-7

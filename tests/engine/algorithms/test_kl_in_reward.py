@@ -9,12 +9,12 @@ from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.algorithms.gardo import Gardo, GardoSettings, GateSettings
 from gardo.types import Metrics, Scores
-from tests.engine.algorithms.test_algorithms import (
+from tests.engine.algorithms.linear_policy import (
     COUNT,
     STEP,
     LinearPolicy,
-    Trained,
     build,
+    context,
     nudge,
     roll,
     scores_of,
@@ -95,7 +95,7 @@ def test_a_kl_in_the_loss_uses_the_same_velocities():
     credit = algorithm.credit(scores)
     points = algorithm.points(rollout, credit)
     assert algorithm.teachers(points, credit) == {}
-    _, metrics = algorithm.loss(Trained(policy, rollout), whole(points, credit))
+    _, metrics = algorithm.loss(context(policy), whole(points, credit, rollout))
     # On policy, the mean over rows of the steps' squared errors: a third of their sum.
     assert metrics["kl"] == pytest.approx(float(scores.kl_B.mean()) / 3, rel=1e-4)
 
@@ -104,7 +104,7 @@ def test_gardo_passes_it_on_and_gates_by_the_reward_itself():
     base = FlowGRPOSettings(kl_in_reward=0.5, beta=0.1)
     algorithm = build(FlowGRPO, base)
     settings = GardoSettings(base=base, gate=GateSettings(fraction=0.2))
-    wrapper = Gardo(settings, algorithm.world, algorithm)
+    wrapper = Gardo(settings, algorithm.world)
     _, rollout = drifted(algorithm)
     kl_B = wrapper.trajectory_kl(rollout)
     assert torch.equal(kl_B, algorithm.trajectory_kl(rollout)) and kl_B.any()

@@ -75,7 +75,7 @@ def test_arithmetic_is_fp32(name, weighted):
     seen = []
     for dtype in (torch.bfloat16, torch.float32):  # the same values, rounded to bf16
         told = {n: v.bfloat16().to(dtype) for n, v in velocities.items()}
-        batch = whole(dataclasses.replace(points, velocities=told), credit)
+        batch = whole(dataclasses.replace(points, velocities=told), credit, rollout)
         velocity_RX = trained.bfloat16().to(dtype).requires_grad_()
         loss, metrics = algorithm.loss(Told(velocity_RX), batch)
         loss.backward()

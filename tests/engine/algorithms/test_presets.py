@@ -34,8 +34,7 @@ def built(section):
     settings = GardoSettings(**section)
     Gardo.check(settings, SAMPLER)
     world = World(sampler=SAMPLER, sigmas=sd3_sigmas(14), seed=1)
-    plugin, _ = BASES[settings.base.name]
-    return Gardo(settings, world, plugin(settings.base, world))
+    return Gardo(settings, world)
 
 
 def preset(name, base="flow_grpo", **section):

@@ -18,10 +18,11 @@ from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
 from gardo.evaluation.attributes import attribute_labels
 from gardo.evaluation.evaluate import Evaluator, due
-from gardo.evaluation.statistics import bootstrap_mean, entropy
+from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.flux import FluxPolicy, FluxSettings
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.tiny import world
+from gardo.types import Prompt
 
 CPU = torch.device("cpu")
 PROMPTS = ["two blue squares", "one red circle", "three green triangles", "one cyan square"]
@@ -170,7 +171,7 @@ def test_a_record_holds_what_was_seen(policy: FluxPolicy, panel: Panel, tmp_path
     images, prompts = ours.batch(torch.arange(8))
     assert set(record["rewards"]) == {"tiny_count", "tiny_purity"}
     for name, role in (("tiny_count", "proxy"), ("tiny_purity", "held_out")):
-        by_image, _ = panel.rewards[name].score(images, prompts)
+        by_image = panel.rewards[name].score(images, prompts)
         by_prompt = by_image.view(4, 2).mean(1)
         assert record["by_prompt"][name] == pytest.approx(by_prompt.tolist(), abs=1e-5)
         seen = record["rewards"][name]
@@ -231,9 +232,11 @@ def test_change_is_paired_with_the_first_evaluation(
             for parameter, values in zip(up, kept, strict=True):
                 parameter.copy_(values)
     for name in ("tiny_count", "tiny_purity"):
-        difference = torch.tensor(moved["by_prompt"][name]) - torch.tensor(first["by_prompt"][name])
-        assert moved["change"][name]["mean"] == pytest.approx(float(difference.mean()), abs=1e-6)
-        assert moved["change"][name]["low"] <= moved["change"][name]["high"]
+        before, after = (torch.tensor(record["by_prompt"][name]) for record in (first, moved))
+        change = paired_change(before, after)
+        expected = {"mean": change.mean, "low": change.low, "high": change.high}
+        assert moved["change"][name] == pytest.approx(expected, abs=1e-6)
+        assert change.mean == pytest.approx(float((after - before).mean()), abs=1e-6)
     assert moved["change"]["tiny_purity"]["mean"] != 0
     assert ours(3)["change"]["tiny_purity"] == none
 
@@ -243,7 +246,7 @@ def test_feature_diversity_is_within_a_prompt(
 ) -> None:
     """100 x the mean pairwise cosine distance of a prompt's images."""
     ours = evaluator(policy, panel, tmp_path, diversity="features")
-    features = panel.rewards["dinov3"].score(*ours.batch(torch.arange(8)))[0].view(4, 2, -1)
+    features = panel.rewards["dinov3"].score(*ours.batch(torch.arange(8))).view(4, 2, -1)
     cosine = torch.nn.functional.cosine_similarity(features[:, 0], features[:, 1], dim=-1)
     record = ours(0)
     assert set(record["diversity"]) == {"features"}
@@ -263,14 +266,12 @@ class Failing(Reward):
 
     Settings = RewardSettings
 
-    def score(
-        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         failed = [
             "red" in p or ("blue" in p and "blue" not in " ".join(prompts[:i]))
             for i, p in enumerate(prompts)
         ]
-        return images_B3HW.mean((1, 2, 3)), ~torch.tensor(failed)
+        return images_B3HW.mean((1, 2, 3)).where(~torch.tensor(failed), torch.nan)
 
 
 def test_failed_rewards_are_left_out(policy: FluxPolicy, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ OFFSET = 150.0  # lowers the mask logits, whose spread is 100
 SIZE = 384  # at which transformers' post-processing works
 
 
-def source(path: Path, dtype: torch.dtype = torch.float32) -> Source:
-    return Source(str(path), None, dtype, CPU)
+def source(path: Path) -> Source:
+    return Source("path", str(path), None, "float32", CPU)
 
 
 def names(labels: Any = CLASSES) -> dict[str, Any]:

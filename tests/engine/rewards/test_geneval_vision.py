@@ -15,7 +15,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
 
-from gardo.rewards import _clip
+from gardo.rewards import _pixels
 from gardo.rewards.geneval_prompts import CLASSES, COLOURS
 from gardo.rewards.geneval_rules import Found
 from gardo.rewards.geneval_vision import (
@@ -32,19 +32,9 @@ from tests.engine.rewards.geneval_models import (
     detector_config,
     names,
     pictures,
-    save_clip,
     segmenter,
     source,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("geneval")
-    segmenter().save_pretrained(path / "detector")
-    save_clip(path / "clip")
-    return path
-
 
 # ---- the detector --------------------------------------------------------------------------------
 
@@ -81,22 +71,22 @@ def test_classes_are_read_off_the_last_layer() -> None:
     ("height", "width", "size"), [(64, 64, 64), (50, 80, 64), (90, 61, 64), (40, 900, 96)]
 )
 def test_pictures_are_resized_as_by_the_models_processor(
-    folder: Path, height: int, width: int, size: int
+    geneval_folder: Path, height: int, width: int, size: int
 ) -> None:
     images = pictures(1, height, width)
     processor = Mask2FormerImageProcessorPil(
         size={"shortest_edge": size, "longest_edge": 1333}, size_divisor=32
     )
     expected = processor(as_pil(images[0]), return_tensors="pt")["pixel_values"]
-    pixels = Detector(source(folder / "detector"), size).preprocess(images)
+    pixels = Detector(source(geneval_folder / "detector"), size).preprocess(images)
     assert pixels.shape == expected.shape
     # Pillow rounds to 8 bits after each of the two passes: half a step each, over the least std
     assert (pixels - expected).abs().max() <= (1 / 255) / 0.224 * 1.05
 
 
-def test_objects_are_those_of_the_models_post_processing(folder: Path) -> None:
+def test_objects_are_those_of_the_models_post_processing(geneval_folder: Path) -> None:
     images = pictures()
-    detector = Detector(source(folder / "detector"), SIZE)
+    detector = Detector(source(geneval_folder / "detector"), SIZE)
     with torch.no_grad():
         seen = detector(images, [CLASSES] * len(images))
         classes, masks = detector.model(detector.preprocess(images))
@@ -122,9 +112,9 @@ def score(thing: Any) -> float:
     return thing.score if isinstance(thing, Found) else thing[0]["score"]
 
 
-def test_only_the_asked_classes_are_reported(folder: Path) -> None:
+def test_only_the_asked_classes_are_reported(geneval_folder: Path) -> None:
     images = pictures(2)
-    detector = Detector(source(folder / "detector"), 64)
+    detector = Detector(source(geneval_folder / "detector"), 64)
     with torch.no_grad():
         everything = detector(images, [CLASSES] * 2)
         first = everything[0][0].name
@@ -134,10 +124,10 @@ def test_only_the_asked_classes_are_reported(folder: Path) -> None:
     assert some[1] == []
 
 
-def test_masks_lie_in_the_picture_whatever_its_shape(folder: Path) -> None:
+def test_masks_lie_in_the_picture_whatever_its_shape(geneval_folder: Path) -> None:
     images = pictures(1, 70, 131)
     with torch.no_grad():
-        (seen,) = Detector(source(folder / "detector"), 64)(images, [CLASSES])
+        (seen,) = Detector(source(geneval_folder / "detector"), 64)(images, [CLASSES])
     assert seen
     for thing in seen:
         assert thing.mask_HW.shape == (70, 131)
@@ -145,7 +135,9 @@ def test_masks_lie_in_the_picture_whatever_its_shape(folder: Path) -> None:
         assert 0 <= left < right <= 131 and 0 <= top < bottom <= 70
 
 
-def test_other_spellings_of_the_classes_are_understood(tmp_path: Path, folder: Path) -> None:
+def test_other_spellings_of_the_classes_are_understood(
+    tmp_path: Path, geneval_folder: Path
+) -> None:
     """Label files of COCO models spell some classes as Pascal VOC does."""
     spelt = {
         "motorcycle": "motorbike",
@@ -182,34 +174,36 @@ def test_bounds_and_the_cut_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (90, 50), (40, 41), (21, 77), (10, 12)])
-def test_crops_are_resized_as_by_clips_processor(folder: Path, height: int, width: int) -> None:
+def test_crops_are_resized_as_by_clips_processor(
+    geneval_folder: Path, height: int, width: int
+) -> None:
     image = pictures(1, height, width)[0]
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
     expected = processor(as_pil(image), return_tensors="pt")["pixel_values"][0]
-    pixels = ColourJudge(source(folder / "clip"), 4).preprocess(image)
+    pixels = ColourJudge(source(geneval_folder / "clip"), 4).preprocess(image)
     # two roundings to 8 bits; the second pass weighs the first's by at most 1.25 in all (bicubic)
-    assert (pixels - expected).abs().max() <= (1.2 / 255) / min(_clip.STD)
+    assert (pixels - expected).abs().max() <= (1.2 / 255) / min(_pixels.CLIP[1])
 
 
-def test_a_stripe_is_seen_in_its_middle(folder: Path) -> None:
+def test_a_stripe_is_seen_in_its_middle(geneval_folder: Path) -> None:
     """Cutting the far ends off first changes nothing: the middle square is all that is seen."""
-    judge = ColourJudge(source(folder / "clip"), 4)
+    judge = ColourJudge(source(geneval_folder / "clip"), 4)
     stripe = pictures(1, 4, 1000)[0]
     middle = judge.preprocess(stripe[:, :, 484:516])
     assert torch.allclose(judge.preprocess(stripe), middle, atol=1e-5)
     assert torch.allclose(judge.preprocess(stripe.mT), middle.mT, atol=1e-5)
 
 
-def test_colours_are_clips_zero_shot_classes(folder: Path) -> None:
+def test_colours_are_clips_zero_shot_classes(geneval_folder: Path) -> None:
     images = pictures(24, 20, 28)
     kinds = ["dog", "wine glass", "cup"] * 8
-    judge = ColourJudge(source(folder / "clip"), 5)
+    judge = ColourJudge(source(geneval_folder / "clip"), 5)
     with torch.no_grad():
         got = judge(list(images), kinds)
-    model = CLIPModel.from_pretrained(folder / "clip").double()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    model = CLIPModel.from_pretrained(geneval_folder / "clip").double()
+    tokenizer = CLIPTokenizer.from_pretrained(geneval_folder / "clip")
     for image, kind, colour in zip(images, kinds, got, strict=True):
         cosines = {}
         for c in COLOURS:
@@ -226,8 +220,8 @@ def test_colours_are_clips_zero_shot_classes(folder: Path) -> None:
     assert judge([], []) == []
 
 
-def test_a_class_is_encoded_once(folder: Path) -> None:
-    judge = ColourJudge(source(folder / "clip"), 4)
+def test_a_class_is_encoded_once(geneval_folder: Path) -> None:
+    judge = ColourJudge(source(geneval_folder / "clip"), 4)
     with torch.no_grad():
         assert judge.texts("dog") is judge.texts("dog")
         assert not torch.equal(judge.texts("dog"), judge.texts("cat"))

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gardo import plugins
 from gardo.algorithms.refl import ReFLSettings
-from gardo.rewards import _clip
-from gardo.rewards._clip import preprocess
+from gardo.rewards import _pixels
 from gardo.rewards.imagereward import ImageReward, ImageRewardSettings
 
 CPU = torch.device("cpu")
@@ -178,8 +177,7 @@ def expected_output(weights: Weights, images: Tensor, prompt: str) -> Tensor:
     def norm(name: str, x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
-    mean = torch.tensor(_clip.MEAN, dtype=torch.float64)[:, None, None]
-    std = torch.tensor(_clip.STD, dtype=torch.float64)[:, None, None]
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in _pixels.CLIP)
     vision = "blip.visual_encoder"
     proj = f"{vision}.patch_embed.proj"
     x = (images.double() - mean) / std
@@ -231,9 +229,9 @@ TOLERANCE = 8 * 60**0.5 * 2**-24
 
 def test_score_is_the_published_formula(weights: Weights, reward: ImageReward) -> None:
     images = pictures(4)
-    values, mask = reward.score(images, PROMPTS)
+    values = reward.score(images, PROMPTS)
     expected = expected_values(weights, images, PROMPTS)
-    assert values.dtype == torch.float32 and mask.tolist() == [True] * 4
+    assert values.dtype == torch.float32 and values.shape == (4,)
     assert float(expected.std()) > 0.1  # pictures and prompts matter by far more than the tolerance
     assert float((values - expected).abs().max()) < TOLERANCE
 
@@ -241,8 +239,8 @@ def test_score_is_the_published_formula(weights: Weights, reward: ImageReward) -
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches_do_not_change_the_score(batch: int, folder: str, reward: ImageReward) -> None:
     images = pictures(4)
-    values, _ = build(folder, batch=batch).score(images, PROMPTS)
-    assert torch.allclose(values, reward.score(images, PROMPTS)[0], atol=TOLERANCE, rtol=0)
+    values = build(folder, batch=batch).score(images, PROMPTS)
+    assert torch.allclose(values, reward.score(images, PROMPTS), atol=TOLERANCE, rtol=0)
 
 
 def test_published_extras_are_left_aside(
@@ -252,7 +250,7 @@ def test_published_extras_are_left_aside(
     ids = {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
     other = build(save(tmp_path, weights | ids, "ImageReward.safetensors"))
     images = pictures(4)
-    assert torch.equal(other.score(images, PROMPTS)[0], reward.score(images, PROMPTS)[0])
+    assert torch.equal(other.score(images, PROMPTS), reward.score(images, PROMPTS))
 
 
 def test_raw_is_what_refl_standardises(folder: str, reward: ImageReward) -> None:
@@ -261,15 +259,15 @@ def test_raw_is_what_refl_standardises(folder: str, reward: ImageReward) -> None
     Their seven digits differ from the published ones by 3e-8; float32 rounds by 6e-8.
     """
     images, refl = pictures(4), ReFLSettings()
-    raw, _ = build(folder, raw=True).score(images, PROMPTS)
-    value, _ = reward.score(images, PROMPTS)
+    raw = build(folder, raw=True).score(images, PROMPTS)
+    value = reward.score(images, PROMPTS)
     assert torch.allclose((raw - refl.reward_mean) / refl.reward_std, value, atol=1e-6, rtol=0)
     assert not torch.allclose(raw, value, atol=1e-2)
 
 
 def test_gradient_is_the_formulas(weights: Weights, reward: ImageReward) -> None:
     images = pictures(2).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2])[0].sum(), images)
+    (gradient,) = torch.autograd.grad(reward.score(images, PROMPTS[:2]).sum(), images)
     value = expected_values(weights, images, PROMPTS[:2]).sum()
     (expected,) = torch.autograd.grad(value, images)
     # the same count of roundings as forward, relative to the largest entry
@@ -279,7 +277,7 @@ def test_gradient_is_the_formulas(weights: Weights, reward: ImageReward) -> None
 
 def test_gradient_passes_the_resizing(reward: ImageReward) -> None:
     images = pictures(1, 48, 80).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward.score(images, ["a cat"])[0].sum(), images)
+    (gradient,) = torch.autograd.grad(reward.score(images, ["a cat"]).sum(), images)
     inside = gradient[..., 20:60].abs().amax((0, 1))
     assert bool((inside > 0).all())
     assert not gradient[..., :10].any() and not gradient[..., -10:].any()  # cut off
@@ -289,7 +287,7 @@ def test_prompts_are_cut_at_35_tokens(reward: ImageReward) -> None:
     """[CLS], 33 words and [SEP] count."""
     long, images = ["cat"] * 33, pictures(1).expand(3, -1, -1, -1)
     texts = [[*long, "red"], [*long, "blue", "dog"], [*long[:-1], "red"]]
-    values, _ = reward.score(images, [" ".join(words) for words in texts])
+    values = reward.score(images, [" ".join(words) for words in texts])
     assert abs(float(values[0] - values[1])) < TOLERANCE
     assert abs(float(values[0] - values[2])) > 1e-3
 
@@ -299,7 +297,7 @@ def test_bfloat16_is_near(folder: str, reward: ImageReward) -> None:
     half = build(folder, dtype="bfloat16")
     images = pictures(4)
     assert half.vision.dtype == half.text.dtype == torch.bfloat16
-    near = half.score(images, PROMPTS)[0] - reward.score(images, PROMPTS)[0]
+    near = half.score(images, PROMPTS) - reward.score(images, PROMPTS)
     assert 0 < float(near.abs().max()) < 60**0.5 * 2**-9
 
 
@@ -317,8 +315,9 @@ def test_preprocessing_is_pillows(height: int, width: int) -> None:
     left, top = round((new_width - 32) / 2), round((new_height - 32) / 2)
     cropped = resized.crop((left, top, left + 32, top + 32))
     expected = torch.tensor(list(cropped.tobytes())).view(32, 32, 3) / 255
-    out = preprocess(bytes_HW3.permute(2, 0, 1)[None] / 255, 32)[0].permute(1, 2, 0)
-    out = out * torch.tensor(_clip.STD) + torch.tensor(_clip.MEAN)
+    out = _pixels.for_clip(bytes_HW3.permute(2, 0, 1)[None] / 255, 32)[0].permute(1, 2, 0)
+    mean, std = (torch.tensor(values) for values in _pixels.CLIP)
+    out = out * std + mean
     assert float((out - expected).abs().mean()) < 1 / 255
 
 
@@ -333,12 +332,14 @@ def settings_error(**settings: Any) -> str:
 
 def test_folders_are_checked_with_the_settings(folder: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere")
-    assert "no ImageReward folder (with ImageReward.safetensors or ImageReward.pt, and " in (
-        settings_error(path=missing)
-    )
+    wanted = "no folder with ImageReward.safetensors or ImageReward.pt and med_config.json: "
+    assert wanted in settings_error(path=missing)
     (tmp_path / "ImageReward.pt").touch()
-    assert "and med_config.json)" in settings_error(path=str(tmp_path))
-    assert "no BERT tokenizer" in settings_error(path=folder, tokenizer=missing)
+    assert wanted in settings_error(path=str(tmp_path))
+    (tmp_path / "med_config.json").touch()
+    assert ImageRewardSettings(role="proxy", path=str(tmp_path), tokenizer=folder)
+    message = settings_error(path=folder, tokenizer=missing)
+    assert "tokenizer\n" in message and "no folder with vocab.txt or tokenizer.json: " in message
     assert ImageRewardSettings(role="proxy").path == "THUDM/ImageReward"
 
 
@@ -355,8 +356,8 @@ QKV = "blip.visual_encoder.blocks.1.attn.qkv.weight"
         (lambda w: {"path": Path("x")}, "cannot be read as tensors"),  # a pickle with code
         (lambda w: {"vision_model.embeddings.class_embedding": w[QKV]}, "is not ImageReward's"),
         (without(QKV), "encoder.layers.1.self_attn.qkv.weight"),
-        (without("mlp.layers.6.bias"), "mlp.layers.6.bias"),
-        (lambda w: w | {QKV: w[QKV][:-1]}, "size mismatch for encoder.layers.1.self_attn.qkv"),
+        (without("mlp.layers.6.bias"), "look at layers.6.bias"),
+        (lambda w: w | {QKV: w[QKV][:-1]}, "another shape of encoder.layers.1.self_attn.qkv"),
     ],
 )
 def test_other_files_are_refused(

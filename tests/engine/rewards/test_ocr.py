@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from gardo import plugins
 from gardo.rewards.ocr import MATCHING, Ocr, plain, sign, target_of, to_pictures
+from gardo.types import Prompt
 from tests import ROOT
 
 CPU = torch.device("cpu")
@@ -33,6 +35,10 @@ def rendered(*texts: str) -> Tensor:
     """[B, 3, 128, 256] in [0, 1]."""
     pictures = np.stack([sign(text) for text in texts])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def quoted(*texts: str) -> list[Prompt]:
+    return [Prompt(f'"{text}"') for text in texts]
 
 
 # ---- the target and the formula ------------------------------------------------------------------
@@ -50,8 +56,8 @@ def rendered(*texts: str) -> Tensor:
     ],
 )
 def test_target_is_what_the_first_quotes_hold(prompt: str, target: str) -> None:
-    assert target_of(prompt) == target
-    Ocr.check_prompt(prompt)
+    assert target_of(Prompt(prompt)) == target
+    Ocr.check_prompt(Prompt(prompt))
 
 
 @pytest.mark.parametrize(
@@ -67,8 +73,17 @@ def test_target_is_what_the_first_quotes_hold(prompt: str, target: str) -> None:
 )
 def test_prompts_without_a_target_are_refused(prompt: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as error:
-        Ocr.check_prompt(prompt)
+        Ocr.check_prompt(Prompt(prompt))
     assert repr(prompt) in str(error.value)
+
+
+def test_the_metadata_names_the_target() -> None:
+    assert target_of(Prompt('a sign: "OPEN"', {"text": " Closed Today"})) == "closedtoday"
+    assert target_of(Prompt("an open shop", {"text": "OPEN"})) == "open"
+    assert target_of(Prompt('a sign: "OPEN"', {"tag": "sign"})) == "open"
+    for text in ("", " \n", 24, None):
+        with pytest.raises(ValueError, match=f"'a sign': \"text\" is {re.escape(repr(text))}; it"):
+            Ocr.check_prompt(Prompt("a sign", {"text": text}))
 
 
 def edits(a: str, b: str) -> int:
@@ -99,17 +114,17 @@ def reward() -> Ocr:
 
 def test_rendered_texts_are_read(reward: Ocr) -> None:
     images = rendered("HELLO", "HELLO", "HALLO", "WORLD", "")
-    prompts = ['"HELLO"', 'a card: "Hel lo"', '"hello"', '"I am"', '"I"']
-    values, mask = reward.score(images, prompts)
-    assert values.dtype == torch.float32 and mask.tolist() == [True] * 5
+    prompts = [Prompt("a card", {"text": "Hel lo"}), *quoted("HELLO", "hello", "I am", "I")]
+    values = reward.score(images, prompts)
+    assert values.dtype == torch.float32
     assert values.tolist() == pytest.approx([1, 1, 0.8, 0, 0])
 
 
 def test_only_compat_overlooks_extra_text(reward: Ocr) -> None:
     images = rendered("BIG SALE", "SALE\nSALE", "SALES", "SAIL")
-    prompts = ['"SALE"'] * 4
-    assert reward.score(images, prompts)[0].tolist() == pytest.approx([0.25, 0, 0.75, 0.5])
-    lenient = build(matching="compat").score(images, prompts)[0]
+    prompts = quoted(*["SALE"] * 4)
+    assert reward.score(images, prompts).tolist() == pytest.approx([0.25, 0, 0.75, 0.5])
+    lenient = build(matching="compat").score(images, prompts)
     assert lenient.tolist() == pytest.approx([1, 1, 1, 0.5])
 
 
@@ -129,34 +144,37 @@ def test_pictures_are_8_bits_in_bgr() -> None:
 # ---- failures ------------------------------------------------------------------------------------
 
 
-def test_an_image_that_is_not_finite_is_masked(reward: Ocr) -> None:
+def test_an_image_that_is_not_finite_has_no_value(reward: Ocr) -> None:
     images = rendered("ONE", "TWO", "SIX")
     images[1, 0, 5, 5] = torch.nan
     with pytest.warns(UserWarning, match="image 1 cannot be read: .*not finite"):
-        values, mask = reward.score(images, ['"ONE"', '"TWO"', '"SIX"'])
-    assert mask.tolist() == [True, False, True]
+        values = reward.score(images, quoted("ONE", "TWO", "SIX"))
     assert values[[0, 2]].tolist() == [1, 1] and bool(values[1].isnan())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_reader_that_fails_loses_one_image(workers: int) -> None:
+@pytest.fixture(scope="module")
+def pooled() -> Ocr:
+    return build(workers=1)
+
+
+@pytest.mark.parametrize("where", ["reward", "pooled"])
+def test_a_reader_that_fails_loses_one_image(where: str, request: pytest.FixtureRequest) -> None:
     """RapidOCR divides by the height: an empty picture makes it raise."""
-    reward = build(workers=workers)
+    reward: Ocr = request.getfixturevalue(where)
     with pytest.warns(UserWarning, match="image 1 cannot be read: ZeroDivisionError"):
         texts = reward.texts([sign("ONE"), np.zeros((0, 0, 3), np.uint8), sign("SIX")])
     assert texts == ["ONE", None, "SIX"]
 
 
-def test_a_pool_survives_its_workers() -> None:
-    reward = build(workers=2)
-    images, prompts = rendered("ONE", "TWO", "SIX"), ['"ONE"', '"TWO"', '"NINE"']
+def test_a_pool_survives_its_worker(pooled: Ocr) -> None:
+    images, prompts = rendered("ONE", "TWO", "SIX"), quoted("ONE", "TWO", "NINE")
     expected = [1, 1, 0.25]
-    for _ in range(2):
-        values, mask = reward.score(images, prompts)
-        assert mask.all() and values.tolist() == pytest.approx(expected)
-        assert reward.pool
-        for pid in list(reward.pool._processes):
-            os.kill(pid, signal.SIGKILL)
+    assert pooled.score(images, prompts).tolist() == expected
+    assert pooled.pool
+    (pid,) = pooled.pool._processes
+    os.kill(pid, signal.SIGKILL)
+    assert pooled.score(images, prompts).tolist() == expected
+    assert pid not in pooled.pool._processes
 
 
 KILLED_TRAINER = """

@@ -21,7 +21,7 @@ FLUX = models.WEIGHTS / "flux"
 
 def score(kind: str, images: Tensor, prompts: list[str]) -> Tensor:
     plugin = plugins.resolve("gardo.rewards", kind)
-    return plugin(plugin.Settings(role="proxy"), torch.device("cpu")).score(images, prompts)[0]
+    return plugin(plugin.Settings(role="proxy"), torch.device("cpu")).score(images, prompts)
 
 
 @pytest.fixture(scope="module")

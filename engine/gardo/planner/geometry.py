@@ -1,0 +1,56 @@
+"""Batch geometry of a recipe: what each rank samples, and how an update becomes micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gardo.config import Recipe
+from gardo.recipe_errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Per rank and iteration."""
+
+    samples: int  # images sampled by this rank
+    first: int  # index of the first of them in the step
+    rows: int  # training rows of an update
+    micro_batch: int  # rows of a forward and backward
+    accumulation: int  # micro-batches of an update
+
+
+def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -> Geometry:
+    """How the recipe splits over `world` ranks. RecipeError says which numbers would."""
+    data, updates = recipe.data, recipe.train.updates_per_step
+    prompts, images = data.prompts_per_step, data.images_per_prompt
+    if prompts * images % (world * updates):
+        fitting = [
+            p
+            for p in range(1, 8 * prompts + world * updates)
+            if p * images % (world * updates) == 0
+        ]
+        near = sorted(sorted(fitting, key=lambda p: abs(p - prompts))[:2])
+        raise RecipeError(
+            f"{source}: data.prompts_per_step: {prompts} prompts x {images} images = "
+            f"{prompts * images} do not split evenly over {world} ranks with {updates} updates a "
+            f"step. Nearest that do: prompts_per_step {' or '.join(map(str, near))}."
+        )
+    samples = prompts * images // world
+    steps = recipe.rows_per_sample
+    rows = samples // updates * steps
+    micro_batch = recipe.train.micro_batch or rows
+    if rows % micro_batch:
+        fitting = [m for m in range(1, rows + 1) if rows % m == 0]
+        near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
+        raise RecipeError(
+            f"{source}: train.micro_batch: {micro_batch} does not divide the {rows} rows "
+            f"({samples // updates} samples x {steps} steps) of an update on each of "
+            f"{world} ranks. Nearest that do: {' or '.join(map(str, near))}."
+        )
+    return Geometry(
+        samples=samples,
+        first=rank * samples,
+        rows=rows,
+        micro_batch=micro_batch,
+        accumulation=rows // micro_batch,
+    )

@@ -1,0 +1,292 @@
+"""A recipe's model on fake tensors, which have shapes and no memory: what its phases cost.
+
+Nothing is derived: the run's own policy is called, with its LoRA and its checkpointing, and every
+tensor that comes and goes is counted. Blocks of a kind cost alike, so few of each are run and the
+rest is multiplied: a model of 12 B parameters takes seconds.
+
+A model by hub id needs no download where its configuration ships with the package
+(published/); of another the configuration alone is read.
+
+Shapes: R rows, B images, X one latent.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from gardo import config, settings
+from gardo.config import Recipe
+from gardo.policies.base import Policy
+
+KEPT = 2  # blocks of a kind that are run
+CPU = torch.device("cpu")
+
+
+def model_folder(path: str) -> Path:
+    """A diffusers folder with the configuration of a model, and perhaps nothing else.
+
+    ValueError where a hub id's is neither shipped nor to be had.
+    """
+    if folder := settings.config_folder(path):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json"]))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"model.path: the configuration of {path!r} is not to be had ({error}); give a local "
+            "folder, or log in with `hf auth login`"
+        ) from error
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, those of `known` left out."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._seen.pop(key, 0)
+
+
+class Shadow:
+    """The policy of a recipe on fake tensors."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.mode = recipe, FakeTensorMode(allow_non_fake_inputs=True)
+        self.folder = model_folder(recipe.model.path)
+        dtype = getattr(torch, recipe.distributed.precision)
+        plugin: type[Policy] = config.policy_plugin(recipe.model)
+        self.policy = self._policy(plugin, dtype)
+        self._lists = {name: getattr(self.policy.transformer, name) for name in plugin.block_lists}
+        self.kinds = Counter(map(_kind, self.blocks()))
+
+    def _policy(self, plugin: Any, dtype: torch.dtype) -> Policy:
+        import diffusers
+        from accelerate import init_empty_weights
+
+        transformer_class = getattr(diffusers, plugin.transformer_name)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+            self.folder / "scheduler"
+        )
+        with init_empty_weights(include_buffers=True):
+            parts = {
+                "transformer": _of_config(transformer_class, self.folder / "transformer"),
+                "vae": _of_config(diffusers.AutoencoderKL, self.folder / "vae"),
+            }
+        for part in parts.values():
+            part.to(dtype).requires_grad_(False).eval()
+        with self.mode:
+            policy: Policy = plugin(
+                self.recipe.model, dtype=dtype, device=CPU, defer=True,
+                parts={**parts, "scheduler": scheduler},
+            )  # fmt: skip
+        weights = self.recipe.train.weights
+        with init_empty_weights(include_buffers=True):
+            if weights.kind == "lora":
+                policy.train_lora(
+                    rank=weights.rank, alpha=weights.alpha, seed=0, initialise=False,
+                    targets=tuple(weights.targets) if weights.targets else None,
+                )  # fmt: skip
+            else:
+                policy.train_full()
+        for part in parts.values():
+            self._make_fake(part, dtype)
+        return policy
+
+    def _make_fake(self, module: nn.Module, dtype: torch.dtype) -> None:
+        with self.mode:
+            for part in module.modules():
+                for name, p in list(part.named_parameters(recurse=False)):
+                    value = torch.empty(p.shape, dtype=dtype)
+                    setattr(part, name, nn.Parameter(value, requires_grad=p.requires_grad))
+                for name, buffer in list(part.named_buffers(recurse=False)):
+                    setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+    # Sizes ----------------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        return self.policy.blocks()
+
+    @property
+    def parameters(self) -> int:
+        return _elements(self.policy.transformer.parameters())
+
+    @property
+    def trainable(self) -> int:
+        return _elements(self.policy.trainable().values())
+
+    @property
+    def vae_parameters(self) -> int:
+        return _elements(self.policy.pipeline.vae.parameters())
+
+    def encoder_parameters(self) -> dict[str, int]:
+        """Of each text encoder, by its name in the pipeline."""
+        import transformers
+        from accelerate import init_empty_weights
+
+        found = {}
+        for folder in sorted(self.folder.glob("text_encoder*")):
+            of_encoder = transformers.AutoConfig.from_pretrained(folder)
+            with init_empty_weights():
+                encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder)
+            found[folder.name] = _elements(encoder.parameters())
+        return found
+
+    # Costs ----------------------------------------------------------------------------------------
+
+    def sampling_bytes(self, images: int) -> int:
+        """What a forward pass without gradients needs at its peak."""
+
+        def forward() -> None:
+            with torch.no_grad():
+                self.policy.branches(*self._inputs(images))
+
+        return self._scaled(lambda: self._peak(forward))
+
+    def training_bytes(self, rows: int, checkpointing: str) -> int:
+        """What forward and backward of a micro-batch need at their peak, gradients left out.
+
+        A parameter's gradient is taken as gone when it is there: sums of it are counted elsewhere.
+        """
+        transformer = self.policy.transformer
+        transformer.disable_gradient_checkpointing()
+        self.policy.checkpoint_activations(checkpointing)  # type: ignore[arg-type]
+        handles = [
+            p.register_post_accumulate_grad_hook(_drop_gradient)
+            for p in self.policy.trainable().values()
+        ]
+
+        def step() -> None:
+            velocity = self.policy.velocity(*self._inputs(rows))
+            velocity.float().square().mean().backward()
+
+        try:
+            return self._scaled(lambda: self._peak(step))
+        finally:
+            for handle in handles:
+                handle.remove()
+            transformer.disable_gradient_checkpointing()
+
+    def decoding_bytes(self, images: int) -> int:
+        """What decoding so many images at once needs at its peak."""
+
+        def decode() -> None:
+            with torch.no_grad():
+                self.policy.decode(self._latents(images))
+
+        return self._peak(decode)
+
+    def flops(self, *, backward: bool) -> int:
+        """Of a row: a forward pass, or forward and backward without anything run again."""
+
+        def count() -> int:
+            counter = FlopCounterMode(display=False)
+            with self.mode, counter:
+                with torch.set_grad_enabled(backward):
+                    velocity = self.policy.velocity(*self._inputs(1))
+                if backward:
+                    velocity.float().sum().backward()
+            for p in self.policy.trainable().values():
+                p.grad = None
+            return int(counter.get_total_flops())
+
+        return self._scaled(count)
+
+    def _inputs(self, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        shapes = self.policy.conditioning_shapes()
+        text = {n: torch.empty(rows, *s, dtype=self.policy.dtype) for n, s in shapes.items()}
+        return self._latents(rows), torch.full((rows,), 0.5), text
+
+    def _latents(self, rows: int) -> Tensor:
+        return torch.empty(rows, *self.policy.latent_shape)
+
+    def _peak(self, call: Callable[[], None]) -> int:
+        modules = (self.policy.transformer, self.policy.pipeline.vae)
+        known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        with self.mode, LiveBytes(known) as live:
+            call()
+        return live.peak
+
+    def _scaled(self, cost: Callable[[], int]) -> int:
+        """The cost at full depth: that of KEPT blocks of each kind, and more of a kind as one is.
+
+        Whatever is counted grows by as much with every block of a kind.
+        """
+        kept = {kind: min(number, KEPT) for kind, number in self.kinds.items()}
+        with self._depth(kept):
+            least = cost()
+        total = least
+        for kind, number in self.kinds.items():
+            if number > KEPT:
+                with self._depth({**kept, kind: KEPT + 1}):
+                    total += (number - KEPT) * (cost() - least)
+        return total
+
+    @contextmanager
+    def _depth(self, kept: dict[Any, int]) -> Iterator[None]:
+        """So many blocks of each kind, in their order."""
+        left = Counter(kept)
+        for name, blocks in self._lists.items():
+            chosen = []
+            for block in blocks:
+                if left[_kind(block)]:
+                    left[_kind(block)] -= 1
+                    chosen.append(block)
+            setattr(self.policy.transformer, name, nn.ModuleList(chosen))
+        try:
+            yield
+        finally:
+            for name, blocks in self._lists.items():
+                setattr(self.policy.transformer, name, blocks)
+
+
+def _of_config(model_class: Any, folder: Path) -> nn.Module:
+    module: nn.Module = model_class.from_config(model_class.load_config(folder))
+    return module
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    return type(block).__name__, *((n, tuple(p.shape)) for n, p in block.named_parameters())
+
+
+def _elements(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,85 @@
+"""A bad recipe at the command line: exit status 2, one line on stderr, nothing made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gardo import cli
+from tests import ROOT
+from tests.engine.config.recipe import written
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Our modules in a new process in `folder`."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels"))
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("module", ["gardo.cli train", "gardo.train"])
+def test_a_bad_recipe_ends_with_2_before_anything_is_made(module: str, tmp_path: Path) -> None:
+    light = "rewards: {dinov3: null}, algorithm: {diversity: null}"  # its library takes seconds
+    path = written(tmp_path, f"{{model: {{path: ./no/such/model}}, {light}}}")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(tmp_path, *module.split(), "recipe.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    ours = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert ours == [
+        "recipe.yaml: model.path: no such folder: './no/such/model'; "
+        "give a diffusers folder or a hub id owner/name"
+    ]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert path in before
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command in this process says on stderr as it ends with 2."""
+    with pytest.raises(SystemExit) as raised:
+        cli.app(list(arguments))
+    assert raised.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.strip()
+
+
+def test_geometry_is_refused_before_launching(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    message = refused(capsys, "train", str(path), "--gpus", "5")
+    assert message.startswith(f"{path}: data.prompts_per_step: 8 prompts x 12 images = 96 do not")
+    local = "distributed.engine=local"
+    message = refused(capsys, "train", str(path), "--gpus", "2", "--set", local)
+    assert message == (
+        f"{path}: distributed.engine: local runs in one process; drop --gpus 2, or use engine zero"
+    )
+    message = refused(capsys, "train", str(path), "--set", "run.stepz=1")
+    assert message == "--set run.stepz: unknown field. Did you mean run.steps?"
+    assert list(empty.iterdir()) == []
+
+
+def test_folders_without_a_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "export", str(tmp_path))
+    assert message.startswith(f"{tmp_path}: no checkpoints; name the folder")
+    message = refused(capsys, "report", str(tmp_path))
+    assert message == (
+        f"{tmp_path}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo"
+    )
+    assert list(tmp_path.iterdir()) == []

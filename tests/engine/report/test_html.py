@@ -1,0 +1,106 @@
+"""The page: what the run did, safe to open, and it fetches nothing."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gardo.report.html import write_report
+from gardo.report.pictures import save_grid
+from tests.engine.report.records import evaluation_record, step_record, write_log
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    records = [evaluation_record(0)]
+    records += [
+        step_record(step, events=["reference reset (kl)"] * (step == 7)) for step in range(1, 61)
+    ]
+    records.append(evaluation_record(60, proxy=0.1))
+    write_log(tmp_path / "metrics.jsonl", records)
+    (tmp_path / "recipe.yaml").write_text("run: {name: <i>flux</i>}\nnote: '</pre><script>'\n")
+    for step in (0, 60):
+        save_grid(torch.rand(4, 3, 8, 8), tmp_path / f"samples/step-{step:05d}.png", 2)
+    return tmp_path
+
+
+def test_report_shows_the_run(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    page = path.read_text()
+    assert path == run_folder / "report.html"
+    assert "count rose by 0.100 [0.090, 0.110]" in page and "reference reset (kl): step 7" in page
+    assert page.count("data:image/png;base64,") == 2
+    for title in (
+        "KL to the reference",
+        "Gate share",
+        "Ratio error",
+        "Time of a step",
+        "Diversity",
+        "max |ratio - 1|",
+    ):
+        assert title in page
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(charts) == 3 + 3 + 7 + 1
+    for chart in charts:
+        ET.fromstring(chart)
+
+
+def test_report_is_escaped_and_fetches_nothing(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text()
+    assert "<script" not in page and "<i>flux" not in page
+    assert "two &lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; circles &amp; a" in page
+    assert "&lt;/pre&gt;&lt;script&gt;" in page
+    assert "href" not in page and set(re.findall(r"""src=["']?(.{15})""", page)) == {
+        "data:image/png;"
+    }
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize(
+    "records", [[], [step_record(1)], [evaluation_record(0)], [{"kind": "step", "step": 1}]]
+)
+def test_report_of_an_unfinished_run_says_what_is_missing(
+    tmp_path: Path, records: list[dict[str, Any]]
+) -> None:
+    write_log(tmp_path / "metrics.jsonl", records)
+    page = write_report(tmp_path).read_text()
+    kinds = {record["kind"] for record in records}
+    assert ("No evaluation was logged." in page) == ("evaluation" not in kinds)
+    assert ("No training step was logged." in page) == ("step" not in kinds)
+    assert "No evaluation left a picture." in page and "nothing to compare" in page
+    assert "No recipe.yaml" in page and f"<h1>{tmp_path.name}</h1>" in page
+
+
+def test_report_survives_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    broken = step_record(2, metrics={"kl": math.nan, "loss": math.inf})
+    last = evaluation_record(3, proxy=math.nan)
+    last["diversity"] = {"layout": math.nan}
+    write_log(tmp_path / "metrics.jsonl", [evaluation_record(0), step_record(1), broken, last])
+    page = write_report(tmp_path).read_text()
+    assert "1 step logged numbers that are not finite." in page
+
+
+def test_report_takes_pictures_only_from_the_runs_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_grid(torch.rand(1, 3, 4, 4), tmp_path / "secret.png", 1)
+    outside = evaluation_record(0) | {"images": "../secret.png"}
+    no_picture = evaluation_record(1) | {"images": "metrics.jsonl"}
+    write_log(run / "metrics.jsonl", [outside, no_picture])
+    page = write_report(run).read_text()
+    assert "data:image" not in page and "No evaluation left a picture." in page
+
+
+def test_large_and_many_pictures_are_reduced(tmp_path: Path) -> None:
+    records = [evaluation_record(step) for step in range(30)]
+    write_log(tmp_path / "metrics.jsonl", records)
+    for step in range(30):
+        size = 900 if step == 0 else 4
+        save_grid(torch.zeros(1, 3, size, size), tmp_path / f"samples/step-{step:05d}.png", 1)
+    page = write_report(tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 15 and "15 more pictures" in page
+    assert len(page) < 300_000

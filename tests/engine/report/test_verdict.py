@@ -1,0 +1,35 @@
+"""What a run came to: only intervals that exclude zero count."""
+
+import math
+
+import pytest
+
+from gardo.report.verdict import judge
+from tests.engine.report.records import evaluation_record
+
+
+@pytest.mark.parametrize(
+    ("proxy", "held_out", "tone", "words"),
+    [
+        (0.1, 0.0, "good", "count rose by 0.100 [0.090, 0.110], from 0.600 to 0.700."),
+        (0.1, -0.2, "bad", "quality fell by 0.200 [0.190, 0.210], from 0.900 to 0.700."),
+        (0.0, -0.2, "bad", "count did not clearly change: +0.000 [-0.010, +0.010]"),
+        (0.005, 0.0, "", "count did not clearly change"),
+    ],
+)
+def test_verdict(proxy: float, held_out: float, tone: str, words: str) -> None:
+    middle = evaluation_record(30, proxy=9, held_out=-9)
+    last = evaluation_record(60, proxy=proxy, held_out=held_out)
+    verdict = judge([evaluation_record(0), middle, last])
+    assert verdict.tone == tone and words in " ".join(verdict.sentences)
+    assert "layout 3.00 to 2.40 (-20\u00a0%)" in verdict.sentences[-1]
+    assert ("hacking" in verdict.conclusion) == (proxy == 0.1 and held_out == -0.2)
+
+
+def test_verdict_concludes_nothing_without_intervals() -> None:
+    last = evaluation_record(60, proxy=0.1)
+    del last["change"]
+    assert judge([evaluation_record(0), last]).tone == ""
+    last["change"] = {"count": {"mean": 0.1, "low": math.nan, "high": math.nan}}
+    assert "no interval" in judge([evaluation_record(0), last]).sentences[0]
+    assert judge([]).sentences == judge([last]).sentences == ()
