@@ -10,68 +10,74 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from gardo.report.metrics_log import read_metrics
 from tests import ROOT
-from tests.integration.test_launch import type_command
-from tests.integration.test_parity import check_slots, check_teachers, launch, steps_of
-from tests.integration.test_resume import MIDDLE, same_bits
+from tests.integration.cases import Case
+from tests.integration.checks import check_slots, check_teachers, seen, steps_of
+from tests.integration.coverings import alone
+from tests.integration.launch import launch_on_gpu, type_command
+from tests.integration.test_resume import EVALUATION, MIDDLE, same_bits
 
 pytestmark = pytest.mark.gpu
 TINY = sorted((ROOT / "recipes").glob("tiny_*.yaml"))
-FP32 = ["gardo-lora-zero+tight+once", "gardo-full-zero+tight+each+full", "flow_grpo-full-stage1"]
-BF16 = [
-    "gardo-lora-zero+tight+once+bf16",
-    "gardo-full-zero+tight+each+full+bf16",
-    "diffusion_nft-lora-zero+tight+once+selective+bf16+host",
-    "refl-lora-zero+bf16",
-    "flow_grpo-full-stage1+full+bf16",
-    "gardo-full-stage2+bf16+offload",
-    "gardo-full-zero+bf16_masters",
+FP32 = [
+    Case("gardo", "lora", "stage3", ("large", "tight", "once")),
+    Case("gardo", "full", "stage3", ("large", "tight", "each", "full")),
+    Case("flow_grpo", "full", "stage1", ("large",)),
 ]
-RESUMED = [f"{a}-lora-zero+bf16+deterministic+saving"
-           for a in ("flow_grpo", "diffusion_nft", "gardo", "refl")]  # fmt: skip
+BF16 = [
+    Case("gardo", "lora", "stage3", ("large", "tight", "once", "bf16")),
+    Case("gardo", "full", "stage3", ("large", "tight", "each", "full", "bf16")),
+    Case("diffusion_nft", "lora", "stage3",
+         ("large", "tight", "once", "selective", "bf16", "host")),
+    Case("refl", "lora", "stage3", ("large", "bf16")),
+    Case("flow_grpo", "full", "stage1", ("large", "full", "bf16")),
+    Case("gardo", "full", "stage2", ("large", "bf16", "offload")),
+    Case("gardo", "full", "stage3", ("large", "bf16_masters")),
+]  # fmt: skip
+RESUMED = [
+    Case(algorithm, "lora", "stage3", ("bf16", "deterministic", "saving"), probes=EVALUATION)
+    for algorithm in ("flow_grpo", "diffusion_nft", "gardo", "refl")
+]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
-    launch(1, str(folder), *FP32, *BF16, accelerator="cuda")
+    launch_on_gpu(1, folder, [*FP32, *BF16])
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    launch(0, str(folder), *(f"{c.split('-zero')[0].split('-stage')[0]}-local" for c in FP32),
-           accelerator="cuda")  # fmt: skip
+    launch_on_gpu(0, folder, [alone(case) for case in FP32])
     return folder
 
 
-@pytest.mark.parametrize("case", FP32)
-def test_fp32_starts_like_one_process(seen: Path, alone: Path, case: str) -> None:
+@pytest.mark.parametrize("case", FP32, ids=str)
+def test_fp32_starts_like_one_process(trained: Path, one_process: Path, case: Case) -> None:
     """The first rollout and the first update; later ones differ by what GPUs sum in any order."""
-    local = f"{case.split('-zero')[0].split('-stage')[0]}-local"
-    ours, theirs = (load_file(f) for f in (alone / f"{local}.safetensors",
-                                           seen / f"{case}.safetensors"))  # fmt: skip
+    ours, theirs = seen(one_process, alone(case)), seen(trained, case)
     assert torch.equal(ours["noise"], theirs["noise"])
     torch.testing.assert_close(ours["images"], theirs["images"], rtol=0, atol=1e-4)
-    one, two = steps_of(alone, local)[0]["metrics"], steps_of(seen, case)[0]["metrics"]
+    one = steps_of(one_process, alone(case))[0]["metrics"]
+    two = steps_of(trained, case)[0]["metrics"]
     assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=1e-3)
     assert math.isclose(one["loss"], two["loss"], rel_tol=1e-3, abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("case", FP32 + BF16)
-def test_slots_and_teachers(seen: Path, case: str) -> None:
-    check_slots(seen, case)
-    check_teachers(seen, case)
+@pytest.mark.parametrize("case", FP32 + BF16, ids=str)
+def test_slots_and_teachers(trained: Path, case: Case) -> None:
+    check_slots(trained, case)
+    check_teachers(trained, case)
 
 
-@pytest.mark.parametrize("case", BF16)
-def test_bf16_trains(seen: Path, case: str) -> None:
-    steps = steps_of(seen, case)
-    assert len(steps) == 5
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_trains(trained: Path, case: Case) -> None:
+    steps = steps_of(trained, case)
+    assert len(steps) == case.steps
     for step in steps:
         metrics = step["metrics"]
         assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -81,14 +87,14 @@ def test_bf16_trains(seen: Path, case: str) -> None:
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
-    cuts = [f"{case}+cut{MIDDLE}" for case in RESUMED]
-    launch(1, str(folder), *RESUMED, *cuts, accelerator="cuda")
-    launch(1, str(folder), *(f"{c}+resume{MIDDLE}" for c in RESUMED), accelerator="cuda")
+    cut = [case.but(cut=MIDDLE) for case in RESUMED]
+    launch_on_gpu(1, folder, [*RESUMED, *cut])
+    launch_on_gpu(1, folder, [case.but(resume=True) for case in cut])
     return folder
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_cut_run_goes_on_to_the_same_bits(resumed: Path, case: str) -> None:
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_a_cut_run_goes_on_to_the_same_bits(resumed: Path, case: Case) -> None:
     same_bits(resumed, case, MIDDLE)
 
 

@@ -1,6 +1,6 @@
 """The main job as its user types it: the deepspeed launcher, two ranks, the demo's recipe.
 
-Then the exported LoRA.
+Then its resumption, and the exported LoRA.
 """
 
 from __future__ import annotations
@@ -21,90 +21,30 @@ from gardo.distributed.saved import committed
 from gardo.report.metrics_log import read_metrics
 from gardo.train import main
 from tests import ROOT
-from tests.integration.test_parity import environment
+from tests.integration.launch import DEMO, Launched, environment, settings_for, type_command
 
-SMALL = [
-    "run.steps=1",
-    "data.prompts_per_step=2",
-    "data.images_per_prompt=4",
-    "train.micro_batch=null",
-    "evaluate.prompt_count=4",
-    "evaluate.images_per_prompt=2",
-    "evaluate.batch=4",
-    "evaluate.shown=4",
-]
-
-REPLAY = """
-import sys
-from pathlib import Path
-import torch
-from diffusers import FluxPipeline
-from gardo.report.pictures import save_grid
-from gardo.streams import Stream
-from gardo_kernels import random_normal
-
-model, lora, prompts_file, out = sys.argv[1:]
-torch.set_num_threads(1)
-pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
-pipeline.load_lora_weights(lora)
-prompts = Path(prompts_file).read_text().split("\\n")[:4]
-noise = random_normal(42, torch.arange(8), Stream.EVALUATION, (64, 16))
-images = [
-    pipeline(
-        [p for p in prompts[first // 2 : first // 2 + 2] for _ in range(2)],
-        latents=noise[first : first + 4],
-        height=32, width=32, num_inference_steps=8, guidance_scale=3.5, max_sequence_length=8,
-        output_type="pt",
-    ).images
-    for first in (0, 4)
-]
-save_grid(torch.cat(images), Path(out), columns=2)
-"""
+RUN = "tiny-flux-gardo"
 
 
-def bin_folder() -> str:
-    return str(Path(sys.executable).parent)
-
-
-def type_command(
-    ranks: int,
-    folder: Path,
-    *settings: str,
-    resume: bool = False,
-    accelerator: str = "cpu",
-    recipe: Path = ROOT / "recipes" / "tiny_flux_gardo.yaml",
-) -> subprocess.CompletedProcess[str]:
-    """Types the demo's command, or another recipe's, with these settings on top."""
-    settings = (*SMALL, f"run.folder={folder}", "distributed.threads=1", *settings)
-    env = environment(accelerator)
-    env["PATH"] = f"{bin_folder()}:{env['PATH']}"
-    script = shutil.which("deepspeed", path=env["PATH"])  # beside packages of another folder: none
-    typed = script or f"{sys.executable} -m deepspeed.launcher.runner"
-    command = f"{typed} --num_gpus {ranks} --module gardo.train {recipe.relative_to(ROOT)}"
-    command += " --resume" if resume else ""
-    return subprocess.run(
-        [*command.split(), *(p for s in settings for p in ("--set", s))],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-
-
-def train(ranks: int, folder: Path, *settings: str) -> Path:
-    """The same, to the end; returns the run's folder."""
-    done = type_command(ranks, folder, *settings)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "report" in done.stdout and "export" in done.stdout
-    return folder / "tiny-flux-gardo"
+def arguments(folder: Path, *settings: str) -> list[str]:
+    """Of the training command, without the launcher's."""
+    return [str(DEMO), *settings_for(folder, *settings)]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one iteration of the demo's recipe on two ranks."""
-    return train(2, tmp_path_factory.mktemp("runs"))
+    """The folder of a run of one iteration of the demo's recipe on two ranks, as typed."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = type_command(2, folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "report" in done.stdout and "export" in done.stdout
+    return folder / RUN
 
 
 def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
     """Two iterations in bf16: the ratio contract holds, and small steps are not rounded away."""
-    run = train(1, tmp_path, "distributed.precision=bfloat16", "run.steps=2")
+    Launched(1, main, arguments(tmp_path, "distributed.precision=bfloat16", "run.steps=2")).wait()
+    run = tmp_path / RUN
     first, second = (r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "step")
     assert first["metrics"]["ratio_error"] <= 1e-3 and second["metrics"]["ratio_error"] <= 1e-3
     assert second["metrics"]["ratio"] != 1.0 and second["metrics"]["grad_norm"] > 0
@@ -128,36 +68,33 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
 
 def test_a_run_is_resumed_and_saves_when_asked(finished: Path, tmp_path: Path) -> None:
     """On another number of ranks, with more steps, and a checkpoint that was not due."""
-    run = shutil.copytree(finished, tmp_path / finished.name)
+    run = shutil.copytree(finished, tmp_path / RUN)
     (run / "save-now").touch()
     before = read_metrics(run / "metrics.jsonl")
-    settings = ("run.steps=3", "checkpoint.every=100")
-    done = type_command(1, tmp_path, *settings, resume=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = arguments(tmp_path, "run.steps=3", "checkpoint.every=100")
+    printed = Launched(1, main, [*settings, "--resume"]).wait()
     for line in ("resumed after step 1", "changed since the run started: run.steps: 1 -> 3",
                  "checkpoint of step 2 saved, as asked"):  # fmt: skip
-        assert line in done.stdout
+        assert line in printed
     assert not (run / "save-now").exists()
     saved = [p.name for p in committed(run / "checkpoints")]
     assert saved == ["step-000003", "step-000002", "step-000001"]
     after = read_metrics(run / "metrics.jsonl")
     assert after[: len(before)] == before
     assert [r["step"] for r in after[len(before) :]] == [2, 3, 3]
-    assert not (tmp_path / f"{run.name}.1").exists()  # the run went on in its own folder
+    assert not (tmp_path / f"{RUN}.1").exists()  # the run went on in its own folder
 
 
 def test_a_resume_that_cannot_fit_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything loads, and with nothing lost."""
-    run = shutil.copytree(finished, tmp_path / finished.name)
+    run = shutil.copytree(finished, tmp_path / RUN)
     files = sorted(run.rglob("*"))
-    settings = [*SMALL, f"run.folder={tmp_path}", "train.weights.rank=8", "distributed.stage=2"]
-    sets = [part for s in settings for part in ("--set", s)]
-    recipe = str(ROOT / "recipes/tiny_flux_gardo.yaml")
-    assert main([recipe, "--resume", *sets]) == 2
+    changed = arguments(tmp_path, "train.weights.rank=8", "distributed.stage=2")
+    assert main([*changed, "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"{recipe}: train.weights.rank: 16 -> 8: the checkpoints in {run}")
+    assert said.startswith(f"{DEMO}: train.weights.rank: 16 -> 8: the checkpoints in {run}")
     assert sorted(run.rglob("*")) == files
 
 
@@ -176,12 +113,9 @@ def test_damaged_weights_are_refused(
     """By every rank, from the headers, before any of them waits for another."""
     model = shutil.copytree(ROOT / "engine/gardo/tiny/weights/flux", tmp_path / "flux")
     spoil(model / "transformer" / "diffusion_pytorch_model.safetensors")
-    settings = [*SMALL, f"run.folder={tmp_path / 'runs'}", f"model.path={model}"]
-    sets = [part for s in settings for part in ("--set", s)]
-    recipe = str(ROOT / "recipes/tiny_flux_gardo.yaml")
-    assert main([recipe, *sets]) == 2
+    assert main(arguments(tmp_path / "runs", f"model.path={model}")) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"{recipe}: a model does not load: ") and said in error
+    assert error.startswith(f"{DEMO}: a model does not load: ") and said in error
     assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
@@ -196,11 +130,8 @@ def test_exported_lora_gives_the_evaluation_images_bit_for_bit(
 ) -> None:
     replayed = tmp_path / "replayed.png"
     subprocess.run(
-        [
-            sys.executable, "-c", REPLAY, str(ROOT / "engine/gardo/tiny/weights/flux"),
-            str(finished / "export"), str(ROOT / "recipes/tiny_prompts.txt"), str(replayed),
-        ],
-        env=environment(), check=True, timeout=300,
+        [sys.executable, "-m", "tests.integration.replay", finished / "export", replayed],
+        cwd=ROOT, env=environment(), check=True, timeout=300,
     )  # fmt: skip
     after = Image.open(finished / "samples" / "step-00001.png")
     before = Image.open(finished / "samples" / "step-00000.png")

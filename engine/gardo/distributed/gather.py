@@ -8,12 +8,16 @@ to prefetch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
+
+from gardo.distributed.base import DistributedSettings, RolloutSettings
+from gardo.distributed.zero_config import numel
 
 
 class GatherOnce:
@@ -88,6 +92,40 @@ class GatherOnce:
         offload = self._offload
         handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
         return {handle.id for handle in handles}
+
+
+def choose_gather(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    offload: Any,
+    *,
+    settings: DistributedSettings,
+    rollout: RolloutSettings,
+    free: int,
+    agree_max: Callable[[int], int],
+) -> tuple[GatherOnce | None, str]:
+    """Gather-once where a recipe asks for it and can have it, and a line that says why (stage 3).
+
+    `free` bytes are left on this rank; `agree_max` is the engine's, because all ranks choose alike.
+    """
+    if rollout.gather == "step":
+        return None, "weights gathered at every forward (rollout.gather: step)"
+    if settings.hpz > 1:
+        return None, "weights gathered at every forward (distributed.hpz has its own copies)"
+    parameters = list(module.parameters())
+    needed = numel(parameters) * parameters[0].element_size()
+    sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
+    room = free / 2 if rollout.gather == "auto" else free
+    if agree_max(int(needed > room)):
+        return None, f"weights gathered at every forward: no room on some rank (here {sizes})"
+    once = GatherOnce(module, blocks, offload)
+    problem = once.probe()
+    if agree_max(int(problem is not None)):
+        return None, (
+            "weights gathered at every forward: gathering once does not work with deepspeed "
+            f"{version('deepspeed')} ({problem or 'on another rank'})"
+        )
+    return once, f"weights gathered once a phase: {sizes}"
 
 
 def _alone() -> bool:

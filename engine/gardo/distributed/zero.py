@@ -31,10 +31,10 @@ from gardo.distributed.base import (
     host_memory,
 )
 from gardo.distributed.blocks import make_leaves
-from gardo.distributed.gather import GatherOnce
+from gardo.distributed.gather import GatherOnce, choose_gather
 from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
 from gardo.distributed.slots import Slots
-from gardo.distributed.zero_config import numel, zero_config
+from gardo.distributed.zero_config import zero_config
 from gardo.types import Metrics
 
 Load = Callable[..., None]  # load(place=..., reads=...)
@@ -113,7 +113,18 @@ class ZeroEngine:
         )
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         self.shards = self._make_shards(trainable)
-        self._gather, self.gather_note = self._choose_gather(module, blocks, rollout)
+        self._gather: GatherOnce | None = None
+        self.gather_note = ""
+        if self._stage == 3:
+            self._gather, self.gather_note = choose_gather(
+                module,
+                blocks,
+                self._engine.optimizer.parameter_offload,
+                settings=settings,
+                rollout=rollout,
+                free=_free_memory(self.device, self.world),
+                agree_max=self.agree_max,
+            )
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
 
@@ -123,32 +134,6 @@ class ZeroEngine:
         if self._stage == 3:
             return PartitionShards(self._engine.optimizer, trainable, rank=self.rank)
         return FlatShards(self._engine.optimizer, trainable)
-
-    def _choose_gather(
-        self, module: nn.Module, blocks: Sequence[nn.Module], rollout: RolloutSettings
-    ) -> tuple[GatherOnce | None, str]:
-        """Gather-once where stage 3 asks for it and can have it, and a line that says why."""
-        if self._stage != 3:
-            return None, ""
-        if rollout.gather == "step":
-            return None, "weights gathered at every forward (rollout.gather: step)"
-        if self._settings.hpz > 1:
-            return None, "weights gathered at every forward (distributed.hpz has its own copies)"
-        parameters = list(module.parameters())
-        needed = numel(parameters) * parameters[0].element_size()
-        free = _free_memory(self.device, self.world)
-        sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
-        room = free / 2 if rollout.gather == "auto" else free
-        if self.agree_max(int(needed > room)):
-            return None, f"weights gathered at every forward: no room on some rank (here {sizes})"
-        once = GatherOnce(module, blocks, self._engine.optimizer.parameter_offload)
-        problem = once.probe()
-        if self.agree_max(int(problem is not None)):
-            return None, (
-                "weights gathered at every forward: gathering once does not work with deepspeed "
-                f"{deepspeed.__version__} ({problem or 'on another rank'})"
-            )
-        return once, f"weights gathered once a phase: {sizes}"
 
     def make_slots(self, names: Sequence[str]) -> Slots:
         self.slots = Slots(self.shards, names, host=self._settings.slots == "host")
