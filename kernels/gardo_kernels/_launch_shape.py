@@ -25,7 +25,7 @@ FILE = Path(__file__).with_name("launch_shapes.json")
 
 
 class LaunchShape(NamedTuple):
-    """Of one op; what an op's own file says of a field goes before this."""
+    """Of one op. Where an op's own file says something else of a field, that holds."""
 
     block: int = 1024  # elements of a row that a program has in hand at a time
     chunk: int = 4096  # elements of a row that a program adds up, block by block

@@ -298,9 +298,9 @@ def sde_step(
     Arithmetic is fp32 (fp64 where x or v is fp64). Differentiable in x, v, uncond and m_prev.
 
     ValueError for shapes, dtypes or devices that do not fit. Values are looked at on a CPU only,
-    elsewhere that would cost a synchronisation: a step outside the table, noise without a seed or C
-    without m_prev raise ValueError there, and give NaN in the row elsewhere. Source: the table of
-    `gardo.flow`; Flow-GRPO, arXiv 2505.05470.
+    and not under a compiler; elsewhere that would cost a synchronisation: a step outside the table,
+    noise without a seed or C without m_prev raise ValueError there, and give NaN in the row
+    elsewhere. Source: the table of `gardo.flow`; Flow-GRPO, arXiv 2505.05470.
     """
     op, samples = "sde_step", {"v": v, "uncond": uncond, "m_prev": m_prev}
     check_samples(op, "x", x)
