@@ -14,7 +14,10 @@ EXTRAS = {
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
+        "pytest-xdist",  # ./run test uses all cores
         "hypothesis",
+        "jsonschema",
+        "scipy",  # of transformers' Mask2Former
         "rapidocr",  # the ocr reward's three, to test with the real reader
         "onnxruntime",
         "rapidfuzz",

@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cpu_threads() -> None:
-    """As many threads as this process may use cores; OMP_NUM_THREADS, where set, wins."""
+    """This process's share of the cores; OMP_NUM_THREADS, where set, wins."""
     torch = sys.modules.get("torch")  # tests that never import it should not pay for it
     if torch is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(16, len(os.sched_getaffinity(0))))
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        torch.set_num_threads(min(16, max(1, len(os.sched_getaffinity(0)) // workers)))

@@ -62,6 +62,6 @@ def test_the_command_reads_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = command("kernels=torch")
     assert (code, err) == (0, "")
     kernels = [line.split(maxsplit=3) for line in out.splitlines() if " kernel " in line]
-    assert kernels == [["ok", "kernel", op, "plain torch"] for op in doctor.OPS]
+    assert kernels == [["ok", "kernel", op, "plain torch"] for op in OPS]
     expected = "--set kernels: 'cuda': input should be 'auto', 'triton' or 'torch'\n"
     assert command("kernels=cuda") == (2, "", expected)

@@ -10,6 +10,7 @@ A phase's peak is what stays, and what the phase adds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 
 from gardo.config import Recipe, reward_plugin, reward_settings
@@ -80,7 +81,7 @@ class Counted:
         return few + (count - FEW) * (more - few) // (MORE - FEW)
 
     def memory(self, recipe: Recipe, plan: Geometry, world: int) -> Memory:
-        rewards, unknown = _rewards(recipe)
+        rewards, unknown = self._rewards
         stays = (*self._trained(recipe, world), *self._around(recipe), *rewards,
                  Part("CUDA, NCCL", CONTEXT, assumed=True))  # fmt: skip
         images = min(recipe.rollout.batch or plan.samples, plan.samples)
@@ -92,6 +93,19 @@ class Counted:
             self._updating(recipe, world),
         )
         return Memory(stays, tuple(map(_with_fragments, phases)), unknown)
+
+    @cached_property
+    def _rewards(self) -> tuple[list[Part], tuple[str, ...]]:
+        """What they hold, and which do not say it; no variant of a recipe changes them."""
+        parts, unknown = [], []
+        for name, settings in reward_settings(self.shadow.recipe).items():
+            count = reward_plugin(settings).parameters(settings)
+            if count is None:
+                unknown.append(f"rewards.{name}")
+            elif count:
+                width = BYTES[getattr(settings, "dtype", "float32")]
+                parts.append(Part(f"reward {name}", count * width))
+        return parts, tuple(unknown)
 
     # What stays -----------------------------------------------------------------------------------
 
@@ -138,7 +152,7 @@ class Counted:
         if settings.engine == "local" or settings.stage < 3:
             return Part("gathered weights", 0)
         whole = shadow.parameters
-        blocks = [sum(p.numel() for p in block.parameters()) for block in shadow.blocks()]
+        blocks = [count for count, _ in shadow.block_parameters]
         live = whole - sum(blocks) + 3 * max(blocks)
         live = settings.live_parameters or live
         count = whole if once and recipe.rollout.gather != "step" else min(whole, live)
@@ -166,9 +180,9 @@ class Counted:
         checkpointing = recipe.train.activation_checkpointing
         buckets = 0
         if recipe.distributed.engine == "zero":
-            trained = [sum(p.numel() for p in b.parameters() if p.requires_grad)
-                       for b in self.shadow.blocks()]  # fmt: skip
-            bucket = recipe.distributed.reduce_bucket or max(trained)
+            bucket = recipe.distributed.reduce_bucket or max(
+                trained for _, trained in self.shadow.block_parameters
+            )
             buckets = 2 * bucket * BYTES[recipe.distributed.precision]
         return Phase("train", (
             self._gathered(recipe, once=False), self._recorded(recipe, plan),
@@ -182,18 +196,6 @@ class Counted:
         share = ceil(self.shadow.trainable / world)
         at_once = min(share, settings.sub_group) if settings.stage == 3 else share
         return Phase("update", (Part("of the optimizer's step", 3 * 4 * at_once),))
-
-
-def _rewards(recipe: Recipe) -> tuple[list[Part], tuple[str, ...]]:
-    parts, unknown = [], []
-    for name, settings in reward_settings(recipe).items():
-        count = reward_plugin(settings).parameters(settings)
-        if count is None:
-            unknown.append(f"rewards.{name}")
-        elif count:
-            width = BYTES[getattr(settings, "dtype", "float32")]
-            parts.append(Part(f"reward {name}", count * width))
-    return parts, tuple(unknown)
 
 
 def _with_fragments(phase: Phase) -> Phase:

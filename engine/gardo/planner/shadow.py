@@ -151,11 +151,19 @@ class Shadow:
     def parameters(self) -> int:
         return _elements(self.policy.transformer.parameters())
 
-    @property
+    @cached_property
     def trainable(self) -> int:
         return _elements(self.policy.trainable().values())
 
-    @property
+    @cached_property
+    def block_parameters(self) -> list[tuple[int, int]]:
+        """Of each block: all of them, and those that train."""
+        return [
+            (_elements(b.parameters()), _elements(p for p in b.parameters() if p.requires_grad))
+            for b in self.blocks()
+        ]
+
+    @cached_property
     def vae_parameters(self) -> int:
         return _elements(self.policy.pipeline.vae.parameters())
 

@@ -73,9 +73,8 @@ def test_gathering_at_every_forward_keeps_three_blocks(flux):
 
 @pytest.mark.parametrize(
     ("kind", "count", "how"),
-    [("training", 12, ["none"]), ("training", 12, ["full"]), ("sampling", 9, []),
-     ("decoding", 9, [])],
-)  # fmt: skip
+    [("training", 12, ["none"]), ("sampling", 9, []), ("decoding", 9, [])],
+)
 def test_other_counts_lie_on_the_line(flux, kind, count, how):
     _, counted = flux
     exact = getattr(counted.shadow, f"{kind}_bytes")(count, *how)
