@@ -101,6 +101,7 @@ class Shadow:
         import diffusers
         from accelerate import init_empty_weights
 
+        diffusers.utils.logging.set_verbosity_error()  # the page is ours
         transformer_class = getattr(diffusers, plugin.transformer_name)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
             self.folder / "scheduler"
