@@ -22,6 +22,7 @@ FRAGMENTED = 0.05  # assumed, of what comes and goes
 
 FEW, MORE = 1, 4  # rows or images that are counted; others lie on a line
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained number
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Counted:
             weights = 0 if settings.offload == "parameters" else ceil(weights / world)
         share = ceil(trained / world) if stage else trained
         optimizer, gradients = 0, trained * 4
-        moments = {"adamw": 8, "adamw_8bit": 2}[recipe.train.optimizer.name]
+        moments = MOMENTS[recipe.train.optimizer.name]
         if settings.masters == "bfloat16":
             moments, master, gradient = 4, 2, 2
         else:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from gardo.config import Recipe
 from gardo.planner.advice import advise
 from gardo.planner.geometry import geometry
-from gardo.planner.memory import Counted, Memory, Part
+from gardo.planner.memory import MOMENTS, Counted, Memory, Part
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
 
@@ -99,6 +99,6 @@ def _advice(counted: Counted, recipe: Recipe, world: int, room: int) -> list[str
 
 def _disk(recipe: Recipe, shadow: Shadow) -> int:
     """Checkpoints that are kept, one that is being written, and the exported weights."""
-    moments = {"adamw": 8, "adamw_8bit": 2}[recipe.train.optimizer.name]
+    moments = MOMENTS[recipe.train.optimizer.name]
     of_one = shadow.trainable * (4 + moments + 4 * len(recipe.slots))
     return (recipe.checkpoint.keep + 1) * of_one + 2 * shadow.trainable

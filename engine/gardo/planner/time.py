@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from gardo.config import Recipe
 from gardo.planner.geometry import Geometry
+from gardo.planner.memory import BYTES
 from gardo.planner.shadow import Shadow
 
 MATMUL = 790e12  # FLOP/s, assumed of a GPU
 SHARE = {"sample": 0.46, "teachers": 0.46, "train": 0.43}  # assumed, of eager bf16
+AGAIN = {"none": 0.0, "selective": 0.9, "full": 1.0}  # of a forward pass; 0.9 is assumed
 NVLINK, NETWORK = 400e9, 50e9  # bytes/s that a GPU receives, assumed within and between nodes
 
 
@@ -36,7 +38,7 @@ class Seconds:
 def seconds(recipe: Recipe, shadow: Shadow, plan: Geometry, world: int, nodes: int) -> Seconds:
     forward, both = shadow.flops(backward=False), shadow.flops(backward=True)
     rows = plan.rows * recipe.train.updates_per_step
-    again = {"none": 0.0, "selective": 0.9, "full": 1.0}[recipe.train.activation_checkpointing]
+    again = AGAIN[recipe.train.activation_checkpointing]
     flops = {
         "sample": plan.samples * recipe.sampler.steps * forward,
         "teachers": rows * recipe.teachers_per_row * forward,
@@ -50,8 +52,13 @@ def _gathering(recipe: Recipe, shadow: Shadow, plan: Geometry, world: int, nodes
     settings = recipe.distributed
     if settings.engine == "local" or settings.stage < 3 or world == 1:
         return 0.0
-    width = {"float32": 4, "bfloat16": 2}[settings.precision]
-    once = shadow.parameters * width * (world - 1) / world / (NVLINK if nodes == 1 else NETWORK)
+    once = (
+        shadow.parameters
+        * BYTES[settings.precision]
+        * (world - 1)
+        / world
+        / (NVLINK if nodes == 1 else NETWORK)
+    )
     passes = 2 * plan.accumulation * recipe.train.updates_per_step  # forward and backward
     if recipe.rollout.gather == "step":
         batches = -(-plan.samples // (recipe.rollout.batch or plan.samples))
