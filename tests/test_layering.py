@@ -28,6 +28,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "plugins":       "|",
     "settings":      "|",
     "streams":       "|",
+    "files":         "|",
     "types":         "| torch",
     "contract":      "types |",
     "data":          "types gardo_kernels | torch",
@@ -58,12 +59,13 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "plugins":       "|",
     "settings":      "|",
     "streams":       "|",
+    "files":         "|",
     "policies":      "types flow gardo_kernels tiny | torch",  # a recipe is checked without a model
     "cli":           "| typer rich",
 }
 # fmt: on
-FOR_ALL = {"plugins", "settings", "streams"}  # every part of gardo may import these
-ALONE = {"gardo_kernels", "plugins", "settings", "streams"}  # except these
+FOR_ALL = {"plugins", "settings", "streams", "files"}  # every part of gardo may import these
+ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files"}  # except these
 
 ONLY_IN = {"deepspeed": "gardo.distributed.zero"}
 

@@ -118,6 +118,11 @@ class Recipe(Strict):
         return sum(plugin_of(self.algorithm).needs(self.algorithm).teachers.values())
 
     @property
+    def differentiable(self) -> bool:
+        """Whether gradients go through the decoder and the proxies."""
+        return plugin_of(self.algorithm).needs(self.algorithm).differentiable
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Copies of the trained weights that the algorithm needs."""
         return plugin_of(self.algorithm).slots_of(self.algorithm)
@@ -370,7 +375,7 @@ def _algorithm_fits(recipe: Recipe) -> None:
     plugin = plugin_of(recipe.algorithm)
     plugin.check(recipe.algorithm, recipe.sampler)
     needs, images = plugin.needs(recipe.algorithm), recipe.data.images_per_prompt
-    if needs.differentiable:
+    if recipe.differentiable:
         _all_differentiable(recipe)
     if images < needs.images_per_prompt:
         raise ValueError(

@@ -21,10 +21,11 @@ from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
+from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
-from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
+from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
@@ -123,6 +124,7 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     else:
         policy.train_full()
     policy.checkpoint_activations(recipe.train.activation_checkpointing)
+    policy.decode_batch = recipe.rollout.decode_batch or policy.decode_batch
     return policy
 
 

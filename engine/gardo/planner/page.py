@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from gardo.config import Recipe
 from gardo.planner.advice import advise
 from gardo.planner.geometry import geometry
-from gardo.planner.memory import MOMENTS, Counted, Memory, Part
+from gardo.planner.memory import MOMENTS, Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
 
@@ -37,8 +37,10 @@ def _parts(parts: Iterable[Part]) -> str:
 def _memory(memory: Memory) -> Iterator[str]:
     yield f"stays      {gigabytes(memory.resident):>7}  {_parts(memory.stays)}"
     for phase in memory.phases:
-        total = gigabytes(memory.resident + phase.bytes)
-        yield f"{phase.name:10} {total:>7}  + {_parts(phase.parts)}"
+        sign = " " if phase.before else "+"
+        yield f"{phase.name:10} {gigabytes(memory.peak_of(phase)):>7}  {sign} {_parts(phase.parts)}"
+    if memory.host:
+        yield f"host       {gigabytes(total(memory.host)):>7}  {_parts(memory.host)}"
     if memory.unknown:
         yield f"not counted: {', '.join(memory.unknown)}"
 

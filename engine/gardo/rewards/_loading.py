@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from gardo.settings import config_folder, is_hub_id, model_path
+from gardo.settings import is_hub_id, model_path
 
 
 def needs_files(path: str, *files: str | tuple[str, ...]) -> str:
@@ -96,24 +96,6 @@ def load_model(
         )
     except OSError as error:
         raise ValueError(f"{where} holds no weights: {error}") from error
-
-
-def parameters_of(class_name: str, path: str) -> int | None:
-    """How many numbers a model holds, by the configuration in its folder or shipped for its hub id.
-
-    `class_name` is one of transformers'. None where there is neither, and where the class needs a
-    library that is not here.
-    """
-    folder = config_folder(path)
-    if folder is None:
-        return None
-    model_class = getattr(transformers, class_name)
-    try:
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(folder))
-    except ImportError:
-        return None
-    return sum(p.numel() for p in model.parameters())
 
 
 def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:

@@ -94,22 +94,19 @@ class Reward:
             )
 
     @classmethod
-    def parameters(cls, settings: Any) -> int | None:
-        """How many numbers its models hold on the device, from configurations alone; None: unknown.
+    def holds(cls, settings: Any) -> list[tuple[str, str]] | None:
+        """Its models on the device: a class of transformers and a folder or hub id for each.
 
-        For `gardo plan`.
+        None: not known. For `gardo plan`.
         """
-        from gardo.rewards._loading import parameters_of
-
         if ":" in settings.kind:
             return None
-        counts = [
-            parameters_of(mark.class_name, getattr(settings, field))
+        return [
+            (mark.class_name, getattr(settings, field))
             for field, about in type(settings).model_fields.items()
             for mark in about.metadata
             if isinstance(mark, Holds)
         ]
-        return None if None in counts else sum(filter(None, counts))
 
     @classmethod
     def check_prompt(cls, prompt: Prompt) -> None:

@@ -240,10 +240,10 @@ class Preference(Reward):
         self.scores_alone = provides(plugin, "score")
 
     @classmethod
-    def parameters(cls, settings: PreferenceSettings) -> int | None:
-        judge = settings.judge
-        count: int | None = plugins.resolve("gardo.rewards", judge.kind).parameters(judge)
-        return count
+    def holds(cls, settings: PreferenceSettings) -> list[tuple[str, str]] | None:
+        judge: Any = settings.judge
+        found: list[tuple[str, str]] | None = plugins.resolve("gardo.rewards", judge.kind).holds(judge)
+        return found
 
     @classmethod
     def check(cls, settings: PreferenceSettings, images_per_prompt: int) -> None:
