@@ -17,6 +17,7 @@ import transformers
 from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
+from gardo.data import run_prompts
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.saved import Unusable, committed
@@ -128,6 +129,29 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     return policy
 
 
+def free_encoders(recipe: Recipe, policy: Policy) -> None:
+    """Encodes all prompts of the run; the ranks of a machine share the work, files between them.
+
+    They lie beside the runs, so that other runs find them.
+    """
+    data, (_, local_rank, world) = recipe.data, ranks()
+    used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
+
+    def wait() -> None:
+        if recipe.distributed.engine == "zero":
+            from gardo.distributed.zero import start_process_group
+
+            start_process_group(policy.device)
+            torch.distributed.barrier()
+
+    policy.free_encoders(
+        [*used, *recipe.evaluation_prompts()],
+        Path(recipe.run.folder) / "embeddings",
+        share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world))),
+        wait=wait,
+    )
+
+
 def build_panel(recipe: Recipe, device: torch.device) -> Panel:
     settings = config.reward_settings(recipe)
     return Panel({n: config.reward_plugin(s)(s, device) for n, s in settings.items()})
@@ -188,7 +212,9 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
 
 
 # of a run that has started, with all that is inside
-FIXED = re.compile(r"(model|train\.weights|train\.optimizer\.name|algorithm(\.base)*\.name)(\..*)?")
+FIXED = re.compile(
+    r"(model\.(?!encoders$)|train\.weights|train\.optimizer\.name|algorithm(\.base)*\.name).*"
+)
 
 
 def check_changes(recipe: Recipe, source: str) -> list[str]:
@@ -264,6 +290,8 @@ def load_models(
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
         policy = build_policy(recipe, device)
+        if recipe.model.encoders == "free":
+            free_encoders(recipe, policy)
         panel = build_panel(recipe, device)
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error

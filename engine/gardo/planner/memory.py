@@ -15,7 +15,7 @@ from math import ceil
 
 from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import Geometry
-from gardo.planner.scorers import Scorer, at_once, scorer
+from gardo.planner.scorers import Scorer, scorer
 from gardo.planner.shadow import Shadow
 
 CONTEXT = 1_000_000_000  # assumed: CUDA's context, NCCL's buffers, libraries' workspaces
@@ -81,7 +81,7 @@ class Counted:
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
         self._known: dict[tuple[object, ...], tuple[int, int]] = {}
-        self._scorers: dict[tuple[str, int, int], Scorer | None] = {}
+        self._scorers: dict[tuple[str, int], Scorer | None] = {}
 
     def cost(self, kind: str, count: int, *how: object) -> int:
         """`Shadow.KIND_bytes(count, *how)`, on the line through two counts of it."""
@@ -122,9 +122,9 @@ class Counted:
         found = {}
         for name, settings in reward_settings(recipe).items():
             trained = plan.micro_batch if recipe.differentiable else 0
-            key = settings.model_dump_json(), at_once(settings, plan.samples), trained
+            key = settings.model_dump_json(), trained
             if key not in self._scorers:
-                self._scorers[key] = scorer(settings, key[1], trained)
+                self._scorers[key] = scorer(settings, trained)
             found[name] = self._scorers[key]
         return found
 

@@ -30,25 +30,15 @@ class Scorer:
     graph: int  # while gradients go through it
 
 
-def at_once(settings: Any, images: int) -> int:
-    """How many of the images a reward looks at in one call."""
-    return int(min(images, getattr(_judge(settings), "batch", BATCH)))
-
-
-def _judge(settings: Any) -> Any:
-    return getattr(settings, "judge", settings)
-
-
-def scorer(settings: Any, images: int, trained: int = 0) -> Scorer | None:
-    """Of `images` images that are scored in one call, and `trained` that gradients reach.
+def scorer(settings: Any, trained: int = 0) -> Scorer | None:
+    """While it scores `batch` images, and while gradients reach `trained` images.
 
     None where its models are not known: no configuration here, or a library is missing."""
     models = reward_plugin(settings).holds(settings)
     if models is None:
         return None
-    found = [
-        _model(class_name, path, _judge(settings), images, trained) for class_name, path in models
-    ]
+    judge = getattr(settings, "judge", settings)
+    found = [_model(class_name, path, judge, trained) for class_name, path in models]
     if None in found:
         return None
     known = [model for model in found if model]
@@ -60,7 +50,7 @@ def scorer(settings: Any, images: int, trained: int = 0) -> Scorer | None:
     )
 
 
-def _model(class_name: str, path: str, settings: Any, images: int, trained: int) -> Scorer | None:
+def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | None:
     folder = config_folder(path)
     if folder is None:
         return None
@@ -76,6 +66,7 @@ def _model(class_name: str, path: str, settings: Any, images: int, trained: int)
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     vision = getattr(model.config, "vision_config", None)
     side = vision.image_size if vision else getattr(settings, "size", None)
+    images = getattr(settings, "batch", BATCH)
     shape = (3, *2 * [side or model.config.image_size])
     with mode:
         activations = _peak(model, (images, *shape), dtype, graph=False)

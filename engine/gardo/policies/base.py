@@ -29,7 +29,6 @@ from gardo.policies.embeddings import Embeddings, Residence
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
 from gardo.settings import Pair, Strict, is_hub_id, model_path
 
-
 Wait = Callable[[], None]
 
 

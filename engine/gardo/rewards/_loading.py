@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 from pydantic import AfterValidator
 from safetensors.torch import load_file
 from torch import Tensor, nn

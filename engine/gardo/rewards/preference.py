@@ -242,7 +242,9 @@ class Preference(Reward):
     @classmethod
     def holds(cls, settings: PreferenceSettings) -> list[tuple[str, str]] | None:
         judge: Any = settings.judge
-        found: list[tuple[str, str]] | None = plugins.resolve("gardo.rewards", judge.kind).holds(judge)
+        found: list[tuple[str, str]] | None = plugins.resolve("gardo.rewards", judge.kind).holds(
+            judge
+        )
         return found
 
     @classmethod
