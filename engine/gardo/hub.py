@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -14,8 +15,8 @@ def download_error(
 
     `files` are those that are needed of it; all of them if left out.
     """
-    option = " --include" if any("*" in file for file in files) else ""
-    command = " ".join([f"hf download {path}", *(f"{option} {file}".strip() for file in files)])
+    option = "--include " if any("*" in file for file in files) else ""
+    command = " ".join([f"hf download {path}", *(f"{option}{shlex.quote(file)}" for file in files)])
     command += f" --revision {revision}" if revision else ""
     if isinstance(error, GatedRepoError):
         why = "is gated; accept its terms on its page, then `hf auth login`"

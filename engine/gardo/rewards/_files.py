@@ -24,8 +24,8 @@ from gardo.rewards.base import RewardSettings
 from gardo.settings import is_hub_id, model_path
 
 File = str | tuple[str, ...] | Callable[[Mapping[str, Any]], str]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-TOKENIZER = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json")
+WEIGHTS = ("model*.safetensors*",)  # one file, or shards and their index
+TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Files:
         return core_schema.with_info_after_validator_function(self._check, handler(source))
 
     def _check(self, path: str, info: ValidationInfo) -> str:
-        missing = self.missing(Path(model_path(path)), info.data)
+        try:
+            missing = self.missing(Path(model_path(path)), info.data)
+        except KeyError:  # a field that it depends on is wrong itself, and says so
+            return path
         if missing and not is_hub_id(path):
             raise ValueError(
                 f"no folder with {missing}: {path!r}; give one, or a hub id owner/name"

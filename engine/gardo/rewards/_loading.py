@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -60,7 +61,7 @@ def load_model(
             revision=revision,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{where} holds no weights: {error}") from error
 
 

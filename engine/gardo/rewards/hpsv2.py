@@ -96,7 +96,7 @@ def _block(layer: str, inner: str, tensor: Tensor, name: str) -> dict[str, Tenso
 
 def weights_file(fields: Mapping[str, Any]) -> str:
     """The one of the settings, or the release's."""
-    return fields.get("file") or FILES[fields.get("version", "v2.1")]
+    return fields["file"] or FILES[fields["version"]]
 
 
 class HPSv2Settings(ModelRewardSettings):
