@@ -30,6 +30,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "streams":       "|",
     "files":         "|",
     "types":         "| torch",
+    "hub":           "|",
     "contract":      "types |",
     "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
@@ -37,7 +38,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate",
-    "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
+    "rewards":       "types hub tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",

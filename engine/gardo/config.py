@@ -207,6 +207,8 @@ def check(
     `rules` are those between sections; all of them if left out.
     """
     origin = origin or {}
+    if isinstance(raw.get("rewards"), dict):  # a reward that is null is not there
+        raw = {**raw, "rewards": {n: r for n, r in raw["rewards"].items() if r is not None}}
     try:
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
@@ -237,7 +239,12 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
         here = here[key]
         if not isinstance(here, dict):
             raise RecipeError(f"--set {name}: {key!r} is a value, not a section")
-    here[keys[-1]] = read_yaml(value, f"--set {name}")
+    new = read_yaml(value, f"--set {name}")
+    if keys[0] == "rewards" and len(keys) == 2 and new is None and keys[1] not in here:
+        raise RecipeError(
+            f"--set {name}: there is no such reward to take out; there are {', '.join(here)}"
+        )
+    here[keys[-1]] = new
     origin[keys] = f"--set {name}"
 
 

@@ -28,6 +28,7 @@ from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
+from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
 from gardo.types import Prompt
@@ -152,9 +153,21 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
     )
 
 
+def find_rewards(recipe: Recipe) -> None:
+    """ValueError, opening with its field, for the first file of a reward that is not to be had."""
+    for name, settings in config.reward_settings(recipe).items():
+        find_files(settings, f"rewards.{name}")
+
+
 def build_panel(recipe: Recipe, device: torch.device) -> Panel:
-    settings = config.reward_settings(recipe)
-    return Panel({n: config.reward_plugin(s)(s, device) for n, s in settings.items()})
+    """ValueError, opening with its field, for a reward that does not load."""
+    rewards = {}
+    for name, settings in config.reward_settings(recipe).items():
+        try:
+            rewards[name] = config.reward_plugin(settings)(settings, device)
+        except (OSError, ValueError) as error:
+            raise settings.error_at(f"rewards.{name}", error) from error
+    return Panel(rewards)
 
 
 def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.device) -> Engine:
@@ -289,6 +302,7 @@ def load_models(
 ) -> tuple[Policy, Panel, Engine]:
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
+        find_rewards(recipe)  # minutes before they load, a missing one is known
         policy = build_policy(recipe, device)
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)

@@ -11,6 +11,7 @@ Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,11 @@ class RewardSettings(Strict):
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")
+
+    def error_at(self, place: str, error: Exception) -> ValueError:
+        """An error of this reward behind its place in the recipe; it may open with a field."""
+        names_field = re.split(r"[.:]", str(error))[0] in type(self).model_fields
+        return ValueError(f"{place}{'.' if names_field else ': '}{error}")
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,10 @@ class Preference(Reward):
     def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
         super().__init__(settings, device)
         plugin = plugins.resolve("gardo.rewards", settings.judge.kind)
-        self.reward: Reward = plugin(settings.judge, device)
+        try:
+            self.reward: Reward = plugin(settings.judge, device)
+        except (OSError, ValueError) as error:
+            raise settings.judge.error_at("judge", error) from error
         self.judge: Judge = (
             PairJudge(self.reward, settings.batch)
             if provides(plugin, "compare")
