@@ -19,10 +19,12 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, Wrapper, plugin_of
 from gardo.data import load_prompts
-from gardo.distributed.base import DistributedSettings, OptimizerSettings, RolloutSettings
+from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
+from gardo.distributed.optimizers import OptimizerSettings, check_optimizer
 from gardo.evaluation.evaluate import EvaluateSettings
 from gardo.policies.base import PolicySettings
+from gardo.policies.quantised import check_base
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
@@ -428,7 +430,20 @@ def _diversity_fits(recipe: Recipe) -> None:
 
 
 def _distributed_fits(recipe: Recipe) -> None:
+    check_base(
+        recipe.model.base,
+        trains_all=recipe.train.weights.kind == "full",
+        precision=recipe.distributed.precision,
+        partitions_weights=recipe.distributed.engine == "zero" and recipe.distributed.stage == 3,
+        offload=recipe.distributed.offload,
+    )
     recipe.distributed.check(recipe.slots)
+    check_optimizer(
+        recipe.train.optimizer.name,
+        engine=recipe.distributed.engine,
+        offload=recipe.distributed.offload,
+        masters=recipe.distributed.masters,
+    )
 
 
 _WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits)

@@ -21,7 +21,10 @@ from gardo_kernels._examples import Examples, On, op_modules
 
 State = Literal["ok", "note", "problem"]
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
-OPTIONAL = {"bitsandbytes": "optimizer adamw_8bit", "flash_attn": "attention backend flash"}
+OPTIONAL = {
+    "bitsandbytes": "model.base nf4 and int8, its optimizers:",
+    "flash_attn": "attention backend flash",
+}
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,20 @@ from gardo.config import Recipe
 from gardo.data import run_prompts
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
+from gardo.distributed.optimizers import check_here
 from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
+from gardo.policies.quantised import BASES
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
+from gardo.settings import FieldError, check_installed
 from gardo.types import Prompt
 from gardo_kernels import kernels_run_on
 
@@ -295,6 +298,12 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
             "auto or torch"
         )
+    try:
+        check_here(recipe.train.optimizer.name, device)
+        if recipe.model.base in BASES:
+            check_installed("bitsandbytes", f"model.base: {recipe.model.base}")
+    except FieldError as error:
+        raise RecipeError(f"{source}: {error}") from error
 
 
 def load_models(
@@ -307,6 +316,8 @@ def load_models(
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
         panel = build_panel(recipe, device)
+    except FieldError as error:
+        raise RecipeError(f"{source}: {error}") from error
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error
     return policy, panel, build_engine(recipe, policy, plan, device)

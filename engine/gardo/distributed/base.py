@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import psutil
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
-from gardo.settings import Pair, Strict
+from gardo.settings import Strict
 from gardo.types import Metrics, Record, mapped
-
-
-class OptimizerSettings(Strict):
-    """AdamW as Flow-GRPO and GARDO use it; adamw_8bit keeps its moments in 8 bits (bitsandbytes)"""
-
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    betas: Pair[float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
 
 
 class DistributedSettings(Strict):
@@ -124,23 +114,6 @@ class RolloutSettings(Strict):
         ge=1,
         description="images that the VAE decodes at once; as many as have 2 megapixels if left out",
     )
-
-
-def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, *, fused: bool = False
-) -> torch.optim.Optimizer:
-    """`fused`: torch's one-pass kernel, for moments in host memory."""
-    shared: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, fused=fused or None, **shared)
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -25,7 +25,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from gardo.hub import download_error
 from gardo.policies.embeddings import Embeddings, Residence
+from gardo.policies.quantised import BASES, placing, quantise
+from gardo.policies.targets import check_targets
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
 from gardo.settings import Pair, Strict, is_hub_id, model_path
 
@@ -39,6 +42,14 @@ class PolicySettings(Strict):
 
     family: str
     path: str = Field(description="hub id, local folder in diffusers format, or builtin:NAME")
+    revision: str | None = Field(
+        None, description="commit, tag or branch of a hub id; its main branch if left out"
+    )
+    base: Literal["nf4", "int8", "bf16"] | None = Field(
+        None,
+        description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
+        "distributed.precision if left out",
+    )
     size: Pair[PositiveInt] = Field(description="height and width in pixels")
     guidance: float = Field(3.5, ge=0, description="guidance scale")
     text_tokens: int = Field(
@@ -69,6 +80,14 @@ class PolicySettings(Strict):
                 f"{value!r} holds a {found}, this family needs a {cls.pipeline_name}; change "
                 "model.family or model.path"
             )
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        path = info.data.get("path", "")
+        if value is not None and path and not is_hub_id(path):
+            raise ValueError(f"a folder, model.path: {path!r}, has no revisions; leave it out")
         return value
 
     @model_validator(mode="after")
@@ -116,8 +135,9 @@ class Policy:
 
         `parts` are the pipeline's components, which are then used as they are and read from nowhere
         """
+        self._base = BASES.get(settings.base or "")
         if parts is None:
-            self.folder = self._local_folder(settings.path)
+            self.folder = self._local_folder(settings.path, settings.revision)
             pipeline = self._read(self.folder, dtype, device)
         else:
             names = inspect.signature(self.pipeline_class.__init__).parameters.keys() - {"self"}
@@ -139,21 +159,25 @@ class Policy:
         if not defer:
             self.load_transformer()
 
-    def _local_folder(self, path: str) -> Path:
+    def _local_folder(self, path: str, revision: str | None) -> Path:
         """Where the model is on this machine, downloaded if it was not."""
         folder = Path(model_path(path))
         if folder.is_dir():
             return folder
-        return Path(self.pipeline_class.download(path, use_safetensors=True))
+        download = self.pipeline_class.download
+        try:
+            return Path(download(path, revision=revision, use_safetensors=True))
+        except Exception as error:  # whatever a hub, a network or a disk can say
+            raise download_error(error, "model.path", path, revision) from error
 
     def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         """The pipeline, frozen; its transformer on the meta device, the VAE on `device`."""
         self.weight_files = WeightFiles(folder / "transformer")
+        transformer = build_empty(self.transformer_class, folder / "transformer", dtype)
+        if self._base:
+            quantise(transformer, self.block_lists, self._base, dtype)
         pipeline = self.pipeline_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
+            folder, dtype=dtype, use_safetensors=True, transformer=transformer
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -182,7 +206,7 @@ class Policy:
             self.weight_files.read,
             device=self.device,
             dtype=self.dtype,
-            place=place,
+            place=placing(self._base, place) if self._base else place,
             reads=reads,
         )
 
@@ -323,6 +347,7 @@ class Policy:
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
+        check_targets(self.transformer, targets or self.lora_targets)
         self.lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
