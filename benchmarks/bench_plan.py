@@ -17,7 +17,7 @@ from typing import Any
 
 from gardo.config import Recipe, load
 from gardo.planner import geometry
-from gardo.planner.advice import advise
+from gardo.planner.advice import advise, changed
 from gardo.planner.memory import Counted
 from gardo.planner.page import gigabytes
 from gardo.planner.shadow import Shadow
@@ -55,7 +55,7 @@ def planned(recipe: Recipe, counted: Counted, gpus: int, room: int) -> dict[str,
     changes, memory = found
     here = recipe
     for change in changes:
-        here = change.of(here)
+        here = changed(here, change)
     took = seconds(here, counted.shadow, geometry(here, rank=0, world=gpus), gpus, nodes=1)
     return {
         "peak": gigabytes(memory.peak),
@@ -76,9 +76,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([
         *lines,
         "",
-        "Counted, not measured (`./run bench plan`; `gardo plan RECIPE` says what it consists of): "
-        "a GPU's weights, optimizer, rewards and activations, 1 GB assumed for CUDA and NCCL, and 5 % "
-        "of what comes and goes for fragments.",
+        "Counted, not measured (`./run bench plan`; `gardo plan RECIPE` says what a number consists "
+        "of), with 1 GB assumed for CUDA and NCCL, and for fragments 5 % of what comes and goes.",
     ])  # fmt: skip
 
 
