@@ -22,6 +22,7 @@ from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
+from gardo.policies.attention import missing, use_attention
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
@@ -254,6 +255,11 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
             "auto or torch"
         )
+    if lacks := missing(recipe.model.attention, device):
+        raise RecipeError(
+            f"{source}: model.attention: {recipe.model.attention}: {lacks}; `gardo doctor` says "
+            "which attention runs here"
+        )
 
 
 def load_models(
@@ -262,6 +268,9 @@ def load_models(
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
         policy = build_policy(recipe, device)
+        use_attention(
+            policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
+        )
         panel = build_panel(recipe, device)
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error

@@ -14,17 +14,15 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
+from gardo.policies.attention import BACKENDS, check_name
+from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
 from gardo.settings import Pair, Strict, is_hub_id, model_path
 
@@ -40,6 +38,11 @@ class PolicySettings(Strict):
     guidance: float = Field(3.5, ge=0, description="guidance scale")
     text_tokens: int = Field(
         512, ge=1, le=512, description="T5 tokens a prompt is cut or padded to"
+    )
+    attention: Annotated[str, AfterValidator(check_name)] = Field(
+        "native",
+        description="what computes attention",
+        json_schema_extra={"enum": [name for name, b in BACKENDS.items() if b.backward]},
     )
 
     @field_validator("path")
@@ -303,26 +306,9 @@ class Policy:
         """The transformer's blocks in the order they run."""
         return [block for name in self.block_lists for block in getattr(self.transformer, name)]
 
-    def checkpoint_activations(self, mode: Literal["none", "selective", "full"]) -> None:
-        """What the forward pass of a block keeps for its backward pass.
-
-        full keeps the block's input and runs the block again; selective also keeps the outputs of
-        attention, and runs the rest again.
-        """
-        if mode == "none":
-            return
-        more: dict[str, Any] = {}
-        if mode == "selective":
-            more["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, _attention_ops()
-            )
-
-        def run(block: Any, *args: Any) -> Any:
-            return checkpoint(
-                block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **more
-            )
-
-        self.transformer.enable_gradient_checkpointing(run)
+    def checkpoint_activations(self, mode: Checkpointing) -> None:
+        """What blocks keep for their backward pass: see checkpointing.py."""
+        checkpoint_blocks(self.transformer, mode)
 
     def _lora_metadata(self) -> dict[str, Any]:
         """What diffusers stores beside the weights; sets sorted, so that a file is reproducible."""
@@ -360,16 +346,3 @@ def _of_diffusers(name: str) -> Any:
     import diffusers
 
     return getattr(diffusers, name)
-
-
-def _attention_ops() -> list[Any]:
-    """What scaled_dot_product_attention runs on CPUs and GPUs, in the releases that have them."""
-    names = (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-    )
-    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{n}", None) for n in names)
-    return [packet.default for packet in packets if packet is not None]
