@@ -26,6 +26,7 @@ class Backend:
     name: str
     dispatched: str  # its name in diffusers' dispatcher
     package: str | None = None  # on PyPI; None: torch has it
+    extra: str = ""  # of ours, which installs the package
     gpu: range | None = None  # major compute capabilities; None: a CPU runs it too, backward also
     half: bool = False  # takes no fp32
     backward: bool = True
@@ -33,20 +34,22 @@ class Backend:
     kernel: str = ""  # module:function, handed to the dispatcher, which would ask the hub for it
 
 
-AMPERE, HOPPER = range(8, 100), range(9, 12)  # FlashAttention-4 on 12.x has no deterministic pass
+EVER = 100  # no GPU is too new
+AMPERE, HOPPER = range(8, EVER), range(9, 12)  # FlashAttention-4 has no deterministic pass on 12.x
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("native", "native"),
         Backend("_native_cudnn", "_native_cudnn", gpu=AMPERE, half=True, deterministic=False),
         Backend("_native_flash", "_native_flash", gpu=AMPERE, half=True),
-        Backend("_native_efficient", "_native_efficient", gpu=range(5, 100)),
+        Backend("_native_efficient", "_native_efficient", gpu=range(5, EVER)),
         Backend("_native_math", "_native_math"),
         # one kernel where the caller is compiled; run eagerly, it makes the whole score matrix
         Backend("flex", "flex", gpu=AMPERE, deterministic=False),
-        Backend("flash", "flash", package="flash-attn", gpu=AMPERE, half=True, deterministic=False),
-        Backend("flash_4", "flash_4_hub", package="flash-attn-4", gpu=HOPPER, half=True,
-                kernel="flash_attn.cute:flash_attn_func"),
+        Backend("flash", "flash", package="flash-attn", extra="flash", gpu=AMPERE, half=True,
+                deterministic=False),
+        Backend("flash_4", "flash_4_hub", package="flash-attn-4", extra="flash4", gpu=HOPPER,
+                half=True, kernel="flash_attn.cute:flash_attn_func"),
         # diffusers' op around FlashAttention-3 is registered without a gradient
         Backend("_flash_3", "_flash_3", package="flash-attn-3", gpu=HOPPER, half=True,
                 backward=False),
@@ -101,15 +104,16 @@ def missing(name: str, device: torch.device) -> str:
     if not backend.backward:
         return "has no backward pass, so it cannot train"
     if backend.package and not _installed(backend.package):
-        return f"{backend.package} is not installed; pip install {backend.package}"
+        return f"{backend.package} is not installed; pip install -e '.[{backend.extra}]'"
     if backend.gpu and device.type != "cuda":
         return f"needs an NVIDIA GPU, this run is on the {device.type}"
     if backend.gpu and (has := torch.cuda.get_device_capability(device))[0] not in backend.gpu:
-        return f"needs compute capability {backend.gpu[0]}.0, this GPU has {has[0]}.{has[1]}"
+        most = "" if backend.gpu.stop == EVER else f" to {backend.gpu[-1]}.x"
+        return f"needs compute capability {backend.gpu[0]}.0{most}, this GPU has {has[0]}.{has[1]}"
     try:
         _run_once(backend, device)
     except Exception as error:  # whatever a compiler or a driver can say
-        return f"does not run here: {' '.join(str(error).split())}"
+        return f"does not run here: {type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 

@@ -67,7 +67,11 @@ def test_what_a_backend_asks_of_the_recipe(name):
 def test_without_a_gpu(name):
     lacks = missing(name, CPU)
     assert (lacks == "") == (name in HERE)
-    assert not lacks or "GPU" in lacks or "is not installed; pip install" in lacks
+    assert (
+        not lacks
+        or "GPU" in lacks
+        or f"not installed; pip install -e '.[{BACKENDS[name].extra}]'" in lacks
+    )
 
 
 def test_a_session_refuses_before_anything_loads():
