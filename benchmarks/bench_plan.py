@@ -76,8 +76,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([
         *lines,
         "",
-        "Counted, not measured (`./run bench plan`; `gardo plan RECIPE` says what a number consists "
-        "of), with 1 GB assumed for CUDA and NCCL, and for fragments 5 % of what comes and goes.",
+        "Counted, not measured (`./run bench plan`; `gardo plan RECIPE` says what of), with "
+        "1 GB assumed for CUDA and NCCL, and for fragments 5 % of what comes and goes.",
     ])  # fmt: skip
 
 

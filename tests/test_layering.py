@@ -49,7 +49,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types config distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow gardo_kernels | torch",
+    "doctor":        "flow policies gardo_kernels | torch",
     "export":        "config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",

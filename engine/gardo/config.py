@@ -23,7 +23,9 @@ from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
 from gardo.distributed.optimizers import OptimizerSettings, check_optimizer
 from gardo.evaluation.evaluate import EvaluateSettings
+from gardo.policies.attention import check_settings
 from gardo.policies.base import PolicySettings
+from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.quantised import check_base
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
@@ -55,9 +57,10 @@ class TrainSettings(Strict):
     keep_all_rows: bool = Field(
         False, description="train rows that weigh nothing too: for comparisons of speed"
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Checkpointing = Field(
         "none",
-        description="what blocks run again in the backward pass: nothing, all but attention, all",
+        description="what blocks run again in the backward pass: nothing, all but attention, all "
+        "but attention and matmuls, all",
     )
 
 
@@ -446,7 +449,15 @@ def _distributed_fits(recipe: Recipe) -> None:
     )
 
 
-_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits)
+def _attention_fits(recipe: Recipe) -> None:
+    check_settings(
+        recipe.model.attention,
+        precision=recipe.distributed.precision,
+        deterministic=recipe.run.deterministic,
+    )
+
+
+_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
 _RULES = (*_WITHOUT_PROMPTS, _prompts_fit, _diversity_fits)
 
 

@@ -25,6 +25,7 @@ from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
+from gardo.policies.attention import missing, use_attention
 from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES
 from gardo.recipe_errors import RecipeError
@@ -304,6 +305,11 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             check_installed("bitsandbytes", f"model.base: {recipe.model.base}")
     except FieldError as error:
         raise RecipeError(f"{source}: {error}") from error
+    if lacks := missing(recipe.model.attention, device):
+        raise RecipeError(
+            f"{source}: model.attention: {recipe.model.attention}: {lacks}; `gardo doctor` says "
+            "which attention runs here"
+        )
 
 
 def load_models(
@@ -315,6 +321,9 @@ def load_models(
         policy = build_policy(recipe, device)
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
+        use_attention(
+            policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
+        )
         panel = build_panel(recipe, device)
     except FieldError as error:
         raise RecipeError(f"{source}: {error}") from error

@@ -107,6 +107,7 @@ LAYOUT: dict[str, Sections] = {
     "each": {"rollout": {"gather": "step"}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
+    "matmuls": {"train": {"activation_checkpointing": "matmuls"}},
     "buckets": {"distributed": {"reduce_bucket": 30_000, "sub_group": 50_000}},
     "host": {"distributed": {"slots": "host"}},
     "offload": {"distributed": {"offload": "optimizer"}},

@@ -14,18 +14,23 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from gardo.hub import download_error
+from gardo.policies.attention import BACKENDS, check_name
+from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
 from gardo.policies.embeddings import Embeddings, Residence
 from gardo.policies.quantised import BASES, placing, quantise
 from gardo.policies.targets import check_targets
@@ -45,7 +50,7 @@ class PolicySettings(Strict):
     revision: str | None = Field(
         None, description="commit, tag or branch of a hub id; its main branch if left out"
     )
-    base: Literal["nf4", "int8", "bf16"] | None = Field(
+    base: Literal[nf4, int8, bf16] | None = Field(
         None,
         description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
         "distributed.precision if left out",
@@ -59,6 +64,11 @@ class PolicySettings(Strict):
         "offload",
         description="where the text encoders wait: resident on the GPU; offload: in host memory, "
         "but while a new prompt is encoded; free: nowhere, all prompts are encoded beforehand",
+    )
+    attention: Annotated[str, AfterValidator(check_name)] = Field(
+        "native",
+        description="what computes attention",
+        json_schema_extra={"enum": [name for name, b in BACKENDS.items() if b.backward]},
     )
 
     @field_validator("path")
@@ -380,26 +390,9 @@ class Policy:
         """The transformer's blocks in the order they run."""
         return [block for name in self.block_lists for block in getattr(self.transformer, name)]
 
-    def checkpoint_activations(self, mode: Literal["none", "selective", "full"]) -> None:
-        """What the forward pass of a block keeps for its backward pass.
-
-        full keeps the block's input and runs the block again; selective also keeps the outputs of
-        attention, and runs the rest again.
-        """
-        if mode == "none":
-            return
-        more: dict[str, Any] = {}
-        if mode == "selective":
-            more["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, _attention_ops()
-            )
-
-        def run(block: Any, *args: Any) -> Any:
-            return checkpoint(
-                block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **more
-            )
-
-        self.transformer.enable_gradient_checkpointing(run)
+    def checkpoint_activations(self, mode: Checkpointing) -> None:
+        """What blocks keep for their backward pass: see checkpointing.py."""
+        checkpoint_blocks(self.transformer, mode)
 
     def _lora_metadata(self) -> dict[str, Any]:
         """What diffusers stores beside the weights; sets sorted, so that a file is reproducible."""
@@ -437,16 +430,3 @@ def _of_diffusers(name: str) -> Any:
     import diffusers
 
     return getattr(diffusers, name)
-
-
-def _attention_ops() -> list[Any]:
-    """What scaled_dot_product_attention runs on CPUs and GPUs, in the releases that have them."""
-    names = (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-    )
-    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{n}", None) for n in names)
-    return [packet.default for packet in packets if packet is not None]

@@ -352,6 +352,29 @@ DISTRIBUTED = (
         "'reference'; use 1",
     ),
 )
+ATTENTION = (
+    (
+        "model: {attention: sage}",
+        "model.attention: 'sage': has no backward pass, so it cannot train; use one of native, "
+        "_native_cudnn, _native_flash, _native_efficient, _native_math, flex, flash, flash_4",
+    ),
+    (
+        "model: {attention: flash_5}",
+        "model.attention: 'flash_5': no such attention; use one of native, _native_cudnn, "
+        "_native_flash, _native_efficient, _native_math, flex, flash, flash_4",
+    ),
+    (
+        "model: {attention: flash_4}",
+        "model.attention: flash_4 takes no float32; use distributed.precision: bfloat16, or one of "
+        "native, _native_efficient, _native_math, flex",
+    ),
+    (
+        "{model: {attention: flash}, distributed: {precision: bfloat16}, "
+        "run: {deterministic: true}}",
+        "model.attention: flash has no deterministic backward pass, and run.deterministic is true; "
+        "use one of native, _native_flash, _native_efficient, _native_math, flash_4",
+    ),
+)
 RUN = (
     (
         "run: {colour: 42}",
@@ -369,7 +392,7 @@ RUN = (
 )
 TABLES = (
     *(*SECTIONS, *MODEL, *TRAIN, *DATA, *SAMPLER, *ALGORITHM, *BASES),
-    *(*REWARDS, *EVALUATE, *DISTRIBUTED, *RUN),
+    *(*REWARDS, *EVALUATE, *DISTRIBUTED, *ATTENTION, *RUN),
 )
 
 
