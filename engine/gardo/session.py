@@ -17,8 +17,9 @@ import transformers
 from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
-from gardo.distributed.base import Engine
+from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
+from gardo.distributed.nodes import check_shared
 from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
@@ -241,7 +242,7 @@ def ranks() -> tuple[int, int, int]:
 def use_threads(recipe: Recipe, world: int) -> None:
     """CPU threads of this rank: the recipe's, or its share of the cores."""
     torch.set_num_threads(
-        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // world)
+        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
     )
 
 
@@ -331,6 +332,10 @@ def open_session(
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
+    try:
+        check_shared(Path(recipe.run.folder), engine)
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(algorithm.slots)
     session = Session(
