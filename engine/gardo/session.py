@@ -18,8 +18,9 @@ from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
 from gardo.data import run_prompts
-from gardo.distributed.base import Engine
+from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
+from gardo.distributed.nodes import check_shared
 from gardo.distributed.optimizers import check_here
 from gardo.distributed.saved import Unusable, committed
 from gardo.evaluation.evaluate import Evaluator
@@ -152,7 +153,7 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
     policy.free_encoders(
         [*used, *recipe.evaluation_prompts()],
         Path(recipe.run.folder) / "embeddings",
-        share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world))),
+        share=(local_rank, ranks_here(world)),
         wait=wait,
     )
 
@@ -273,7 +274,7 @@ def ranks() -> tuple[int, int, int]:
 def use_threads(recipe: Recipe, world: int) -> None:
     """CPU threads of this rank: the recipe's, or its share of the cores."""
     torch.set_num_threads(
-        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // world)
+        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
     )
 
 
@@ -381,6 +382,10 @@ def open_session(
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
+    try:
+        check_shared(Path(recipe.run.folder), engine)
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(algorithm.slots)
     session = Session(

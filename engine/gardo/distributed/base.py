@@ -55,6 +55,9 @@ class DistributedSettings(Strict):
     hpz: int = Field(
         1, ge=1, description="ranks of a node that keep a second copy (ZeRO++ hpZ); 1 with slots"
     )
+    overlap: bool = Field(
+        True, description="gradients travel while the backward pass runs; stages 2 and 3"
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads a rank; cores / ranks if left out"
     )
@@ -173,10 +176,16 @@ def gather_record(engine: Engine, record: Record) -> Record:
     return mapped(record, engine.all_gather)
 
 
-def host_memory(ranks: int) -> int:
-    """Bytes of host memory that are free for one of `ranks` on this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    return psutil.virtual_memory().available // ranks
+def ranks_here(world: int) -> int:
+    """How many of the ranks are on this machine: as torchrun's variable or DeepSpeed's says, or all
+    of them."""
+    env = os.environ
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+
+
+def host_memory(world: int) -> int:
+    """Bytes of host memory that are free for one rank of this machine."""
+    return psutil.virtual_memory().available // ranks_here(world)
 
 
 def leave_process_group() -> None:

@@ -14,7 +14,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import (
@@ -50,7 +50,7 @@ class PolicySettings(Strict):
     revision: str | None = Field(
         None, description="commit, tag or branch of a hub id; its main branch if left out"
     )
-    base: Literal[nf4, int8, bf16] | None = Field(
+    base: Literal["nf4", "int8", "bf16"] | None = Field(
         None,
         description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
         "distributed.precision if left out",
