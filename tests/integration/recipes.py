@@ -86,6 +86,10 @@ TRAINING: dict[str, Sections] = {
     },
     "all_rows": {"train": {"keep_all_rows": True}},
     "recompute": {"algorithm": {"old_velocity": "recompute"}},
+    "nf4": {  # whose blocks are 64 weights: the built-in Flux has rows of 96
+        "model": {"family": "sd3", "path": "builtin:sd3", "base": "nf4"},
+    },
+    "int8": {"model": {"base": "int8"}},
     "pref": {  # one group over all ranks, judged in pairs
         "data": {"prompts_per_step": 1, "images_per_prompt": 8},
         "rewards": {
@@ -116,6 +120,7 @@ LAYOUT: dict[str, Sections] = {
     "bf16": {"distributed": {"precision": "bfloat16"}},
     "bf16_masters": {"distributed": {"precision": "bfloat16", "masters": "bfloat16"}},
     "eight_bit": {"train": {"optimizer": {"name": "adamw_8bit", "lr": 2e-3}}},
+    "deepspeed_cpu": {"train": {"optimizer": {"name": "deepspeed_cpu", "lr": 2e-3}}},
     "deterministic": {"run": {"deterministic": True}},
     "saving": {"checkpoint": {"every": 1, "keep": 1, "background": False}},
     "behind": {"checkpoint": {"background": True}},
