@@ -25,10 +25,13 @@ from gardo.distributed.optimizers import (
 from gardo.settings import FieldError
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 WIDTH = 320  # its square is above what bitsandbytes keeps in 8 bits, and in pages
 HERE = [
     "adamw",
     "adamw_8bit",
+    "adamw_paged",  # refused for a run on a CPU, where its state is the same without pages
+    "adamw_8bit_paged",
     pytest.param("deepspeed_cpu", marks=pytest.mark.full),  # compiled for a minute or two
 ]
 ON_GPU = [name for name, row in OPTIMIZERS.items() if row.offload is not True]
