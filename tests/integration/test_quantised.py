@@ -12,6 +12,7 @@ import torch
 
 from gardo.config import check
 from gardo.distributed.saved import Saved, committed
+from gardo.export import export_run
 from gardo.recipe_errors import RecipeError
 from gardo.session import check_changes
 from gardo.settings import model_path
@@ -99,6 +100,13 @@ def test_slots_and_teachers(more: Path, case: Case) -> None:
     check_slots(more, case)
     check_teachers(more, case)
     check_ratio(more, case)
+
+
+def test_a_later_export_is_the_runs_own(runs: Path, tmp_path: Path) -> None:
+    """By a command, which needs no bitsandbytes."""
+    run = runs / CASES[0].run
+    written = export_run(run, out=tmp_path)
+    assert written.read_bytes() == (run / "export" / written.name).read_bytes()
 
 
 @pytest.mark.parametrize("base", [None, "int8"])
