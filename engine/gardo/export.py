@@ -55,12 +55,14 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
 
 
 def _policy_of(folder: Path) -> Policy:
-    """The policy of a run's recipe, its transformer without weights."""
+    """The policy of a run's recipe, its transformer without weights, on a whole base: what trains
+    has the same names there."""
     source = folder / "recipe.yaml"
     recipe = check(
         read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
     )
-    return build_policy(recipe, torch.device("cpu"))
+    model = recipe.model.model_copy(update={"base": None})
+    return build_policy(recipe.model_copy(update={"model": model}), torch.device("cpu"))
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:

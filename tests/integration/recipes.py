@@ -86,6 +86,13 @@ TRAINING: dict[str, Sections] = {
     },
     "all_rows": {"train": {"keep_all_rows": True}},
     "recompute": {"algorithm": {"old_velocity": "recompute"}},
+    "wide": {"model": {"size": [16, 32]}},
+    "tall": {"model": {"size": [48, 24]}},
+    "sd3": {"model": {"family": "sd3", "path": "builtin:sd3"}},
+    "nf4": {  # whose blocks are 64 weights: the built-in Flux has rows of 96
+        "model": {"family": "sd3", "path": "builtin:sd3", "base": "nf4"},
+    },
+    "int8": {"model": {"base": "int8"}},
     "pref": {  # one group over all ranks, judged in pairs
         "data": {"prompts_per_step": 1, "images_per_prompt": 8},
         "rewards": {
@@ -117,6 +124,10 @@ LAYOUT: dict[str, Sections] = {
     "bf16": {"distributed": {"precision": "bfloat16"}},
     "bf16_masters": {"distributed": {"precision": "bfloat16", "masters": "bfloat16"}},
     "eight_bit": {"train": {"optimizer": {"name": "adamw_8bit", "lr": 2e-3}}},
+    **{
+        name: {"train": {"optimizer": {"name": name, "lr": 2e-3}}}
+        for name in ("adamw_paged", "adamw_8bit_paged", "deepspeed_fused", "deepspeed_cpu")
+    },
     "deterministic": {"run": {"deterministic": True}},
     "saving": {"checkpoint": {"every": 1, "keep": 1, "background": False}},
     "behind": {"checkpoint": {"background": True}},

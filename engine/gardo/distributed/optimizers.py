@@ -45,7 +45,7 @@ class Optimizer:
 
     build: Callable[..., torch.optim.Optimizer]  # (parameters, lr, betas, eps, weight_decay)
     moments: float  # bytes of both, a trained weight with fp32 masters
-    masters: float  # the same with bf16 masters; 0: not with these
+    masters: float  # the same with bf16 masters
     package: str | None = None  # to install
     gpu: bool = False  # has no kernels for CPUs
     offload: bool | None = None  # True: only with the masters in host memory; False: never
