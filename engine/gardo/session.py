@@ -17,12 +17,15 @@ import transformers
 from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
+from gardo.distributed.average import Average
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.saved import Unusable, committed
+from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
+from gardo.policies.lora_files import open_lora
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
 from gardo.report.progress import Progress
@@ -48,6 +51,7 @@ class Session:
     ctx: LossContext
     log: MetricsLog | None
     progress: Progress
+    average: Average | None = None  # of the weights, where the recipe asks for one
     first_step: int = 0
 
     def write(self, record: dict[str, Any]) -> None:
@@ -59,6 +63,7 @@ class Session:
         return {
             "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -84,10 +89,13 @@ class Session:
         base = self.policy.identity if self.engine.rank == 0 else state["base"]
         if self.engine.agree_max(int(base != state["base"])):
             raise RecipeError(
-                f"{saved.folder}: it trained {state['base']}, model.path is {base}; use that model"
+                f"{saved.folder}: it trained {state['base']}, model.path and train.weights.path "
+                f"are {base}; use those that it trained"
             )
         self.checkpoints.set_aside(saved)
         self.algorithm.load_state_dict(state["algorithm"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.evaluator.restore(state["first_evaluation"])
         self.first_step = saved.step
         self.progress.resumed(saved.step)
@@ -186,7 +194,7 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
 
 
 # of a run that has started, with all that is inside
-FIXED = re.compile(r"(model|train\.weights|train\.optimizer\.name|algorithm(\.base)*\.name)(\..*)?")
+FIXED = re.compile(r"(model|train\.(weights|ema|optimizer\.name)|algorithm(\.base)*\.name)(\..*)?")
 
 
 def check_changes(recipe: Recipe, source: str) -> list[str]:
@@ -262,10 +270,15 @@ def load_models(
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
         policy = build_policy(recipe, device)
+        if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
+            policy.start_from(open_lora(recipe.train.weights.path))
         panel = build_panel(recipe, device)
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error
-    return policy, panel, build_engine(recipe, policy, plan, device)
+    engine = build_engine(recipe, policy, plan, device)
+    if policy.start:
+        load_masters(engine.shards, policy.start.read())
+    return policy, panel, engine
 
 
 def world_of(recipe: Recipe, policy: Policy) -> World:
@@ -318,7 +331,7 @@ def open_session(
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
-    engine.make_slots(algorithm.slots)
+    engine.make_slots(recipe.slots)
     session = Session(
         recipe=recipe,
         geometry=plan,
@@ -332,6 +345,7 @@ def open_session(
         ctx=LossContext(policy, panel.differentiable_score),
         log=None,
         progress=progress,
+        average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
     if engine.gather_note:
         progress.message(engine.gather_note)
