@@ -236,3 +236,10 @@ def test_a_resume_from_another_lora_is_refused(lora, tmp_path):
         open_session(check(raw, "recipe"), quiet=True, resume=True)
     assert str(raised.value).startswith(f"{kept}: it trained")
     assert digest in str(raised.value) and open_lora(start).digest in str(raised.value)
+
+
+def test_a_resume_cannot_begin_an_average(full):
+    raw = recipe(FULL.plus("ema"), full.folder.parent)
+    raw["run"] |= {"name": full.folder.name, "steps": 2}
+    with pytest.raises(RecipeError, match=r"train\.ema\.decay: None -> 0\.5: the checkpoints in"):
+        open_session(check(raw, "recipe"), quiet=True, resume=True)
