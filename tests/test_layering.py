@@ -28,7 +28,9 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "plugins":       "|",
     "settings":      "|",
     "streams":       "|",
+    "files":         "|",
     "types":         "| torch",
+    "hub":           "|",
     "contract":      "types |",
     "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
@@ -36,7 +38,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate",
-    "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
+    "rewards":       "types hub tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
@@ -58,12 +60,13 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "plugins":       "|",
     "settings":      "|",
     "streams":       "|",
+    "files":         "|",
     "policies":      "types flow gardo_kernels tiny | torch",  # a recipe is checked without a model
     "cli":           "| typer rich",
 }
 # fmt: on
-FOR_ALL = {"plugins", "settings", "streams"}  # every part of gardo may import these
-ALONE = {"gardo_kernels", "plugins", "settings", "streams"}  # except these
+FOR_ALL = {"plugins", "settings", "streams", "files"}  # every part of gardo may import these
+ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files"}  # except these
 
 ONLY_IN = {"deepspeed": "gardo.distributed.zero"}
 

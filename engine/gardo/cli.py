@@ -62,6 +62,9 @@ def train(
     gpus: Annotated[
         int, typer.Option(min=1, help="ranks: GPUs, or CPU processes where there is no GPU")
     ] = 1,
+    ignore_plan: Annotated[
+        bool, typer.Option("--ignore-plan", help="train even what will not fit, by the plan")
+    ] = False,
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on --gpus ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -86,6 +89,7 @@ def train(
                 f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, "
                 "or use engine zero"
             )
+        _say_plan(checked, str(recipe), gpus, on_gpu=here > 0, ignore=ignore_plan)
     except RecipeError as error:
         _refuse(error)
     arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
@@ -96,6 +100,35 @@ def train(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
     launch = [*_launcher(), "--log_level", "error", "--num_gpus", str(gpus)]
     raise typer.Exit(_run([*launch, "--module", "gardo.train", *arguments]))
+
+
+def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:
+    """Prints the plan's verdict. RecipeError where the recipe does not fit, unless `ignore`.
+
+    The built-in models are too small to ask. Any other error means that there is no plan, which
+    must not keep a run from starting.
+    """
+    if recipe.model.path.startswith("builtin:"):
+        return
+    import torch
+
+    from gardo.distributed.base import host_memory
+    from gardo.planner.verdict import verdict
+    from gardo.recipe_errors import RecipeError
+
+    here = range(torch.cuda.device_count() if on_gpu else 0)
+    rooms = [torch.cuda.get_device_properties(i).total_memory for i in here]
+    try:
+        said = verdict(
+            recipe, world=world, room=min(rooms, default=host_memory(world)), source=source
+        )
+    except RecipeError as error:
+        if not ignore:
+            raise
+        said = str(error)
+    except Exception as error:  # a model of one's own may do what no plan foresees
+        said = f"no plan: {type(error).__name__}: {error}"
+    print(said, flush=True)
 
 
 @app.command()

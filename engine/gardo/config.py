@@ -125,6 +125,11 @@ class Recipe(Strict):
         return sum(plugin_of(self.algorithm).needs(self.algorithm).teachers.values())
 
     @property
+    def differentiable(self) -> bool:
+        """Whether gradients go through the decoder and the proxies."""
+        return plugin_of(self.algorithm).needs(self.algorithm).differentiable
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Copies of the trained weights: those that the algorithm needs, and the average."""
         own = plugin_of(self.algorithm).slots_of(self.algorithm)
@@ -215,6 +220,8 @@ def check(
     `rules` are those between sections; all of them if left out.
     """
     origin = origin or {}
+    if isinstance(raw.get("rewards"), dict):  # a reward that is null is not there
+        raw = {**raw, "rewards": {n: r for n, r in raw["rewards"].items() if r is not None}}
     try:
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
@@ -245,7 +252,12 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
         here = here[key]
         if not isinstance(here, dict):
             raise RecipeError(f"--set {name}: {key!r} is a value, not a section")
-    here[keys[-1]] = read_yaml(value, f"--set {name}")
+    new = read_yaml(value, f"--set {name}")
+    if keys[0] == "rewards" and len(keys) == 2 and new is None and keys[1] not in here:
+        raise RecipeError(
+            f"--set {name}: there is no such reward to take out; there are {', '.join(here)}"
+        )
+    here[keys[-1]] = new
     origin[keys] = f"--set {name}"
 
 
@@ -389,7 +401,7 @@ def _algorithm_fits(recipe: Recipe) -> None:
     plugin = plugin_of(recipe.algorithm)
     plugin.check(recipe.algorithm, recipe.sampler)
     needs, images = plugin.needs(recipe.algorithm), recipe.data.images_per_prompt
-    if needs.differentiable:
+    if recipe.differentiable:
         _all_differentiable(recipe)
     if images < needs.images_per_prompt:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,7 +112,20 @@ def step_prompts(prompts: Sequence[Prompt], step: int, count: int, seed: int) ->
     ]
 
 
+def run_prompts(prompts: Sequence[Prompt], steps: int, count: int, seed: int) -> list[Prompt]:
+    """The prompts that `steps` training steps of `count` prompts see, each once."""
+    if steps * count >= len(prompts):
+        return list(dict.fromkeys(prompts))
+    drawn = (prompt for step in range(steps) for prompt in step_prompts(prompts, step, count, seed))
+    return list(dict.fromkeys(drawn))
+
+
 def _drawn(size: int, position: int, seed: int) -> int:
     epoch, index = divmod(position, size)
+    return _order(size, epoch, seed)[index]
+
+
+@lru_cache(maxsize=2)
+def _order(size: int, epoch: int, seed: int) -> list[int]:
     order = random_uniform(seed, torch.tensor([epoch]), Stream.EPOCH, size)[0].argsort(stable=True)
-    return int(order[index])
+    return [int(index) for index in order]

@@ -40,7 +40,7 @@ def sampled(s: Session, step: int) -> Rollout:
             seed=recipe.run.seed,
             step=step,
             device=s.engine.device,
-            micro_batch=recipe.rollout.batch,
+            micro_batch=s.geometry.sampled,
             kernels=recipe.kernels,
         )
     return taught_before_credit(s, rollout, plan.teachers)

@@ -17,18 +17,21 @@ import transformers
 from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
+from gardo.data import run_prompts
 from gardo.distributed.average import Average
 from gardo.distributed.base import Engine
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
+from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
 from gardo.recipe_errors import RecipeError
-from gardo.report.metrics_log import MetricsLog, read_metrics, write_atomically
+from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
+from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
 from gardo.types import Prompt
@@ -131,12 +134,48 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     else:
         policy.train_full()
     policy.checkpoint_activations(recipe.train.activation_checkpointing)
+    policy.decode_batch = recipe.rollout.decode_batch or policy.decode_batch
     return policy
 
 
+def free_encoders(recipe: Recipe, policy: Policy) -> None:
+    """Encodes all prompts of the run; the ranks of a machine share the work, files between them.
+
+    They lie beside the runs, so that other runs find them.
+    """
+    data, (_, local_rank, world) = recipe.data, ranks()
+    used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
+
+    def wait() -> None:
+        if recipe.distributed.engine == "zero":
+            from gardo.distributed.zero import start_process_group
+
+            start_process_group(policy.device)
+            torch.distributed.barrier()
+
+    policy.free_encoders(
+        [*used, *recipe.evaluation_prompts()],
+        Path(recipe.run.folder) / "embeddings",
+        share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world))),
+        wait=wait,
+    )
+
+
+def find_rewards(recipe: Recipe) -> None:
+    """ValueError, opening with its field, for the first file of a reward that is not to be had."""
+    for name, settings in config.reward_settings(recipe).items():
+        find_files(settings, f"rewards.{name}")
+
+
 def build_panel(recipe: Recipe, device: torch.device) -> Panel:
-    settings = config.reward_settings(recipe)
-    return Panel({n: config.reward_plugin(s)(s, device) for n, s in settings.items()})
+    """ValueError, opening with its field, for a reward that does not load."""
+    rewards = {}
+    for name, settings in config.reward_settings(recipe).items():
+        try:
+            rewards[name] = config.reward_plugin(settings)(settings, device)
+        except (OSError, ValueError) as error:
+            raise settings.error_at(f"rewards.{name}", error) from error
+    return Panel(rewards)
 
 
 def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.device) -> Engine:
@@ -194,7 +233,9 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
 
 
 # of a run that has started, with all that is inside
-FIXED = re.compile(r"(model|train\.(weights|ema|optimizer\.name)|algorithm(\.base)*\.name)(\..*)?")
+FIXED = re.compile(
+    r"(model\.(?!encoders$)|train\.(weights|ema|optimizer\.name)|algorithm(\.base)*\.name).*"
+)
 
 
 def check_changes(recipe: Recipe, source: str) -> list[str]:
@@ -269,9 +310,12 @@ def load_models(
 ) -> tuple[Policy, Panel, Engine]:
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
+        find_rewards(recipe)  # minutes before they load, a missing one is known
         policy = build_policy(recipe, device)
         if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
             policy.start_from(open_lora(recipe.train.weights.path))
+        if recipe.model.encoders == "free":
+            free_encoders(recipe, policy)
         panel = build_panel(recipe, device)
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load(options.recipe, options.sets)
         session = open_session(recipe, source=options.recipe, resume=options.resume)
     except RecipeError as error:
-        if ranks()[0] == 0:  # the others say the same
+        if ranks()[1] == 0:  # the others of the machine say the same
             print(error, file=sys.stderr)
         return 2
     with session:

@@ -113,7 +113,17 @@ class RolloutSettings(Strict):
         description="stage 3: gather the weights once a phase (iteration), or at every forward "
         "(step); auto: once if they fit in half of the free memory",
     )
-    batch: int | None = Field(None, ge=1, description="images a sampling forward, each rank")
+    batch: int | None = Field(
+        None,
+        ge=1,
+        description="images a sampling forward, each rank; as many as a micro-batch of training "
+        "has rows if left out",
+    )
+    decode_batch: int | None = Field(
+        None,
+        ge=1,
+        description="images that the VAE decodes at once; as many as have 2 megapixels if left out",
+    )
 
 
 def build_optimizer(

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gardo.config import Recipe
+from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory
+from gardo.recipe_errors import RecipeError
+
+Values = Callable[[Recipe, int], list[Any]]  # of a field, for a recipe on so many ranks
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,13 @@ def _divisors(number: int, below: int) -> list[int]:
     return [n for n in range(below - 1, 0, -1) if number % n == 0]
 
 
+def _after(values: list[Any], now: Any) -> list[Any]:
+    return values[values.index(now) + 1 :] if now in values else []
+
+
 def _sampled_at_once(recipe: Recipe, world: int) -> list[int]:
-    samples = geometry(recipe, rank=0, world=world).samples
-    return _divisors(samples, recipe.rollout.batch or samples)
+    plan = geometry(recipe, rank=0, world=world)
+    return _divisors(plan.samples, plan.sampled)
 
 
 def _trained_at_once(recipe: Recipe, world: int) -> list[int]:
@@ -46,32 +53,77 @@ def _trained_at_once(recipe: Recipe, world: int) -> list[int]:
     return _divisors(plan.rows, plan.micro_batch)
 
 
-def _after(values: list[Any], now: Any) -> list[Any]:
-    return values[values.index(now) + 1 :] if now in values else []
+def _decoded_at_once(recipe: Recipe, _: int) -> list[int]:
+    return [1] if recipe.rollout.decode_batch != 1 else []
+
+
+def _evaluated_at_once(recipe: Recipe, _: int) -> list[int]:
+    return _divisors(recipe.evaluate.batch, recipe.evaluate.batch)
+
+
+def _checkpointing(*modes: str) -> Values:
+    return lambda recipe, _: _after(list(modes), recipe.train.activation_checkpointing)
+
+
+def _encoders(recipe: Recipe, _: int) -> list[str]:
+    return _after(["resident", "offload", "free"], recipe.model.encoders)
+
+
+def _stage(recipe: Recipe, world: int) -> list[int]:
+    settings = recipe.distributed
+    partitions = world > 1 and settings.engine == "zero" and settings.stage < 3
+    return [3] if partitions else []
+
+
+def _gather(recipe: Recipe, _: int) -> list[str]:
+    each = recipe.distributed.stage < 3 or recipe.rollout.gather == "step"
+    return [] if each else ["step"]
+
+
+def _slots(recipe: Recipe, _: int) -> list[str]:
+    return ["host"] if recipe.slots and recipe.distributed.slots == "device" else []
+
+
+def _optimizer(recipe: Recipe, _: int) -> list[str]:
+    return _after(["adamw", "adamw_8bit"], recipe.train.optimizer.name)
+
+
+def _offload(recipe: Recipe, _: int) -> list[str]:
+    settings = recipe.distributed
+    can = settings.engine == "zero" and settings.stage
+    return _after(["none", "optimizer"], settings.offload) if can else []
+
+
+def _prompts(recipe: Recipe, world: int) -> list[int]:
+    """Fewer prompts a step that still split over the ranks."""
+    data, found = recipe.data, []
+    for count in _divisors(data.prompts_per_step, data.prompts_per_step):
+        fewer = changed(recipe, Change("data.prompts_per_step", count))
+        try:
+            geometry(fewer, rank=0, world=world)
+        except RecipeError:
+            continue
+        found.append(count)
+    return found
 
 
 # What may be changed in which phase, cheapest first; "" in every phase.
-OPTIONS: tuple[tuple[str, str, Callable[[Recipe, int], list[Any]]], ...] = (
+OPTIONS: tuple[tuple[str, str, Values], ...] = (
     ("sample", "rollout.batch", _sampled_at_once),
-    ("decode", "rollout.batch", _sampled_at_once),
-    ("train", "train.activation_checkpointing",
-     lambda r, _: _after(["none", "selective"], r.train.activation_checkpointing)),
+    ("decode", "rollout.decode_batch", _decoded_at_once),
+    ("evaluate", "evaluate.batch", _evaluated_at_once),
+    ("", "model.encoders", _encoders),
+    ("train", "train.activation_checkpointing", _checkpointing("none", "matmuls")),
     ("train", "train.micro_batch", _trained_at_once),
     ("teachers", "train.micro_batch", _trained_at_once),
     ("train", "train.activation_checkpointing",
-     lambda r, _: _after(["none", "selective", "full"], r.train.activation_checkpointing)),
-    ("", "distributed.stage",
-     lambda r, n: [3] if n > 1 and r.distributed.engine == "zero" and r.distributed.stage < 3
-     else []),
-    ("", "rollout.gather",
-     lambda r, _: ["step"] if r.distributed.stage == 3 and r.rollout.gather != "step" else []),
-    ("", "distributed.slots",
-     lambda r, _: ["host"] if r.slots and r.distributed.slots == "device" else []),
-    ("", "train.optimizer.name", lambda r, _: _after(["adamw", "adamw_8bit"],
-                                                     r.train.optimizer.name)),
-    ("", "distributed.offload",
-     lambda r, _: _after(["none", "optimizer"], r.distributed.offload)
-     if r.distributed.engine == "zero" and r.distributed.stage else []),
+     _checkpointing("none", "matmuls", "selective", "full")),
+    ("", "distributed.stage", _stage),
+    ("", "rollout.gather", _gather),
+    ("", "distributed.slots", _slots),
+    ("", "train.optimizer.name", _optimizer),
+    ("", "distributed.offload", _offload),
+    ("", "data.prompts_per_step", _prompts),
 )  # fmt: skip
 
 
@@ -81,6 +133,9 @@ def variants(recipe: Recipe, world: int, phase: str) -> Iterator[Change]:
         if where in ("", phase):
             for value in values(recipe, world):
                 yield Change(field, value)
+    for name, settings in reward_settings(recipe).items():
+        if getattr(settings, "dtype", "") == "float32":
+            yield Change(f"rewards.{name}.dtype", "bfloat16")
 
 
 def advise(
@@ -110,7 +165,7 @@ def _first_that_fits(
     for change in variants(recipe, world, phase):
         other = changed(recipe, change)
         memory = counted.memory(other, geometry(other, rank=0, world=world), world)
-        there = memory.resident + next(p.bytes for p in memory.phases if p.name == phase)
+        there = next(memory.peak_of(p) for p in memory.phases if p.name == phase)
         if there <= room:
             return change
         if there < least:

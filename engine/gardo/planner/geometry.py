@@ -14,6 +14,7 @@ class Geometry:
 
     samples: int  # images sampled by this rank
     first: int  # index of the first of them in the step
+    sampled: int  # images of a sampling forward
     rows: int  # training rows of an update
     micro_batch: int  # rows of a forward and backward
     accumulation: int  # micro-batches of an update
@@ -50,6 +51,7 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
     return Geometry(
         samples=samples,
         first=rank * samples,
+        sampled=min(samples, recipe.rollout.batch or micro_batch),
         rows=rows,
         micro_batch=micro_batch,
         accumulation=rows // micro_batch,

@@ -9,12 +9,13 @@ A phase's peak is what stays, and what the phase adds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import ceil
 
-from gardo.config import Recipe, reward_plugin, reward_settings
+from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import Geometry
+from gardo.planner.scorers import Scorer, scorer
 from gardo.planner.shadow import Shadow
 
 CONTEXT = 1_000_000_000  # assumed: CUDA's context, NCCL's buffers, libraries' workspaces
@@ -34,14 +35,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase adds to what stays."""
+    """What a phase adds to what stays; `before`: it is over when the rest is loaded."""
 
     name: str
     parts: tuple[Part, ...]
+    before: bool = False
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        return total(self.parts)
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,27 @@ class Memory:
 
     stays: tuple[Part, ...]
     phases: tuple[Phase, ...]
-    unknown: tuple[str, ...] = field(default=())  # what could not be counted
+    host: tuple[Part, ...] = ()  # waits in host memory
+    unknown: tuple[str, ...] = ()  # what could not be counted
 
     @property
     def resident(self) -> int:
-        return sum(part.bytes for part in self.stays)
+        return total(self.stays)
+
+    def peak_of(self, phase: Phase) -> int:
+        return phase.bytes + (0 if phase.before else self.resident)
 
     @property
     def peak_phase(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.bytes)
+        return max(self.phases, key=self.peak_of)
 
     @property
     def peak(self) -> int:
-        return self.resident + self.peak_phase.bytes
+        return self.peak_of(self.peak_phase)
+
+
+def total(parts: Iterable[Part]) -> int:
+    return sum(part.bytes for part in parts)
 
 
 class Counted:
@@ -71,6 +81,7 @@ class Counted:
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
         self._known: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._scorers: dict[tuple[str, int], Scorer | None] = {}
 
     def cost(self, kind: str, count: int, *how: object) -> int:
         """`Shadow.KIND_bytes(count, *how)`, on the line through two counts of it."""
@@ -82,31 +93,40 @@ class Counted:
         return few + (count - FEW) * (more - few) // (MORE - FEW)
 
     def memory(self, recipe: Recipe, plan: Geometry, world: int) -> Memory:
-        rewards, unknown = self._rewards
-        stays = (*self._trained(recipe, world), *self._around(recipe), *rewards,
-                 Part("CUDA, NCCL", CONTEXT, assumed=True))  # fmt: skip
-        images = min(recipe.rollout.batch or plan.samples, plan.samples)
+        scorers = self._scorers_of(recipe, plan)
+        rewards = [Part(f"reward {n}", s.weights) for n, s in scorers.items() if s and s.weights]
+        context = Part("CUDA, NCCL", CONTEXT, assumed=True)
+        device, host = self._split(recipe, self._trained(recipe, world))
+        stays = (*device, *self._around(recipe), *rewards, context)
+        scoring = max((s.activations for s in scorers.values() if s), default=0)
         phases = (
-            self._forward("sample", recipe, plan, "sampling", images),
-            self._forward("decode", recipe, plan, "decoding", images),
+            self._encoding(recipe, context),
+            self._forward("sample", recipe, plan, "sampling", plan.sampled),
+            self._decoding(recipe, plan),
+            Phase("reward", (self._recorded(recipe, plan), Part("activations", scoring))),
             self._forward("teachers", recipe, plan, "sampling", plan.micro_batch),
-            self._training(recipe, plan),
+            self._training(recipe, plan, scorers),
             self._updating(recipe, world),
+            self._forward("evaluate", recipe, None, "sampling", recipe.evaluate.batch),
         )
-        return Memory(stays, tuple(map(_with_fragments, phases)), unknown)
+        if recipe.model.encoders == "offload":
+            host = (*host, self._text_encoders(recipe))
+        return Memory(
+            stays,
+            tuple(map(_with_fragments, phases)),
+            host,
+            tuple(f"rewards.{name}" for name, s in scorers.items() if s is None),
+        )
 
-    @cached_property
-    def _rewards(self) -> tuple[list[Part], tuple[str, ...]]:
-        """What they hold, and which do not say it; no variant of a recipe changes them."""
-        parts, unknown = [], []
-        for name, settings in reward_settings(self.shadow.recipe).items():
-            count = reward_plugin(settings).parameters(settings)
-            if count is None:
-                unknown.append(f"rewards.{name}")
-            elif count:
-                width = BYTES[getattr(settings, "dtype", "float32")]
-                parts.append(Part(f"reward {name}", count * width))
-        return parts, tuple(unknown)
+    def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
+        found = {}
+        for name, settings in reward_settings(recipe).items():
+            trained = plan.micro_batch if recipe.differentiable else 0
+            key = settings.model_dump_json(), trained
+            if key not in self._scorers:
+                self._scorers[key] = scorer(settings, trained)
+            found[name] = self._scorers[key]
+        return found
 
     # What stays -----------------------------------------------------------------------------------
 
@@ -118,32 +138,43 @@ class Counted:
         stage = settings.stage if settings.engine == "zero" else 0
         weights = model * width
         if stage == 3:
-            weights = 0 if settings.offload == "parameters" else ceil(weights / world)
+            weights = ceil(weights / world)
         share = ceil(trained / world) if stage else trained
-        optimizer, gradients = 0, trained * 4
         moments = MOMENTS[recipe.train.optimizer.name]
         if settings.masters == "bfloat16":
             moments, master, gradient = 4, 2, 2
         else:
             master, gradient = (4 if stage else 0), 4
-        if settings.offload == "none":
-            optimizer = share * (master + moments)
-        gradients = (share if stage >= 2 else trained) * gradient
-        slots = len(recipe.slots) * share * 4 if settings.slots == "device" else 0
         return (
             Part("weights", weights),
-            Part("optimizer state", optimizer),
-            Part("gradient sums", gradients),
-            Part("slots", slots),
+            Part("optimizer state", share * (master + moments)),
+            Part("gradient sums", (share if stage >= 2 else trained) * gradient),
+            Part("slots", len(recipe.slots) * share * 4),
         )
 
+    @staticmethod
+    def _split(recipe: Recipe, parts: Iterable[Part]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """Those on the device, and those that the recipe keeps in host memory."""
+        settings = recipe.distributed
+        away = {
+            "weights": settings.offload == "parameters",
+            "optimizer state": settings.offload != "none",
+            "slots": settings.slots == "host",
+        }
+        device = tuple(part for part in parts if not away.get(part.name))
+        return device, tuple(part for part in parts if away.get(part.name))
+
+    def _text_encoders(self, recipe: Recipe) -> Part:
+        count = sum(parameters for parameters, _ in self.shadow.encoders.values())
+        return Part("text encoders", count * BYTES[recipe.distributed.precision])
+
+    def _vae(self, recipe: Recipe) -> Part:
+        return Part("VAE", self.shadow.vae_parameters * BYTES[recipe.distributed.precision])
+
     def _around(self, recipe: Recipe) -> tuple[Part, ...]:
-        width = BYTES[recipe.distributed.precision]
-        encoders = sum(self.shadow.encoder_parameters.values())
-        return (
-            Part("text encoders", encoders * width),
-            Part("VAE", self.shadow.vae_parameters * width),
-        )
+        if recipe.model.encoders == "resident":
+            return self._text_encoders(recipe), self._vae(recipe)
+        return (self._vae(recipe),)
 
     # What comes and goes --------------------------------------------------------------------------
 
@@ -170,14 +201,31 @@ class Counted:
         of_sample = steps * latent * (4 + 4 + width) + latent * 4 + 3 * height * columns * 4
         return Part("rollout", plan.samples * of_sample)
 
-    def _forward(self, name: str, recipe: Recipe, plan: Geometry, kind: str, count: int) -> Phase:
+    def _encoding(self, recipe: Recipe, context: Part) -> Phase:
+        """The text encoders; `free`: before anything else is there."""
+        one = Part("activations", max(need for _, need in self.shadow.encoders.values()))
+        residence, encoders = recipe.model.encoders, self._text_encoders(recipe)
+        if residence == "free":
+            return Phase("encode", (encoders, self._vae(recipe), one, context), before=True)
+        return Phase("encode", (encoders, one) if residence == "offload" else (one,))
+
+    def _forward(
+        self, name: str, recipe: Recipe, plan: Geometry | None, kind: str, count: int, *how: object
+    ) -> Phase:
         """A phase without gradients, the weights gathered once."""
+        recorded = [self._recorded(recipe, plan)] if plan else []
         return Phase(name, (
-            self._gathered(recipe, once=True), self._recorded(recipe, plan),
-            Part("activations", self.cost(kind, count)),
+            self._gathered(recipe, once=True), *recorded,
+            Part("activations", self.cost(kind, count, *how)),
         ))  # fmt: skip
 
-    def _training(self, recipe: Recipe, plan: Geometry) -> Phase:
+    def _decoding(self, recipe: Recipe, plan: Geometry) -> Phase:
+        at_once = recipe.rollout.decode_batch or self.shadow.policy.decode_batch
+        return self._forward("decode", recipe, plan, "decoding", min(at_once, plan.sampled))
+
+    def _training(
+        self, recipe: Recipe, plan: Geometry, scorers: Mapping[str, Scorer | None]
+    ) -> Phase:
         checkpointing = recipe.train.activation_checkpointing
         buckets = 0
         if recipe.distributed.engine == "zero":
@@ -185,11 +233,16 @@ class Counted:
                 trained for _, trained in self.shadow.block_parameters
             )
             buckets = 2 * bucket * BYTES[recipe.distributed.precision]
-        return Phase("train", (
+        parts = [
             self._gathered(recipe, once=False), self._recorded(recipe, plan),
             Part("activations", self.cost("training", plan.micro_batch, checkpointing)),
             Part("gradient buckets", buckets),
-        ))  # fmt: skip
+        ]  # fmt: skip
+        if recipe.differentiable:
+            graph = sum(s.graph for s in scorers.values() if s)
+            decoding = self.cost("decoding", plan.micro_batch, True)
+            parts.append(Part("decoder's and rewards' graph", decoding + graph))
+        return Phase("train", tuple(parts))
 
     def _updating(self, recipe: Recipe, world: int) -> Phase:
         """AdamW makes new tensors of a group's size; DeepSpeed updates `sub_group` at a time."""
@@ -201,4 +254,4 @@ class Counted:
 
 def _with_fragments(phase: Phase) -> Phase:
     lost = Part("fragments", round(FRAGMENTED * phase.bytes), assumed=True)
-    return Phase(phase.name, (*phase.parts, lost))
+    return replace(phase, parts=(*phase.parts, lost))

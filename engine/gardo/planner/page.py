@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from gardo.config import Recipe
-from gardo.planner.advice import advise
+from gardo.planner.advice import Change, advise
 from gardo.planner.geometry import geometry
-from gardo.planner.memory import MOMENTS, Counted, Memory, Part
+from gardo.planner.memory import MOMENTS, Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
 
@@ -37,8 +37,10 @@ def _parts(parts: Iterable[Part]) -> str:
 def _memory(memory: Memory) -> Iterator[str]:
     yield f"stays      {gigabytes(memory.resident):>7}  {_parts(memory.stays)}"
     for phase in memory.phases:
-        total = gigabytes(memory.resident + phase.bytes)
-        yield f"{phase.name:10} {total:>7}  + {_parts(phase.parts)}"
+        sign = " " if phase.before else "+"
+        yield f"{phase.name:10} {gigabytes(memory.peak_of(phase)):>7}  {sign} {_parts(phase.parts)}"
+    if memory.host:
+        yield f"host       {gigabytes(total(memory.host)):>7}  {_parts(memory.host)}"
     if memory.unknown:
         yield f"not counted: {', '.join(memory.unknown)}"
 
@@ -66,11 +68,10 @@ def plan_page(
         "Memory of a GPU in GB, counted on tensors without data, but for what is assumed",
         *_memory(memory),
         "",
-        f"peak {gigabytes(memory.peak)} GB, in phase {memory.peak_phase.name}: "
-        f"{'fits' if fits else 'does not fit'}",
+        verdict_line(memory, room),
     ]
     if not fits:
-        lines += _advice(counted, recipe, world, room)
+        lines.append(advice_line(advise(counted, recipe, world, room)))
     hours = time.total * steps / 3600
     phases = ", ".join(f"{name} {s:.1f}" for name, s in time.phases.items())
     lines += [
@@ -88,13 +89,20 @@ def plan_page(
     return lines, fits
 
 
-def _advice(counted: Counted, recipe: Recipe, world: int, room: int) -> list[str]:
-    found = advise(counted, recipe, world, room)
+def verdict_line(memory: Memory, room: int) -> str:
+    return (
+        f"peak {gigabytes(memory.peak)} GB of {gigabytes(room)}, in phase "
+        f"{memory.peak_phase.name}: {'fits' if memory.peak <= room else 'does not fit'}"
+    )
+
+
+def advice_line(found: tuple[list[Change], Memory] | None) -> str:
+    """Of what `advise` gave."""
     if found is None:
-        return ["nothing that was tried makes it fit; use more GPUs, or a smaller model.size"]
+        return "nothing that was tried makes it fit; use more GPUs, or a smaller model.size"
     changes, memory = found
     settings = " ".join(map(str, changes))
-    return [f"fits with  {settings}   (peak {gigabytes(memory.peak)} GB)"]
+    return f"fits with  {settings}   (peak {gigabytes(memory.peak)} GB)"
 
 
 def _disk(recipe: Recipe, shadow: Shadow) -> int:

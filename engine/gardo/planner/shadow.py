@@ -13,7 +13,6 @@ Shapes: R rows, B images, X one latent.
 from __future__ import annotations
 
 import json
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gardo import config, settings
 from gardo.config import Recipe
+from gardo.planner.live import LiveBytes, make_fake
 from gardo.policies.base import Policy
 
 KEPT = 2  # blocks of a kind that are run
@@ -53,36 +51,6 @@ def model_folder(path: str) -> Path:
             f"model.path: the configuration of {path!r} is not to be had ({error}); give a local "
             "folder, or log in with `hf auth login`"
         ) from error
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, those of `known` left out."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen = {t.untyped_storage()._cdata: 0 for t in known}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._seen.pop(key, 0)
 
 
 class Shadow:
@@ -131,17 +99,8 @@ class Shadow:
             else:
                 policy.train_full()
         for part in parts.values():
-            self._make_fake(part, dtype)
+            make_fake(part, self.mode, dtype)
         return policy
-
-    def _make_fake(self, module: nn.Module, dtype: torch.dtype) -> None:
-        with self.mode:
-            for part in module.modules():
-                for name, p in list(part.named_parameters(recurse=False)):
-                    value = torch.empty(p.shape, dtype=dtype)
-                    setattr(part, name, nn.Parameter(value, requires_grad=p.requires_grad))
-                for name, buffer in list(part.named_buffers(recurse=False)):
-                    setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
     # Sizes ----------------------------------------------------------------------------------------
 
@@ -169,16 +128,22 @@ class Shadow:
         return _elements(self.policy.pipeline.vae.parameters())
 
     @cached_property
-    def encoder_parameters(self) -> dict[str, int]:
-        """Of each text encoder, by its name in the pipeline."""
+    def encoders(self) -> dict[str, tuple[int, int]]:
+        """Of each text encoder, by its name in the pipeline: its parameters, and the bytes that
+        one prompt needs at its peak."""
         import transformers
 
         found = {}
         for folder in sorted(self.folder.glob("text_encoder*")):
             of_encoder = transformers.AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
-                encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder)
-            found[folder.name] = _elements(encoder.parameters())
+                encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder).eval()
+            make_fake(encoder, self.mode, self.policy.dtype)
+            tokens = getattr(of_encoder, "max_position_embeddings", None)
+            with self.mode, torch.no_grad(), LiveBytes([*encoder.parameters()]) as live:
+                ids = torch.zeros(1, tokens or self.recipe.model.text_tokens, dtype=torch.int64)
+                encoder(ids)
+            found[folder.name] = _elements(encoder.parameters()), live.peak
         return found
 
     # Costs ----------------------------------------------------------------------------------------
@@ -216,12 +181,14 @@ class Shadow:
                 handle.remove()
             transformer.disable_gradient_checkpointing()
 
-    def decoding_bytes(self, images: int) -> int:
-        """What decoding so many images at once needs at its peak."""
+    def decoding_bytes(self, images: int, graph: bool = False) -> int:
+        """What decoding so many images at once needs at its peak; `graph`: and back to latents."""
 
         def decode() -> None:
-            with torch.no_grad():
-                self.policy.decode(self._latents(images))
+            with torch.set_grad_enabled(graph):
+                pictures = self.policy._decode(self._latents(images).requires_grad_(graph))
+            if graph:
+                pictures.square().mean().backward()
 
         return self._peak(decode)
 

@@ -61,6 +61,6 @@ def _gathering(recipe: Recipe, shadow: Shadow, plan: Geometry, world: int, nodes
     )
     passes = 2 * plan.accumulation * recipe.train.updates_per_step  # forward and backward
     if recipe.rollout.gather == "step":
-        batches = -(-plan.samples // (recipe.rollout.batch or plan.samples))
+        batches = -(-plan.samples // plan.sampled)
         passes += batches * recipe.sampler.steps
     return once * (passes + 2)  # and once each to sample and to ask teachers

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,10 +24,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from gardo.policies.embeddings import Embeddings, Residence
 from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
 from gardo.settings import Pair, Strict, is_hub_id, model_path
+
+Wait = Callable[[], None]
 
 
 class PolicySettings(Strict):
@@ -41,6 +44,11 @@ class PolicySettings(Strict):
     guidance: float = Field(3.5, ge=0, description="guidance scale")
     text_tokens: int = Field(
         512, ge=1, le=512, description="T5 tokens a prompt is cut or padded to"
+    )
+    encoders: Residence = Field(
+        "offload",
+        description="where the text encoders wait: resident on the GPU; offload: in host memory, "
+        "but while a new prompt is encoded; free: nowhere, all prompts are encoded beforehand",
     )
 
     @field_validator("path")
@@ -82,6 +90,9 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
         )
 
 
+DECODED = 2 * 2**20  # pixels; decoding takes about 1.6 kB each in bf16, counted by `gardo plan`
+
+
 class Policy:
     """A pipeline whose transformer is trained.
 
@@ -120,6 +131,12 @@ class Policy:
         self.device = device
         self.height, self.width = settings.size
         check_size(settings.size, 2 * pipeline.vae_scale_factor)
+        self.embeddings = Embeddings(
+            pipeline, self.encode_text, residence=settings.encoders, device=device
+        )
+        self.decode_batch = max(1, DECODED // (self.height * self.width))
+        if self.height * self.width > DECODED:
+            pipeline.vae.enable_tiling()
         self.lora: Any = None  # the adapter's LoraConfig
         self.start: LoraFile | None = None  # the LoRA that training goes on from
         if not defer:
@@ -133,7 +150,7 @@ class Policy:
         return Path(self.pipeline_class.download(path, use_safetensors=True))
 
     def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-        """The pipeline, frozen, on the device; its transformer on the meta device."""
+        """The pipeline, frozen; its transformer on the meta device, the VAE on `device`."""
         self.weight_files = WeightFiles(folder / "transformer")
         pipeline = self.pipeline_class.from_pretrained(
             folder,
@@ -144,8 +161,7 @@ class Policy:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-                if part is not pipeline.transformer:
-                    part.to(device)
+        pipeline.vae.to(device)
         return pipeline
 
     @functools.cached_property
@@ -189,8 +205,8 @@ class Policy:
     def latent_shape(self) -> tuple[int, ...]:
         raise NotImplementedError  # pragma: no cover
 
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditioning of P prompts: tensors [P, ...] of the model's dtype."""
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the text encoders say of P prompts: tensors [P, ...] of the model's dtype."""
         raise NotImplementedError  # pragma: no cover
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -216,10 +232,39 @@ class Policy:
     # What all share -------------------------------------------------------------------------------
 
     cfg_scale: float = 1.0  # of classifier-free guidance; a family's own property where it has it
+    own_prompts: tuple[str, ...] = ()  # what `encode` asks the text encoders beside the prompts
 
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of P prompts: tensors [P, ...] of the model's dtype.
+
+        Every prompt goes through the text encoders once (embeddings.py).
+        """
+        return self.embeddings(prompts)
+
+    def free_encoders(
+        self, prompts: Iterable[str], folder: Path, *, share: tuple[int, int], wait: Wait
+    ) -> int:
+        """Encodes all that `encode` will be asked, then drops the text encoders.
+
+        `Embeddings.free` says what `share` and `wait` are. Returns how many prompts were new.
+        """
+        identity = json.dumps([self._encoders_identity, self.settings.text_tokens, str(self.dtype)])
+        return self.embeddings.free(
+            [*prompts, *self.own_prompts], folder, identity=identity, share=share, wait=wait
+        )
+
+    @property
+    def _encoders_identity(self) -> list[str]:
+        """Which text encoders these are: a revision of a hub id, or files of a folder."""
+        if not Path(model_path(self.settings.path)).is_dir():
+            return [self.settings.path, self.folder.name]
+        files = sorted(self.folder.glob("text_encoder*/*"))
+        return [f"{f.relative_to(self.folder)} {f.stat().st_size} {f.stat().st_mtime_ns}"
+                for f in files]  # fmt: skip
 
     def velocity(self, x_RX: Tensor, sigma_R: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """The velocity that the sampler takes at x: guided, in the model's dtype.
@@ -233,7 +278,13 @@ class Policy:
         return (low + self.cfg_scale * (prompted.float() - low)).to(prompted.dtype)
 
     def decode(self, latents_BX: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], fp32; differentiable where the latents ask for it."""
+        """Images [B, 3, H, W] in [0, 1], fp32; differentiable where the latents ask for it.
+
+        `decode_batch` of them at a time, pictures of more than DECODED pixels in tiles.
+        """
+        return torch.cat([self._decode(part) for part in latents_BX.split(self.decode_batch)])
+
+    def _decode(self, latents_BX: Tensor) -> Tensor:
         vae = self.pipeline.vae
         z = self._to_vae(latents_BX) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
@@ -243,7 +294,7 @@ class Policy:
         self, conditioning: Mapping[str, Tensor], latents_BX: Tensor, *, steps: int
     ) -> Tensor:
         """Images [B, 3, H, W] of the pipeline itself (its scheduler, its defaults) from noise."""
-        return self.pipeline(
+        final_BX = self.pipeline(
             **self._pipeline_text(conditioning),
             latents=latents_BX.to(self.dtype),
             height=self.height,
@@ -251,8 +302,9 @@ class Policy:
             num_inference_steps=steps,
             guidance_scale=self.settings.guidance,
             max_sequence_length=self.settings.text_tokens,
-            output_type="pt",
-        ).images.float()
+            output_type="latent",
+        ).images
+        return self.decode(final_BX)
 
     def _pipeline_text(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -59,7 +59,7 @@ class FluxPolicy(Policy):
         return rows * columns, self.transformer.config.in_channels
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         text, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, max_sequence_length=self.settings.text_tokens, device=self.device
         )

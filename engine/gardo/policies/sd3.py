@@ -8,7 +8,7 @@ Shapes: P prompts, R rows, X = [C, h, w] one latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -58,24 +58,26 @@ class SD3Policy(Policy):
         scale = self.pipeline.vae_scale_factor
         return self.transformer.config.in_channels, self.height // scale, self.width // scale
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    @property
+    def own_prompts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("",) if self.guided else ()
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """text [P, L, D] and pooled [P, E]; with guidance, the empty prompt's, once a prompt.
 
         L is CLIP's tokens and `text_tokens` of T5, D the width of T5, E both CLIP projections.
         """
-        text, pooled = self._encode(prompts)
+        prompted = super().encode(prompts)
         if not self.guided:
-            return {"text": text, "pooled": pooled}
-        negative_text, negative_pooled = self._encode([""])
-        return {
-            "text": text,
-            "pooled": pooled,
-            "negative_text": negative_text.expand_as(text),
-            "negative_pooled": negative_pooled.expand_as(pooled),
+            return prompted
+        negative = super().encode(self.own_prompts)
+        return prompted | {
+            f"negative_{name}": negative[name].expand_as(tensor)
+            for name, tensor in prompted.items()
         }
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         text, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
             None,
@@ -84,7 +86,7 @@ class SD3Policy(Policy):
             do_classifier_free_guidance=False,
             max_sequence_length=self.settings.text_tokens,
         )
-        return text, pooled
+        return {"text": text, "pooled": pooled}
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.transformer.config

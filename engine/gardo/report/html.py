@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from gardo.files import write_atomically
 from gardo.report.chart import CHART_CSS, Mark, Series, line_chart, smoothed, stacked_chart
-from gardo.report.metrics_log import Record, read_metrics, write_atomically
+from gardo.report.metrics_log import Record, read_metrics
 from gardo.report.progress import format_duration, format_interval, format_number
 from gardo.report.verdict import judge
 

@@ -24,6 +24,8 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+from gardo.files import write_atomically
+
 Record = dict[str, Any]
 
 KINDS = ("step", "evaluation")
@@ -94,19 +96,6 @@ def read_metrics(path: str | Path) -> list[Record]:
         ValueError: a line other than the last is not a record; the message has its number.
     """
     return [record for _, record in _parse(Path(path))]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(path: Path) -> list[tuple[bytes, Record]]:

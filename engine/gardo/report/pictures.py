@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gardo.report.metrics_log import write_atomically
+from gardo.files import write_atomically
 
 _GAP_COLOR = (128, 134, 142)  # a grey that stands out from light and from dark pictures
 

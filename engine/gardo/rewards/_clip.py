@@ -10,33 +10,21 @@ Shapes: B images, U distinct prompts, L tokens, E width of the features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards._loading import frozen
 from gardo.rewards._pixels import Fit, for_clip
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import Reward
 from gardo.settings import model_path
 from gardo.types import Prompt
 
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-
-class ClipSettings(RewardSettings):
-    """Fields of all rewards on CLIP; each adds its own `path`."""
-
-    revision: str | None = Field(
-        None, description="commit or tag of a hub id `path`; its newest if left out"
-    )
-    batch: int = Field(32, ge=1, description="images, or prompts, that are encoded at once")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the encoder; scores are float32"
-    )
 
 
 def unit_features(encode: Callable[[Tensor], Tensor], inputs: Tensor, batch: int) -> Tensor:
@@ -55,7 +43,7 @@ class Clip:
         self,
         model: CLIPModel,
         tokenizer_path: str,
-        settings: ClipSettings,
+        settings: ModelRewardSettings,
         device: torch.device,
         *,
         tokenizer_revision: str | None = None,
@@ -68,7 +56,7 @@ class Clip:
         text = model.config.text_config
         if len(self.tokenizer) != text.vocab_size:
             raise ValueError(
-                f"the tokenizer of {tokenizer_path!r} has {len(self.tokenizer)} tokens, the model "
+                f"tokenizer: {tokenizer_path!r} has {len(self.tokenizer)} tokens, the model "
                 f"{text.vocab_size}"
             )
         self.length = text.max_position_embeddings
@@ -80,10 +68,10 @@ class Clip:
         """fp32 [B, E], each of length 1; gradients reach the images."""
 
         def encode(part: Tensor) -> Tensor:
-            pixels = for_clip(part, self.size, self.fit).to(self.model.dtype)
+            pixels = for_clip(part.to(self.device), self.size, self.fit).to(self.model.dtype)
             return self.model.get_image_features(pixels).pooler_output
 
-        return unit_features(encode, images_B3HW.to(self.device), self.batch)
+        return unit_features(encode, images_B3HW, self.batch)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:

@@ -1,51 +1,17 @@
-"""The files and frozen models of rewards: what a folder must hold, and a model whole or not at all.
-
-Settings name what they need in the type of a field, so that a wrong folder is an error of the
-recipe, before anything loads:
-
-    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
-        "owner/name", description="..."
-    )
-    head: Annotated[str, holding("head.pth")]
-"""
+"""Frozen models of rewards: whole or not at all. Which files they need: _files.py."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import transformers
-from pydantic import AfterValidator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from gardo.settings import config_folder, is_hub_id, model_path
-
-
-def needs_files(path: str, *files: str | tuple[str, ...]) -> str:
-    """`path`, a hub id or a folder that holds the files, of a tuple one of them.
-
-    ValueError for anything else.
-    """
-    folder = Path(model_path(path))
-    wanted = [(names,) if isinstance(names, str) else names for names in files]
-    whole = all(any((folder / name).is_file() for name in names) for names in wanted)
-    if not whole and not is_hub_id(path):
-        listed = " and ".join(" or ".join(names) for names in wanted)
-        raise ValueError(f"no folder with {listed}: {path!r}; give one, or a hub id owner/name")
-    return path
-
-
-def holding(*files: str | tuple[str, ...]) -> AfterValidator:
-    """Of a field: a hub id, or a folder that `needs_files` lets pass."""
-    return AfterValidator(lambda path: needs_files(path, *files))
-
-
-ModelFolder = Annotated[str, holding("config.json")]
-TokenizerFolder = Annotated[str, holding("tokenizer_config.json")]
+from gardo.settings import model_path
 
 
 def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
@@ -94,26 +60,8 @@ def load_model(
             revision=revision,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{where} holds no weights: {error}") from error
-
-
-def parameters_of(class_name: str, path: str) -> int | None:
-    """How many numbers a model holds, by the configuration in its folder or shipped for its hub id.
-
-    `class_name` is one of transformers'. None where there is neither, and where the class needs a
-    library that is not here.
-    """
-    folder = config_folder(path)
-    if folder is None:
-        return None
-    model_class = getattr(transformers, class_name)
-    try:
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(folder))
-    except ImportError:
-        return None
-    return sum(p.numel() for p in model.parameters())
 
 
 def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:

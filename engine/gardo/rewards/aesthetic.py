@@ -20,38 +20,34 @@ Shapes: B images, E width of the features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from gardo.rewards._affine import collapse
-from gardo.rewards._clip import ClipSettings, unit_features
-from gardo.rewards._loading import ModelFolder, frozen, load_model, needs_files, read_weights
+from gardo.rewards._clip import unit_features
+from gardo.rewards._files import ModelFolder, ModelRewardSettings, holding
+from gardo.rewards._loading import frozen, load_model, read_weights
 from gardo.rewards._pixels import for_clip
 from gardo.rewards.base import Holds, Reward
 from gardo.types import Prompt
 
 
-class AestheticSettings(ClipSettings):
+class AestheticSettings(ModelRewardSettings):
     kind: Literal["aesthetic"] = "aesthetic"
     path: Annotated[ModelFolder, Holds("CLIPVisionModelWithProjection")] = Field(
         "openai/clip-vit-large-patch14", description="hub id or folder"
     )
-    head: str = Field(
+    head_file: str = Field("aesthetic-model.pth", description="the file of the head")
+    head: Annotated[str, holding(lambda fields: fields["head_file"])] = Field(
         "trl-lib/ddpo-aesthetic-predictor", description="hub id or folder of the head"
     )
-    head_file: str = Field("aesthetic-model.pth", description="its file there")
     head_revision: str | None = Field(
         None, description="commit or tag of a hub id `head`; its newest if left out"
     )
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        needs_files(self.head, self.head_file)
-        return self
 
 
 class Aesthetic(Reward):
@@ -83,9 +79,10 @@ class Aesthetic(Reward):
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         def encode(part: Tensor) -> Tensor:
-            return self.model(for_clip(part, self.size).to(self.model.dtype)).image_embeds
+            pixels = for_clip(part.to(self.device), self.size).to(self.model.dtype)
+            return self.model(pixels).image_embeds
 
-        image_BE = unit_features(encode, images_B3HW.to(self.device), self.settings.batch)
+        image_BE = unit_features(encode, images_B3HW, self.settings.batch)
         return image_BE @ self.weight_E + self.bias
 
 

@@ -11,6 +11,7 @@ Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,11 @@ class RewardSettings(Strict):
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")
+
+    def error_at(self, place: str, error: Exception) -> ValueError:
+        """An error of this reward behind its place in the recipe; it may open with a field."""
+        names_field = re.split(r"[.:]", str(error))[0] in type(self).model_fields
+        return ValueError(f"{place}{'.' if names_field else ': '}{error}")
 
 
 @dataclass(frozen=True)
@@ -94,22 +100,19 @@ class Reward:
             )
 
     @classmethod
-    def parameters(cls, settings: Any) -> int | None:
-        """How many numbers its models hold on the device, from configurations alone; None: unknown.
+    def holds(cls, settings: Any) -> list[tuple[str, str]] | None:
+        """Its models on the device: a class of transformers and a folder or hub id for each.
 
-        For `gardo plan`.
+        None: not known. For `gardo plan`.
         """
-        from gardo.rewards._loading import parameters_of
-
         if ":" in settings.kind:
             return None
-        counts = [
-            parameters_of(mark.class_name, getattr(settings, field))
+        return [
+            (mark.class_name, getattr(settings, field))
             for field, about in type(settings).model_fields.items()
             for mark in about.metadata
             if isinstance(mark, Holds)
         ]
-        return None if None in counts else sum(filter(None, counts))
 
     @classmethod
     def check_prompt(cls, prompt: Prompt) -> None:

@@ -17,17 +17,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import CLIPModel
 
-from gardo.rewards._clip import Clip, ClipReward, ClipSettings
-from gardo.rewards._loading import ModelFolder, load_model
+from gardo.rewards._clip import Clip, ClipReward
+from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
+from gardo.rewards._loading import load_model
 from gardo.rewards.base import Holds
 
 SCALE = 100
 DIVISOR = 30
 
 
-class ClipScoreSettings(ClipSettings):
+class ClipScoreSettings(ModelRewardSettings):
     kind: Literal["clipscore"] = "clipscore"
-    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+    path: Annotated[ModelFolder, TOKENIZER_FILES, Holds("CLIPModel")] = Field(
         "openai/clip-vit-large-patch14", description="hub id or folder"
     )
 

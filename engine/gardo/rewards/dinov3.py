@@ -17,22 +17,21 @@ from pydantic import Field
 from torch import Tensor
 from transformers import DINOv3ViTModel
 
-from gardo.rewards._loading import ModelFolder, frozen, load_model
+from gardo.rewards._files import ModelFolder, ModelRewardSettings
+from gardo.rewards._loading import frozen, load_model
 from gardo.rewards._pixels import IMAGENET, normalised, resized
-from gardo.rewards.base import Holds, Reward, RewardSettings
+from gardo.rewards.base import Holds, Reward
 from gardo.types import Prompt
 
 
-class Dinov3Settings(RewardSettings):
+class Dinov3Settings(ModelRewardSettings):
     kind: Literal["dinov3"] = "dinov3"
     role: Literal["features"] = "features"
     path: Annotated[ModelFolder, Holds("DINOv3ViTModel")] = Field(
         "facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder"
     )
     size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the model; features are float32"
-    )
+    batch: int = Field(64, ge=1, description="images that the model sees at once")
 
 
 def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
@@ -46,11 +45,15 @@ class Dinov3(Reward):
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
         super().__init__(settings, device)
-        model = load_model(DINOv3ViTModel, settings.path, exact=True)
+        model = load_model(DINOv3ViTModel, settings.path, settings.revision, exact=True)
         self.model = frozen(model, settings.dtype, device)
 
     @torch.no_grad()
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.cat([self._features(part) for part in images_B3HW.split(self.settings.batch)])
+
+    def _features(self, images_B3HW: Tensor) -> Tensor:
+        """fp32 [B, D]."""
         pixels = preprocess(images_B3HW.to(self.device), self.settings.size).to(self.model.dtype)
         first = 1 + self.model.config.num_register_tokens
         return self.model(pixels).last_hidden_state[:, first:].float().mean(1)

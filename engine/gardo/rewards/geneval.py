@@ -29,8 +29,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards._loading import ModelFolder
-from gardo.rewards.base import Holds, Reward, RewardSettings
+from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
+from gardo.rewards.base import Holds, Reward
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
@@ -40,21 +40,22 @@ from gardo.types import Prompt
 SCORINGS = {"fraction": fraction, "strict": strict}
 
 
-class GenevalSettings(RewardSettings):
+class GenevalSettings(ModelRewardSettings):
     kind: Literal["geneval"] = "geneval"
     scoring: Literal["fraction", "strict"] = "fraction"
     path: Annotated[ModelFolder, Holds("Mask2FormerForUniversalSegmentation")] = Field(
         "facebook/mask2former-swin-small-coco-instance",
         description="Mask2Former for COCO's instances: hub id or folder",
     )
-    revision: str | None = Field(None, description="of `path` on the hub")
-    clip: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+    clip: Annotated[ModelFolder, TOKENIZER_FILES, Holds("CLIPModel")] = Field(
         "openai/clip-vit-large-patch14", description="CLIP: hub id or folder"
     )
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
     size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
-    batch: int = Field(8, ge=1, description="images, or cut-out objects, a call")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch: int = Field(8, ge=1, description="images, or cut-out objects, that a model sees at once")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the models; Mask2Former is not for float16"
+    )
 
 
 class Geneval(Reward):

@@ -228,10 +228,11 @@ class ColourJudge:
         if not crops:
             return []
         colours_N10D = torch.stack([self.texts(name) for name in names])
-        pixels = torch.stack([self.preprocess(crop) for crop in crops]).to(self.model.dtype)
-        features = [
-            self.model.get_image_features(part).pooler_output for part in pixels.split(self.batch)
-        ]
+        features = []
+        for start in range(0, len(crops), self.batch):
+            pixels = [self.preprocess(crop) for crop in crops[start : start + self.batch]]
+            seen = self.model.get_image_features(torch.stack(pixels).to(self.model.dtype))
+            features.append(seen.pooler_output)
         images_ND = F.normalize(torch.cat(features).float())
         cosines_N10 = (colours_N10D @ images_ND[:, :, None])[..., 0]
         finite_N = cosines_N10.isfinite().all(-1).tolist()

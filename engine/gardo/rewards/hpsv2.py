@@ -18,20 +18,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from gardo.rewards._clip import LAION_H14, Clip, ClipReward, ClipSettings
-from gardo.rewards._loading import (
-    ModelFolder,
-    check_type,
-    model_of,
-    needs_files,
-    read_weights,
-)
+from gardo.rewards._clip import LAION_H14, Clip, ClipReward
+from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
+from gardo.rewards._loading import check_type, model_of, read_weights
 from gardo.rewards.base import Holds
 from gardo.settings import model_path
 
@@ -99,25 +94,28 @@ def _block(layer: str, inner: str, tensor: Tensor, name: str) -> dict[str, Tenso
     return {f"{layer}.{IN_BLOCK[module]}.{leaf}": tensor}
 
 
-class HPSv2Settings(ClipSettings):
+def weights_file(fields: Mapping[str, Any]) -> str:
+    """The one of the settings, or the release's."""
+    return fields["file"] or FILES[fields["version"]]
+
+
+class HPSv2Settings(ModelRewardSettings):
     kind: Literal["hpsv2"] = "hpsv2"
     version: Literal["v2", "v2.1"] = "v2.1"
-    path: str = Field("xswu/HPSv2", description="hub id or folder of the weights")
     file: str | None = Field(
         None, description="weights in open_clip's names; the release's file if left out"
     )
-    base: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
+    path: Annotated[str, holding(weights_file)] = Field(
+        "xswu/HPSv2", description="hub id or folder of the weights"
+    )
+    base: Annotated[ConfigFolder, TOKENIZER_FILES, Holds("CLIPModel")] = Field(
         LAION_H14, description="hub id or folder: config.json, tokenizer"
     )
+    base_revision: str | None = Field(None, description="of `base` on the hub")
 
     @property
     def weights(self) -> str:
-        return self.file or FILES[self.version]
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        needs_files(self.path, self.weights)
-        return self
+        return weights_file(vars(self))
 
 
 class HPSv2(ClipReward):
@@ -131,10 +129,11 @@ class HPSv2(ClipReward):
             renamed = from_open_clip(state)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        check_type(f"base: {settings.base!r}", settings.base, None, "clip")
-        config = CLIPConfig.from_pretrained(model_path(settings.base))
+        base, revision = settings.base, settings.base_revision
+        check_type(f"base: {base!r}", base, revision, "clip")
+        config = CLIPConfig.from_pretrained(model_path(base), revision=revision)
         model = model_of(CLIPModel, where, config, renamed)
-        return Clip(model, settings.base, settings, self.device, fit="pad")
+        return Clip(model, base, settings, self.device, tokenizer_revision=revision, fit="pad")
 
 
 PLUGIN = HPSv2

@@ -48,9 +48,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from gardo.rewards._affine import collapse
-from gardo.rewards._loading import frozen, holding, model_of, read_weights
+from gardo.rewards._files import TOKENIZER_FILES, ModelRewardSettings, holding
+from gardo.rewards._loading import frozen, model_of, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import Holds, Reward, RewardSettings
+from gardo.rewards.base import Holds, Reward
 from gardo.settings import model_path
 from gardo.types import Prompt
 
@@ -71,18 +72,17 @@ VISION_NAMES = (  # published -> transformers
 )
 
 
-class ImageRewardSettings(RewardSettings):
+class ImageRewardSettings(ModelRewardSettings):
     kind: Literal["imagereward"] = "imagereward"
     path: Annotated[str, holding(WEIGHTS, TEXT_CONFIG), Holds("BlipModel")] = Field(
         "THUDM/ImageReward", description="hub id or folder"
     )
-    revision: str | None = Field(None, description="of the hub's repository")
-    tokenizer: Annotated[str, holding(("vocab.txt", "tokenizer.json"))] = Field(
+    tokenizer: Annotated[str, holding(("vocab.txt", "tokenizer.json")), TOKENIZER_FILES] = Field(
         "google-bert/bert-base-uncased", description="hub id or folder of BERT's tokenizer"
     )
+    tokenizer_revision: str | None = Field(None, description="of `tokenizer` on the hub")
     raw: bool = Field(False, description="the MLP's output, not standardised")
-    batch: int = Field(16, ge=1, description="images a forward pass")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch: int = Field(16, ge=1, description="images that the model sees at once")
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -151,7 +151,9 @@ class ImageReward(Reward):
             ) from error
         self.vision, self.text = (frozen(m, settings.dtype, device) for m in (vision, text))
         self.weight_1D, self.bias_1 = (x.float()[None].to(device) for x in (weight_D, bias))
-        self.tokenizer = BertTokenizer.from_pretrained(model_path(settings.tokenizer))
+        self.tokenizer = BertTokenizer.from_pretrained(
+            model_path(settings.tokenizer), revision=settings.tokenizer_revision
+        )
         if len(self.tokenizer) > text.config.vocab_size:
             raise ValueError(
                 f"tokenizer: {settings.tokenizer!r} has {len(self.tokenizer)} tokens, the text "
@@ -167,7 +169,7 @@ class ImageReward(Reward):
         y_B = torch.cat([
             self._output(images, tokens_TL.input_ids[rows], tokens_TL.attention_mask[rows])
             for images, rows in zip(
-                images_B3HW.to(self.device).split(self.settings.batch),
+                images_B3HW.split(self.settings.batch),
                 row_B.split(self.settings.batch),
                 strict=True,
             )
@@ -176,7 +178,7 @@ class ImageReward(Reward):
 
     def _output(self, images_B3HW: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """y, fp32 [B]."""
-        pixels = for_clip(images_B3HW, self.vision.config.image_size)
+        pixels = for_clip(images_B3HW.to(self.device), self.vision.config.image_size)
         hidden_BLD = self.text(
             ids_BL,
             attention_mask=mask_BL,

@@ -59,6 +59,7 @@ class OcrSettings(RewardSettings):
         512, ge=32, description="pixels; a picture whose shorter side is smaller is enlarged"
     )
     workers: int = Field(0, ge=0, description="processes that read; 0: this one")
+    batch: int = Field(64, ge=1, description="images that are made 8-bit pictures at once")
 
 
 def plain(text: str) -> str:
@@ -136,14 +137,14 @@ class Ocr(Reward):
             initializer=end_with_parent,
         )
 
-    def texts(self, pictures: Sequence[np.ndarray | None]) -> list[str | None]:
-        """What each picture says; None where it cannot be read."""
+    def texts(self, pictures: Sequence[np.ndarray | None], first: int = 0) -> list[str | None]:
+        """What each picture says; None where it cannot be read. Warnings count from `first`."""
         submitted = [
             self._submit(picture) if self.pool and picture is not None else None
             for picture in pictures
         ]
         texts: list[str | None] = []
-        for i, (picture, future) in enumerate(zip(pictures, submitted, strict=True)):
+        for i, (picture, future) in enumerate(zip(pictures, submitted, strict=True), first):
             try:
                 texts.append(self._text(picture, future))
             except Exception as error:  # whatever a picture makes the reader do
@@ -172,7 +173,9 @@ class Ocr(Reward):
     @torch.no_grad()
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         match = MATCHING[self.settings.matching]
-        texts = self.texts(to_pictures(images_B3HW))
+        texts: list[str | None] = []
+        for part in images_B3HW.split(self.settings.batch):
+            texts += self.texts(to_pictures(part), len(texts))
         values = [
             float("nan") if text is None else match(plain(text), target_of(prompt))
             for text, prompt in zip(texts, prompts, strict=True)

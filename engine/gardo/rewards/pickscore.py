@@ -17,27 +17,36 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import CLIPModel
 
-from gardo.rewards._clip import LAION_H14, Clip, ClipReward, ClipSettings
-from gardo.rewards._loading import ModelFolder, TokenizerFolder, load_model
+from gardo.rewards._clip import LAION_H14, Clip, ClipReward
+from gardo.rewards._files import ModelFolder, ModelRewardSettings, TokenizerFolder
+from gardo.rewards._loading import load_model
 from gardo.rewards.base import Holds
 
 DIVISOR = 26
 
 
-class PickScoreSettings(ClipSettings):
+class PickScoreSettings(ModelRewardSettings):
     kind: Literal["pickscore"] = "pickscore"
     path: Annotated[ModelFolder, Holds("CLIPModel")] = Field(
         "yuvalkirstain/PickScore_v1", description="hub id or folder"
     )
     tokenizer: TokenizerFolder = Field(LAION_H14, description="hub id or folder of the tokenizer")
+    tokenizer_revision: str | None = Field(None, description="of `tokenizer` on the hub")
 
 
 class PickScore(ClipReward):
     Settings = PickScoreSettings
 
     def load(self) -> Clip:
-        model = load_model(CLIPModel, self.settings.path, self.settings.revision)
-        return Clip(model, self.settings.tokenizer, self.settings, self.device)
+        settings = self.settings
+        model = load_model(CLIPModel, settings.path, settings.revision)
+        return Clip(
+            model,
+            settings.tokenizer,
+            settings,
+            self.device,
+            tokenizer_revision=settings.tokenizer_revision,
+        )
 
     @property
     def factor(self) -> float:

@@ -231,7 +231,10 @@ class Preference(Reward):
     def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
         super().__init__(settings, device)
         plugin = plugins.resolve("gardo.rewards", settings.judge.kind)
-        self.reward: Reward = plugin(settings.judge, device)
+        try:
+            self.reward: Reward = plugin(settings.judge, device)
+        except (OSError, ValueError) as error:
+            raise settings.judge.error_at("judge", error) from error
         self.judge: Judge = (
             PairJudge(self.reward, settings.batch)
             if provides(plugin, "compare")
@@ -240,10 +243,12 @@ class Preference(Reward):
         self.scores_alone = provides(plugin, "score")
 
     @classmethod
-    def parameters(cls, settings: PreferenceSettings) -> int | None:
-        judge = settings.judge
-        count: int | None = plugins.resolve("gardo.rewards", judge.kind).parameters(judge)
-        return count
+    def holds(cls, settings: PreferenceSettings) -> list[tuple[str, str]] | None:
+        judge: Any = settings.judge
+        found: list[tuple[str, str]] | None = plugins.resolve("gardo.rewards", judge.kind).holds(
+            judge
+        )
+        return found
 
     @classmethod
     def check(cls, settings: PreferenceSettings, images_per_prompt: int) -> None:

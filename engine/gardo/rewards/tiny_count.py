@@ -11,22 +11,19 @@ Shapes: B images of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gardo.rewards._tiny import TinyReward
-from gardo.rewards.base import RewardSettings
+from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import world
-from gardo.types import Prompt
 
 # Mean coloured area of one object of the world, in pixels (measured by a test of it)
 OBJECT_AREA = {"circle": 57.0, "square": 53.0, "triangle": 40.0}
 
 
-class TinyCountSettings(RewardSettings):
+class TinyCountSettings(TinySettings):
     kind: Literal["tiny_count"] = "tiny_count"
 
 
@@ -40,8 +37,7 @@ def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
 class TinyCount(TinyReward):
     Settings = TinyCountSettings
 
-    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        asked = world.asked(prompts, images_B3HW.device)
+    def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         areas = torch.tensor([OBJECT_AREA[s] for s in world.SHAPES], device=images_B3HW.device)
         found_B = coloured_area(images_B3HW, asked.hue_B) / areas[asked.shape_B]
         return (1 - (found_B - asked.count_B).abs() / asked.count_B).clamp(min=0)

@@ -8,19 +8,16 @@ objects, blobs, noise. The net: gardo/tiny/judges.py. Never optimised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gardo.rewards._tiny import TinyReward
-from gardo.rewards.base import RewardSettings
+from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import judges, world
-from gardo.types import Prompt
 
 
-class TinyFidelitySettings(RewardSettings):
+class TinyFidelitySettings(TinySettings):
     kind: Literal["tiny_fidelity"] = "tiny_fidelity"
 
 
@@ -32,8 +29,7 @@ class TinyFidelity(TinyReward):
         self.net = judges.fidelity_judge(device)
 
     @torch.no_grad()
-    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        asked = world.asked(prompts, images_B3HW.device)
+    def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         class_B = asked.colour_B * len(world.SHAPES) + asked.shape_B
         return self.net(images_B3HW).softmax(-1).gather(1, class_B[:, None])[:, 0]
 

@@ -9,7 +9,6 @@ Shapes: B images of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,13 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards._tiny import TinyReward
-from gardo.rewards.base import RewardSettings
+from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import world
-from gardo.types import Prompt
 
 
-class TinyPatchesSettings(RewardSettings):
+class TinyPatchesSettings(TinySettings):
     kind: Literal["tiny_patches"] = "tiny_patches"
     min_pixels: int = Field(4, ge=1, description="smaller patches do not count")
 
@@ -58,8 +55,7 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
 class TinyPatches(TinyReward):
     Settings = TinyPatchesSettings
 
-    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        asked = world.asked(prompts, images_B3HW.device)
+    def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         found_B = count_patches(colour_mask(images_B3HW, asked.hue_B), self.settings.min_pixels)
         return 1.0 / (1.0 + (found_B - asked.count_B).abs())
 

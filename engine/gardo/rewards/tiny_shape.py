@@ -6,20 +6,17 @@ world only, so it is an imperfect judge of anything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards._tiny import TinyReward
-from gardo.rewards.base import RewardSettings
+from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import judges, world
-from gardo.types import Prompt
 
 
-class TinyShapeSettings(RewardSettings):
+class TinyShapeSettings(TinySettings):
     kind: Literal["tiny_shape"] = "tiny_shape"
     floor: float = Field(-4.0, lt=0, description="log-probabilities are clamped here")
 
@@ -32,8 +29,8 @@ class TinyShape(TinyReward):
         super().__init__(settings, device)
         self.net = judges.shape_judge(device)
 
-    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        shape_B1 = world.asked(prompts, images_B3HW.device).shape_B[:, None]
+    def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
+        shape_B1 = asked.shape_B[:, None]
         log_probability_B = self.net(images_B3HW).log_softmax(-1).gather(1, shape_B1)[:, 0]
         return log_probability_B.clamp(min=self.settings.floor)
 

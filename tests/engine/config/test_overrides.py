@@ -58,6 +58,40 @@ def test_a_null_takes_a_section_out(tmp_path: Path) -> None:
     assert load(path, ["algorithm.gate=null"]).algorithm.gate is None
 
 
+def test_a_null_takes_a_reward_out(good: Path, tmp_path: Path) -> None:
+    without = load(good, ["rewards.tiny_fidelity=null"])
+    assert set(values(without)["rewards"]) == set(values(load(good))["rewards"]) - {"tiny_fidelity"}
+    text = good.read_text()
+    good.write_text(text.replace("{role: held_out}", "null"))
+    assert values(load(good)) == values(without)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.tiny_count=null", "rewards: none has role proxy; give the reward that is"),
+        ("rewards.dinov3=null", "algorithm.diversity.features: 'dinov3' is no reward with role"),
+        ("rewards={}", "rewards: missing; name at least one with role proxy"),
+    ],
+)
+def test_what_needs_a_reward_says_so(override: str, message: str, good: Path) -> None:
+    assert message in refusal(good, [override])
+
+
+def test_both_auxiliaries_out_are_missed_by_the_gate(good: Path) -> None:
+    out = ["rewards.tiny_shape=null", "rewards.tiny_purity=null"]
+    assert "algorithm.gate: needs rewards with role auxiliary" in refusal(good, out)
+
+
+def test_an_optional_field_is_taken_back(good: Path) -> None:
+    there = load(good, ["evaluate.prompts=prompts.txt"])
+    assert there.evaluate.prompts
+    assert (
+        load(good, ["evaluate.prompts=prompts.txt", "evaluate.prompts=null"]).evaluate.prompts
+        is None
+    )
+
+
 ALGORITHM_NAMES = listed("algorithms")
 ROWS = (  # an override; its message behind "--set "
     (
@@ -78,6 +112,11 @@ ROWS = (  # an override; its message behind "--set "
         "run.steps: expected FIELD=VALUE, such as --set train.optimizer.lr=1e-4",
     ),
     ("=3", "=3: expected FIELD=VALUE, such as --set train.optimizer.lr=1e-4"),
+    (
+        "rewards.tiny_shap=null",
+        "rewards.tiny_shap: there is no such reward to take out; there are tiny_count, "
+        "tiny_shape, tiny_purity, dinov3, tiny_fidelity",
+    ),
     ("run.steps.more=1", "run.steps.more: 'steps' is a value, not a section"),
     (
         "model.size=[32",

@@ -47,7 +47,7 @@ def test_sizes(pair):
     assert shadow.trainable == sum(p.numel() for p in policy.trainable().values())
     parts = policy.pipeline.components
     assert shadow.vae_parameters == sum(p.numel() for p in parts["vae"].parameters())
-    assert shadow.encoder_parameters == {
+    assert {name: count for name, (count, _) in shadow.encoders.items()} == {
         name: sum(p.numel() for p in part.parameters())
         for name, part in parts.items()
         if name.startswith("text_encoder")

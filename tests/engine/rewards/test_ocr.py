@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -96,6 +96,7 @@ def edits(a: str, b: str) -> int:
     return row[-1]
 
 
+@settings(deadline=None)  # the first import of rapidfuzz takes what a busy machine gives it
 @given(seen=st.text("abc", max_size=9), target=st.text("abc", min_size=1, max_size=5))
 def test_matching_is_the_formula(seen: str, target: str) -> None:
     strict, compat = (MATCHING[name](seen, target) for name in ("strict", "compat"))
@@ -139,6 +140,14 @@ def test_pictures_are_8_bits_in_bgr() -> None:
     (picture,) = to_pictures(images)
     assert picture is not None and picture.dtype == np.uint8 and picture.shape == (2, 2, 3)
     assert picture[0, 1].tolist() == [0, 128, 255] and picture.sum() == 383
+
+
+def test_the_batch_does_not_matter() -> None:
+    images, prompts = rendered("ONE", "TWO", "SIX"), quoted("ONE", "TWO", "NINE")
+    images[2, 0, 5, 5] = torch.nan
+    with pytest.warns(UserWarning, match="image 2 cannot be read"):
+        values = build(batch=2).score(images, prompts)
+    assert values[:2].tolist() == [1, 1] and bool(values[2].isnan())
 
 
 # ---- failures ------------------------------------------------------------------------------------

@@ -103,3 +103,11 @@ def test_prompts_that_cannot_be_scored_are_refused(kind: str) -> None:
     plugin.check_prompt(Prompt("two red circles"))
     with pytest.raises(ValueError, match="'pink' is none of red"):
         plugin.check_prompt(Prompt("two pink circles"))
+
+
+@pytest.mark.parametrize("kind", [n for n in plugins.names("gardo.rewards") if "tiny" in n])
+def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
+    images, prompts = clean(8, 29)
+    assert torch.allclose(
+        score(kind, images, prompts, batch=3), score(kind, images, prompts), atol=1e-5
+    )

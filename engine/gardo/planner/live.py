@@ -1,0 +1,53 @@
+"""Fake tensors, which have shapes and no memory, and the bytes of tensors that are alive."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Parameters of `dtype` and buffers on fake tensors; they may be on the meta device before."""
+    with mode:
+        for part in module.modules():
+            for name, p in list(part.named_parameters(recurse=False)):
+                value = torch.empty(p.shape, dtype=dtype)
+                setattr(part, name, nn.Parameter(value, requires_grad=p.requires_grad))
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, those of `known` left out."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._seen.pop(key, 0)

@@ -1,0 +1,84 @@
+"""What a reward's models take, by their configurations alone: weights, and activations of images.
+
+The models are those that its settings mark with `Holds`; each sees `batch` images on fake tensors,
+as in shadow.py. Texts are left out: they are shorter than pictures, and a prompt is encoded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gardo.config import reward_plugin
+from gardo.planner.live import LiveBytes, make_fake
+from gardo.settings import config_folder
+
+BATCH = 16  # assumed of a reward that has no `batch`
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Bytes of a reward: what stays, and what comes and goes."""
+
+    weights: int
+    activations: int  # while it scores
+    graph: int  # while gradients go through it
+
+
+def scorer(settings: Any, trained: int = 0) -> Scorer | None:
+    """While it scores `batch` images, and while gradients reach `trained` images.
+
+    None where its models are not known: no configuration here, or a library is missing."""
+    models = reward_plugin(settings).holds(settings)
+    if models is None:
+        return None
+    judge = getattr(settings, "judge", settings)
+    found = [_model(class_name, path, judge, trained) for class_name, path in models]
+    if None in found:
+        return None
+    known = [model for model in found if model]
+    # models of one reward run one after the other
+    return Scorer(
+        sum(m.weights for m in known),
+        max((m.activations for m in known), default=0),
+        max((m.graph for m in known), default=0),
+    )
+
+
+def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | None:
+    folder = config_folder(path)
+    if folder is None:
+        return None
+    model_class = getattr(transformers, class_name)
+    dtype = getattr(torch, getattr(settings, "dtype", "float32"))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(folder)).eval()
+    except ImportError:
+        return None
+    make_fake(model.requires_grad_(False), mode, dtype)
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    vision = getattr(model.config, "vision_config", None)
+    side = vision.image_size if vision else getattr(settings, "size", None)
+    images = getattr(settings, "batch", BATCH)
+    shape = (3, *2 * [side or model.config.image_size])
+    with mode:
+        activations = _peak(model, (images, *shape), dtype, graph=False)
+        graph = _peak(model, (trained, *shape), dtype, graph=True) if trained else 0
+    return Scorer(weights, activations, graph)
+
+
+def _peak(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, graph: bool) -> int:
+    see: Any = getattr(model, "get_image_features", model)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.set_grad_enabled(graph):
+        pixels = torch.zeros(shape, dtype=dtype, requires_grad=graph)
+        said = see(pixel_values=pixels)
+        if graph:
+            next(v for v in said.values() if v is not None).float().sum().backward()
+    return live.peak

@@ -1,0 +1,129 @@
+"""Which files a reward needs of a folder or a hub id: said in the type of the field that names it.
+
+    path: Annotated[ModelFolder, Holds("CLIPModel")] = Field("owner/name", description="...")
+    head: Annotated[str, holding(lambda fields: fields["head_file"])]
+
+A folder without them is an error of the recipe. `find_files` is for the start of a run, before any
+model loads: what a hub has is in the cache then, or the run ends. The revision of a hub id is in
+the field `revision` if `path` names it, else in FIELD_revision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from huggingface_hub import snapshot_download
+from pydantic import Field, GetCoreSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema, core_schema
+
+from gardo.hub import download_error
+from gardo.rewards.base import RewardSettings
+from gardo.settings import is_hub_id, model_path
+
+File = str | tuple[str, ...] | Callable[[Mapping[str, Any]], str]
+WEIGHTS = ("model*.safetensors*",)  # one file, or shards and their index
+TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Of a field: a hub id, or a folder that holds `needed`, of a tuple one of them.
+
+    A function says which file it is from the fields that stand before. `loaded` are patterns of
+    what is loaded beside them; at least one such file must be there when a run starts.
+    """
+
+    needed: tuple[File, ...]
+    loaded: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, path: str, info: ValidationInfo) -> str:
+        try:
+            missing = self.missing(Path(model_path(path)), info.data)
+        except KeyError:  # a field that it depends on is wrong itself, and says so
+            return path
+        if missing and not is_hub_id(path):
+            raise ValueError(
+                f"no folder with {missing}: {path!r}; give one, or a hub id owner/name"
+            )
+        return path
+
+    def alternatives(self, fields: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        chosen = [file(fields) if callable(file) else file for file in self.needed]
+        return [(names,) if isinstance(names, str) else names for names in chosen]
+
+    def missing(self, folder: Path, fields: Mapping[str, Any]) -> str:
+        """What `needed` asks for, in words, unless the folder has it all."""
+        wanted = self.alternatives(fields)
+        whole = all(any((folder / name).is_file() for name in names) for names in wanted)
+        return "" if whole else " and ".join(" or ".join(names) for names in wanted)
+
+    def absent(self, folder: Path, fields: Mapping[str, Any]) -> list[str]:
+        """What the folder lacks when a run starts."""
+        loads = not self.loaded or any(any(folder.glob(pattern)) for pattern in self.loaded)
+        missing = self.missing(folder, fields)
+        return [*filter(None, [missing]), *([] if loads else [" or ".join(self.loaded)])]
+
+
+def holding(*files: File) -> Files:
+    return Files(files)
+
+
+MODEL_WEIGHTS, TOKENIZER_FILES = Files((), WEIGHTS), Files((), TOKENIZER)
+ConfigFolder = Annotated[str, holding("config.json")]
+ModelFolder = Annotated[ConfigFolder, MODEL_WEIGHTS]
+TokenizerFolder = Annotated[str, holding("tokenizer_config.json"), TOKENIZER_FILES]
+
+
+class ModelRewardSettings(RewardSettings):
+    """Fields of all rewards that run a model; each adds its own `path`."""
+
+    revision: str | None = Field(
+        None, description="commit or tag of a hub id `path`; its newest if left out"
+    )
+    batch: int = Field(32, ge=1, description="images, or prompts, that the model sees at once")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the model; what it gives is float32"
+    )
+
+
+def find_files(settings: RewardSettings, where: str) -> None:
+    """Looks for every file that the fields name, of a judge inside too, and downloads those of hubs
+
+    ValueError, opening with the field behind `where`, for the first that is not there.
+    """
+    for field, about in type(settings).model_fields.items():
+        value, place = getattr(settings, field), f"{where}.{field}"
+        if isinstance(value, RewardSettings):
+            find_files(value, place)
+        marks = [mark for mark in about.metadata if isinstance(mark, Files)]
+        if marks:
+            name = "revision" if field == "path" else f"{field}_revision"
+            _find(value, getattr(settings, name), marks, vars(settings), place)
+
+
+def _find(
+    path: str, revision: str | None, marks: list[Files], fields: Mapping[str, Any], place: str
+) -> None:
+    needed = [name for mark in marks for names in mark.alternatives(fields) for name in names]
+    patterns = [*needed, *(pattern for mark in marks for pattern in mark.loaded)]
+    folder, hub = Path(model_path(path)), is_hub_id(path)
+    if hub:
+        try:
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # whatever a network, a proxy or a cache can say
+            raise download_error(error, place, path, revision, patterns) from error
+    lacks = " and ".join(text for mark in marks for text in mark.absent(folder, fields))
+    if lacks and hub:
+        raise download_error(
+            FileNotFoundError(f"no {lacks} in {folder}"), place, path, revision, patterns
+        )
+    if lacks:
+        raise ValueError(f"{place}: {path!r} holds no {lacks}")

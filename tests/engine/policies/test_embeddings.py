@@ -1,0 +1,94 @@
+"""A prompt's conditioning is computed once, alone, and lasts longer than the text encoders."""
+
+import pytest
+import torch
+
+from gardo.config import load
+from gardo.policies.embeddings import Embeddings
+from gardo.session import build_policy
+from tests import ROOT
+
+PROMPTS = ["one red circle", "two blue squares", "three green triangles"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def policy(request):
+    recipe = load(ROOT / "recipes" / f"tiny_{request.param}_gardo.yaml")
+    return build_policy(recipe, CPU)
+
+
+class Counting:
+    """`encode_text` of a policy that says what it was asked."""
+
+    def __init__(self, policy):
+        self.policy, self.asked = policy, []
+
+    def __call__(self, prompts):
+        self.asked.append(prompts)
+        return self.policy.encode_text(prompts)
+
+
+def embeddings(policy, **more):
+    counting = Counting(policy)
+    made = Embeddings(policy.pipeline, counting, residence="offload", device=CPU, **more)
+    return made, counting.asked
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_prompt_is_encoded_once_and_alone(policy):
+    known, asked = embeddings(policy)
+    first = known([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    again = known([PROMPTS[1], PROMPTS[2]])
+    assert asked == [[p] for p in PROMPTS]
+    for name, tensor in policy.encode_text([PROMPTS[1]]).items():
+        assert torch.equal(first[name][1:2], tensor) and torch.equal(again[name][:1], tensor)
+        assert torch.equal(first[name][0], first[name][2])
+
+
+def test_what_is_known_stays_within_its_room(policy):
+    one = sum(t.nbytes for t in policy.encode_text([PROMPTS[0]]).values())
+    known, asked = embeddings(policy, room=2 * one)
+    for prompt in (*PROMPTS, PROMPTS[2], PROMPTS[0]):  # the first was dropped for the third
+        known([prompt])
+    assert asked == [[PROMPTS[i]] for i in (0, 1, 2, 0)]
+    same(known(PROMPTS), policy.embeddings(PROMPTS))  # three at once do not fit, and are right
+
+
+def test_freed_encoders_leave_files_that_the_next_run_finds(policy, tmp_path):
+    before = policy.encode(PROMPTS)
+    left = sum(name.startswith("text_encoder") for name in policy.pipeline.components)
+    share = {"share": (0, 1), "wait": lambda: None}
+    new = policy.free_encoders(PROMPTS, tmp_path, **share)
+    assert new == 3 + len(policy.own_prompts)
+    same(before, policy.encode(PROMPTS))
+    there = policy.pipeline.components
+    assert all(there[name] is None for name in there if name.startswith("text_encoder")) and left
+    with pytest.raises(RuntimeError, match=r"no embedding of 'four'.*model\.encoders: offload"):
+        policy.encode(["four"])
+    assert policy.free_encoders(PROMPTS, tmp_path, **share) == 0  # nothing to encode any more
+
+
+def test_ranks_share_the_work(policy, tmp_path):
+    """Each encodes its part, and waits for the other's."""
+    seen = []
+    for rank in (0, 1):
+        known, asked = embeddings(policy)
+        # what the other rank leaves is there when the wait is over
+        known.free(PROMPTS, tmp_path / str(rank), identity="x", share=(rank, 2))
+        seen.append([p for (p,) in asked])
+        policy.embeddings._show(True)
+    assert seen == [[PROMPTS[0], PROMPTS[2]], [PROMPTS[1]]]
+
+
+def test_another_encoder_has_other_files(policy, tmp_path):
+    for identity in ("one", "two"):
+        known, asked = embeddings(policy)
+        known.free(PROMPTS[:1], tmp_path, identity=identity)
+        policy.embeddings._show(True)
+        assert len(asked) == 1
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
