@@ -206,12 +206,14 @@ def import_(
     """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it."""
     import yaml
 
-    from gardo.policies.lora_files import lora_config, open_lora, save_diffusers
+    from gardo.policies.lora_files import DIFFUSERS_FILE, lora_config, open_lora, save_diffusers
 
     try:
         found = open_lora(lora)
     except ValueError as error:
         _refuse(error)
+    if (out / DIFFUSERS_FILE).resolve() == found.path.resolve():
+        _refuse(f"--out {out}: {found.path} is read from there; give another folder")
     said: dict[str, Any] = {
         "rank": found.rank,
         "alpha": found.alpha,

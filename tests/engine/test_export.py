@@ -220,6 +220,8 @@ def test_import_makes_a_lora_that_training_goes_on_from(lora, capsys, tmp_path):
     message = refused(capsys, "import", str(tmp_path / "no"), "--out", str(tmp_path / "out"))
     assert message.startswith(f"{tmp_path / 'no'}: no such file")
     assert not (tmp_path / "out").exists()
+    message = refused(capsys, "import", str(file), "--out", str(file.parent))
+    assert message == f"--out {file.parent}: {file} is read from there; give another folder"
 
 
 def test_a_resume_from_another_lora_is_refused(lora, tmp_path):

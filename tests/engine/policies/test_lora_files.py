@@ -123,12 +123,14 @@ def test_a_folder_that_peft_wrote_says_the_same_here(make, tmp_path, rslora):
 
 def test_names_with_the_adapters_name_are_read(make, tmp_path):
     """As a state_dict has them that PEFT did not save."""
-    peft_folder(make, tmp_path)
-    expected = open_lora(tmp_path).read()
-    file = tmp_path / "adapter_model.safetensors"
-    renamed = {n.replace(".weight", ".default.weight"): t for n, t in load_file(file).items()}
-    save_file(renamed, file)
-    assert equal(open_lora(tmp_path).read(), expected)
+    peft_folder(make, tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    renamed = {n.replace(".weight", ".default.weight"): t for n, t in stored.items()}
+    (tmp_path / "adapter_config.json").write_bytes(
+        (tmp_path / "theirs" / "adapter_config.json").read_bytes()
+    )
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    assert equal(open_lora(tmp_path).read(), open_lora(tmp_path / "theirs").read())
 
 
 def test_a_diffusers_file_without_metadata_has_alpha_as_its_rank(make, tmp_path):
