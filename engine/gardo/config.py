@@ -19,13 +19,16 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, Wrapper, plugin_of
 from gardo.data import load_prompts
+from gardo.distributed.average import AVERAGE, AverageSettings
 from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
 from gardo.distributed.optimizers import OptimizerSettings, check_optimizer
+from gardo.distributed.slots import LIVE
 from gardo.evaluation.evaluate import EvaluateSettings
 from gardo.policies.attention import check_settings
 from gardo.policies.base import PolicySettings
 from gardo.policies.checkpointing import Checkpointing
+from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import check_base
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
@@ -40,6 +43,9 @@ class Lora(Strict):
     targets: list[str] | None = Field(
         None, description="module names; the family's list if left out"
     )
+    path: str | None = Field(
+        None, description="a LoRA to start from, of diffusers or PEFT; relative to the recipe"
+    )
 
 
 class Full(Strict):
@@ -49,6 +55,7 @@ class Full(Strict):
 class TrainSettings(Strict):
     weights: Annotated[Lora | Full, Field(discriminator="kind")]
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: AverageSettings | None = Field(None, description="an average of what trains")
     updates_per_step: int = Field(1, ge=1, description="gradient steps an iteration")
     micro_batch: int | None = Field(
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
@@ -129,8 +136,14 @@ class Recipe(Strict):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Copies of the trained weights that the algorithm needs."""
-        return plugin_of(self.algorithm).slots_of(self.algorithm)
+        """Copies of the trained weights: those that the algorithm needs, and the average."""
+        own = plugin_of(self.algorithm).slots_of(self.algorithm)
+        return (*own, AVERAGE) if self.train.ema else own
+
+    @property
+    def evaluated(self) -> str:
+        """The weights that evaluations draw with: the live ones, or a slot."""
+        return AVERAGE if self.train.ema and self.train.ema.evaluate else LIVE
 
     def prompts(self) -> list[Prompt]:
         return load_prompts(Path(self.data.prompts))
@@ -177,7 +190,7 @@ def read_yaml(text: str, source: str) -> Any:
 def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
     """The recipe of a file with `a.b=c` overrides applied. RecipeError says what to mend.
 
-    `prompts=False` leaves the prompt files alone, which need not be there.
+    `prompts=False` leaves alone what need not be there to plan: prompt files, a starting LoRA.
     """
     path = Path(path)
     if not path.is_file():
@@ -254,12 +267,18 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
 
 
 def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Prompt files are looked for beside the recipe, then where the command runs."""
-    for section, field in (("data", "prompts"), ("evaluate", "prompts")):
-        part = raw.get(section)
+    """Files are looked for beside the recipe, then where the command runs."""
+    train = raw.get("train")
+    weights = train.get("weights") if isinstance(train, dict) else None
+    for part, field in (
+        (raw.get("data"), "prompts"),
+        (raw.get("evaluate"), "prompts"),
+        (weights, "path"),
+    ):
         if isinstance(part, dict) and isinstance(part.get(field), str):
-            beside = folder / part[field]
-            part[field] = str((beside if beside.exists() else Path(part[field])).absolute())
+            given = Path(part[field]).expanduser()
+            beside = folder / given
+            part[field] = str((beside if beside.exists() else given).absolute())
 
 
 # ---- plug-in sections ----------------------------------------------------------------------------
@@ -457,8 +476,23 @@ def _attention_fits(recipe: Recipe) -> None:
     )
 
 
+def _start_fits(recipe: Recipe) -> None:
+    weights = recipe.train.weights
+    if weights.kind == "full" or weights.path is None:
+        return
+    try:
+        start = open_lora(weights.path)
+    except ValueError as error:
+        raise ValueError(f"train.weights.path: {error}") from None
+    targets = weights.targets or policy_plugin(recipe.model).lora_targets
+    try:
+        start.check(rank=weights.rank, alpha=weights.alpha, targets=targets)
+    except ValueError as error:
+        raise ValueError(f"train.weights.{error}") from None
+
+
 _WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
-_RULES = (*_WITHOUT_PROMPTS, _prompts_fit, _diversity_fits)
+_RULES = (*_WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:

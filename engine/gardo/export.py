@@ -1,42 +1,143 @@
-"""Trained weights out of a run's newest checkpoint, for diffusers: a LoRA, or a transformer."""
+"""Trained weights out of a run's checkpoint, for other programs: docs/files.md says which."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gardo.config import check, read_yaml
+from gardo.config import Recipe, check, read_yaml
+from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.distributed.universal import write_universal
 from gardo.policies.base import Policy
+from gardo.policies.folders import SHARD_BYTES, link_pipeline, save_transformer
+from gardo.policies.kohya import save_kohya
+from gardo.policies.lora_files import save_diffusers, save_peft
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
+
+Weights = Mapping[str, Tensor]
+Write = Callable[[Policy, Weights, Path, int], Path]  # (..., bytes a file), returns what it wrote
+
+
+class Trained(Weights):
+    """What trained, by parameter name: each is read from the checkpoint when it is asked for."""
+
+    def __init__(
+        self, saved: Saved, kind: str, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+    ) -> None:
+        self._saved, self._kind, self._shapes, self._dtype = saved, kind, shapes, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._saved.whole(self._kind, name, self._shapes[name]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+# ---- the formats ---------------------------------------------------------------------------------
+
+
+def _kohya(policy: Policy, weights: Weights, folder: Path, _: int) -> Path:
+    if policy.kohya_layout is None:
+        raise ValueError(f"kohya: {policy.settings.family} has no such layout; use diffusers")
+    modules = dict(policy.transformer.named_modules())
+    return save_kohya(
+        weights,
+        folder,
+        alpha=policy.lora.lora_alpha,
+        layout=policy.kohya_layout,
+        rows=lambda module: modules[module].out_features,
+    )
+
+
+def _transformer(policy: Policy, weights: Weights, folder: Path, shard: int) -> Path:
+    if folder.resolve() == (policy.folder / "transformer").resolve():
+        raise ValueError(f"{folder}: the base model itself; give another --out")
+    return save_transformer(policy.transformer, weights, folder, dtype=policy.dtype, limit=shard)
+
+
+def _pipeline(policy: Policy, weights: Weights, folder: Path, shard: int) -> Path:
+    if folder.resolve() == policy.folder.resolve():
+        raise ValueError(f"{folder}: the base model itself; give another --out")
+    link_pipeline(policy.folder, folder)
+    _transformer(policy, weights, folder / "transformer", shard)
+    return folder
+
+
+FORMATS: dict[str, dict[str, Write]] = {  # by what trained; the first is the default
+    "lora": {
+        "diffusers": lambda p, weights, folder, _: save_diffusers(weights, p.lora, folder),
+        "peft": lambda p, weights, folder, _: save_peft(weights, p.lora, folder),
+        "kohya": _kohya,
+    },
+    "full": {"transformer": _transformer, "pipeline": _pipeline},
+}
 
 
 def export_run(
     folder: Path,
     *,
+    format: str | None = None,
+    average: bool = False,
     out: Path | None = None,
     policy: Policy | None = None,
     step: int | None = None,
     verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Exports a run's weights after `step` iterations (the newest checkpoint) to `out`.
 
-    `out` is the run's `export/` unless given. Builds the policy from the run's recipe unless it is
-    given, without reading its transformer's weights. `verify` checks the digests first. Returns the
-    LoRA file, or the transformer folder after full fine-tuning. RecipeError where the run has no
-    such weights.
+    `format` is one of FORMATS that fits what trained, `average` takes the weights' average instead
+    of them. `out` is the run's `export/` unless given, with the format and `-ema` in its name where
+    they are not the usual. Builds the policy from the run's recipe unless it is given, without
+    reading its transformer's weights. `verify` checks the digests first. Files of whole weights
+    hold at most `shard_bytes`. Returns the file or folder. RecipeError where the run has no such
+    weights, or they have no such format.
     """
     saved = _checkpoint(folder, step)
-    if verify and (damage := saved.damage(kind="master")):
+    recipe = _recipe_of(folder)
+    format, write = _format(folder, recipe.train.weights.kind, format)
+    kind = f"slot.{AVERAGE}" if average else "master"
+    if not any(file["kind"] == kind for file in saved.manifest["files"]):
+        raise RecipeError(
+            f"{folder}: --ema: the run kept no average of its weights (train.ema); leave out --ema"
+        )
+    if verify and (damage := saved.damage(kind=kind)):
         raise RecipeError(damage)
-    policy = policy or _policy_of(folder)
+    policy = policy or build_policy(recipe, torch.device("cpu"))
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
     dtype = policy.dtype if policy.lora is None else torch.float32
-    weights = {n: saved.whole("master", n, shape).to(dtype) for n, shape in shapes.items()}
-    return policy.export(weights, out or folder / "export")
+    usual = format in [next(iter(formats)) for formats in FORMATS.values()]
+    name = "-".join(["export", *([] if usual else [format]), *(["ema"] if average else [])])
+    out = out or folder / name
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return write(policy, Trained(saved, kind, shapes, dtype), out, shard_bytes)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _format(folder: Path, kind: str, wanted: str | None) -> tuple[str, Write]:
+    """The format's name and writer. RecipeError where what trained cannot be written so."""
+    formats = FORMATS[kind]
+    name = wanted or next(iter(formats))
+    if name not in formats:
+        trained = "a LoRA" if kind == "lora" else "all weights"
+        why = ""
+        if kind == "lora" and name in FORMATS["full"]:
+            why = (" (fused, a LoRA would be rounded to the weights' precision: load the base "
+                   "model, then the LoRA)")  # fmt: skip
+        raise RecipeError(
+            f"{folder}: --format {name}: this run trained {trained}; use {', '.join(formats)}{why}"
+        )
+    return name, formats[name]
 
 
 def export_universal(folder: Path, *, out: Path | None = None, step: int | None = None) -> Path:
@@ -47,22 +148,21 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
     saved = _checkpoint(folder, step)
     if damage := saved.damage():
         raise RecipeError(damage)
-    shapes = {n: tuple(p.shape) for n, p in _policy_of(folder).trainable().items()}
+    policy = build_policy(_recipe_of(folder), torch.device("cpu"))
+    shapes = {n: tuple(p.shape) for n, p in policy.trainable().items()}
     try:
         return write_universal(saved, shapes, out or folder / "universal")
     except Unusable as error:
         raise RecipeError(str(error)) from error
 
 
-def _policy_of(folder: Path) -> Policy:
-    """The policy of a run's recipe, its transformer without weights, on a whole base: what trains
-    has the same names there."""
+def _recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run, on a whole base: what trains has the same names there."""
     source = folder / "recipe.yaml"
     recipe = check(
         read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
     )
-    model = recipe.model.model_copy(update={"base": None})
-    return build_policy(recipe.model_copy(update={"model": model}), torch.device("cpu"))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": None})})
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:

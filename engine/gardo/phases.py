@@ -141,10 +141,16 @@ def held_to_contract(
     return batches
 
 
+def average(s: Session) -> None:
+    """After an optimizer step: the average of the weights follows, where there is one."""
+    if s.average:
+        s.average.after_update(s.engine.slots)
+
+
 def evaluate(s: Session, step: int) -> None:
-    """Evaluates, logs and shows the weights after `step` iterations."""
+    """Evaluates, logs and shows the weights after `step` iterations, or their average."""
     start = time.monotonic()
-    with s.progress.phase("evaluate"), s.engine.reading("train"):
+    with s.progress.phase("evaluate"), s.engine.reading(s.recipe.evaluated):
         record = s.evaluator(step)
     s.progress.take_seconds()
     record["seconds"] = time.monotonic() - start
@@ -233,8 +239,13 @@ def finish(s: Session) -> None:
         )
     if s.engine.rank == 0:
         folder = s.recipe.run_folder
-        exported = export_run(folder, policy=s.policy, verify=False)  # just written
+        averages = (False, True) if s.average else (False,)
+        exported = [
+            export_run(folder, average=average, policy=s.policy, verify=False)  # just written
+            for average in averages
+        ]
         report = write_report(folder)
         s.progress.message(f"report  {report}")
-        s.progress.message(f"export  {exported}")
+        for path in exported:
+            s.progress.message(f"export  {path}")
     s.engine.barrier()

@@ -18,16 +18,19 @@ from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
 from gardo.data import run_prompts
+from gardo.distributed.average import Average
 from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.nodes import check_shared
 from gardo.distributed.optimizers import check_here
 from gardo.distributed.saved import Unusable, committed
+from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
 from gardo.policies.attention import missing, use_attention
 from gardo.policies.base import Policy
+from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import BASES
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics
@@ -56,6 +59,7 @@ class Session:
     ctx: LossContext
     log: MetricsLog | None
     progress: Progress
+    average: Average | None = None  # of the weights, where the recipe asks for one
     first_step: int = 0
 
     def write(self, record: dict[str, Any]) -> None:
@@ -67,6 +71,7 @@ class Session:
         return {
             "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -92,10 +97,13 @@ class Session:
         base = self.policy.identity if self.engine.rank == 0 else state["base"]
         if self.engine.agree_max(int(base != state["base"])):
             raise RecipeError(
-                f"{saved.folder}: it trained {state['base']}, model.path is {base}; use that model"
+                f"{saved.folder}: it trained {state['base']}, model.path and train.weights.path "
+                f"are {base}; use those that it trained"
             )
         self.checkpoints.set_aside(saved)
         self.algorithm.load_state_dict(state["algorithm"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.evaluator.restore(state["first_evaluation"])
         self.first_step = saved.step
         self.progress.resumed(saved.step)
@@ -231,7 +239,7 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
 
 # of a run that has started, with all that is inside
 FIXED = re.compile(
-    r"(model\.(?!encoders$)|train\.weights|train\.optimizer\.name|algorithm(\.base)*\.name).*"
+    r"(model\.(?!encoders$)|train\.(weights|ema|optimizer\.name)|algorithm(\.base)*\.name).*"
 )
 
 
@@ -320,6 +328,8 @@ def load_models(
     try:
         find_rewards(recipe)  # minutes before they load, a missing one is known
         policy = build_policy(recipe, device)
+        if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
+            policy.start_from(open_lora(recipe.train.weights.path))
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
         use_attention(
@@ -330,7 +340,10 @@ def load_models(
         raise RecipeError(f"{source}: {error}") from error
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error
-    return policy, panel, build_engine(recipe, policy, plan, device)
+    engine = build_engine(recipe, policy, plan, device)
+    if policy.start:
+        load_masters(engine.shards, policy.start.read())
+    return policy, panel, engine
 
 
 def world_of(recipe: Recipe, policy: Policy) -> World:
@@ -387,7 +400,7 @@ def open_session(
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
-    engine.make_slots(algorithm.slots)
+    engine.make_slots(recipe.slots)
     session = Session(
         recipe=recipe,
         geometry=plan,
@@ -401,6 +414,7 @@ def open_session(
         ctx=LossContext(policy, panel.differentiable_score),
         log=None,
         progress=progress,
+        average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
     if engine.gather_note:
         progress.message(engine.gather_note)

@@ -12,6 +12,7 @@ from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
 from gardo.phases import (
+    average,
     checkpoint,
     commit_checkpoint,
     credited,
@@ -56,6 +57,7 @@ def train(s: Session) -> None:
                 if engine.step():
                     norms.append(engine.grad_norm)
                     algorithm.after_update(slots)
+                    average(s)
             totals = engine.reduce(totals)
             events = algorithm.after_step(slots, totals)
         log_step(s, step + 1, scores, everyone, work, totals, norms, events)

@@ -29,7 +29,7 @@ LAYOUTS = [
     FAILING,
     Case("gardo_nft_released", "full", "stage3", ("once",)),
     Case("gardo_nft", "full", "stage3", ("offload_all",)),
-    Case("diffusion_nft", "lora", "stage3", ("tight", "once", "selective", "host"), steps=2),
+    Case("diffusion_nft", "lora", "stage3", ("tight", "once", "selective", "host", "ema"), steps=2),
     Case("refl", "lora", "stage3", ("tight", "persistent"), steps=2),
     Case("gardo", "full", "stage2", ("uneven", "offload", "matmuls")),
     Case("gardo_flash", "lora", "stage2"),

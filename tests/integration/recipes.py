@@ -85,6 +85,8 @@ TRAINING: dict[str, Sections] = {
         },
     },
     "all_rows": {"train": {"keep_all_rows": True}},
+    "ema": {"train": {"ema": {"decay": 0.5, "every": 2}}},
+    "start": {},  # from the LoRA in FOLDER/start
     "recompute": {"algorithm": {"old_velocity": "recompute"}},
     "wide": {"model": {"size": [16, 32]}},
     "tall": {"model": {"size": [48, 24]}},
@@ -168,6 +170,8 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
     for option in case.options:
         for section, values in {**TRAINING, **LAYOUT}[option].items():
             sections[section] = {**sections[section], **values}
+    if case.has("start"):
+        sections["train"]["weights"] = {**WEIGHTS["lora"]["weights"], "path": str(folder / "start")}
     if case.algorithm == "refl":  # half as many rows: one a sample
         sections["train"]["micro_batch"] //= 2
     return sections

@@ -28,9 +28,9 @@ def saving(algorithm: str, weights: str, engine: str, *options: str) -> Case:
 
 EIGHT_BIT = saving("gardo", "lora", "stage3", "eight_bit", "offload")
 CASES = [
-    saving("gardo", "lora", "stage3"),
+    saving("gardo", "lora", "stage3", "ema"),
     saving("flow_grpo", "full", "stage3", "tight", "each", "full", "bf16"),
-    saving("diffusion_nft", "full", "stage1"),
+    saving("diffusion_nft", "full", "stage1", "ema"),
     saving("refl", "full", "stage0").plus("behind"),
     EIGHT_BIT,
     saving("gardo_awm", "lora", "stage3"),

@@ -61,6 +61,15 @@ def homes(shards: Shards) -> list[Tensor]:
     return list({id(piece.home): piece.home for piece in shards.pieces}.values())
 
 
+@torch.no_grad()
+def load_masters(shards: Shards, weights: Mapping[str, Tensor]) -> None:
+    """Overwrites what trains with whole parameters by name. A collective: each rank has them all"""
+    for piece in shards.pieces:
+        whole = weights[piece.name].reshape(-1)
+        piece.of(piece.home).copy_(whole[piece.start : piece.start + piece.length])
+    shards.refresh()
+
+
 def _overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
     kept = [t.clone() for t in tensors]
     for tensor, value in zip(tensors, values, strict=True):

@@ -54,7 +54,7 @@ class EvaluateSettings(Strict):
 
 
 class Evaluator:
-    """Evaluates the live weights; every rank calls it, every rank gets the record."""
+    """Evaluates the weights that are in place; every rank calls it, every rank gets the record."""
 
     def __init__(
         self,

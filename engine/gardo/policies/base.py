@@ -25,13 +25,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gardo.hub import download_error
 from gardo.policies.attention import BACKENDS, check_name
 from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
 from gardo.policies.embeddings import Embeddings, Residence
+from gardo.policies.kohya import Layout
+from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.quantised import BASES, placing, quantise
 from gardo.policies.targets import check_targets
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
@@ -131,6 +132,7 @@ class Policy:
     transformer_name: ClassVar[str]  # of a class of diffusers, as is `Settings.pipeline_name`
     lora_targets: ClassVar[tuple[str, ...]]
     block_lists: ClassVar[tuple[str, ...]]  # the transformer's lists of alike blocks
+    kohya_layout: ClassVar[Layout | None] = None  # its modules in kohya's LoRA files
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class Policy:
         if self.height * self.width > DECODED:
             pipeline.vae.enable_tiling()
         self.lora: Any = None  # the adapter's LoraConfig
+        self.start: LoraFile | None = None  # the LoRA that training goes on from
         if not defer:
             self.load_transformer()
 
@@ -197,15 +200,17 @@ class Policy:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Which base model this is: its id, and its revision or its transformer's digest."""
+        """What training starts from: the base model's id with its revision or its transformer's
+        digest, and the digest of the LoRA that training goes on from."""
+        lora = {"lora": self.start.digest} if self.start else {}
         path = self.settings.path
         if is_hub_id(path) and not Path(model_path(path)).is_dir():
-            return {"id": path, "revision": self.folder.name}
+            return {"id": path, "revision": self.folder.name, **lora}
         digest = hashlib.sha256()
         for file in self.weight_files.paths:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return {"id": path, "sha256": digest.hexdigest()}
+        return {"id": path, "sha256": digest.hexdigest(), **lora}
 
     def load_transformer(self, place: Place = set_parameter, *, reads: bool = True) -> None:
         """Reads the transformer's weights, one at a time; `place` says what becomes of each."""
@@ -354,16 +359,10 @@ class Policy:
 
         A Gaussian, B zero; the same on every rank. Without `initialise` it has no values yet.
         """
-        from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
         check_targets(self.transformer, targets or self.lora_targets)
-        self.lora = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            init_lora_weights="gaussian",
-            target_modules=sorted(targets or self.lora_targets),
-        )
+        self.lora = lora_config(rank=rank, alpha=alpha, targets=targets or self.lora_targets)
         with torch.random.fork_rng(devices=[]):
             self.transformer.add_adapter(self.lora)
             torch.manual_seed(seed)
@@ -380,6 +379,21 @@ class Policy:
         for half in halves:
             half.to(self.device, self.dtype)
 
+    def start_from(self, lora: LoraFile) -> None:
+        """Names the LoRA whose values training goes on from; the engine reads them.
+
+        ValueError where it has not just the modules that train, in their sizes.
+        """
+        shapes = {n: tuple(p.shape) for n, p in self.trainable().items()}
+        for name in sorted(shapes.keys() | lora.shapes.keys()):
+            if shapes.get(name) != lora.shapes.get(name):
+                found, wanted = lora.shapes.get(name, "nothing"), shapes.get(name, "nothing")
+                raise ValueError(
+                    f"train.weights.path: {lora.path} has {found} for {name}, this model trains "
+                    f"{wanted}; use a LoRA of this model and these train.weights.targets"
+                )
+        self.start = lora
+
     def train_full(self) -> None:
         self.transformer.requires_grad_(True)
 
@@ -393,37 +407,6 @@ class Policy:
     def checkpoint_activations(self, mode: Checkpointing) -> None:
         """What blocks keep for their backward pass: see checkpointing.py."""
         checkpoint_blocks(self.transformer, mode)
-
-    def _lora_metadata(self) -> dict[str, Any]:
-        """What diffusers stores beside the weights; sets sorted, so that a file is reproducible."""
-        metadata = self.transformer.peft_config["default"].to_dict()
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-
-    def export(self, weights: Mapping[str, Tensor], folder: Path) -> Path:
-        """Writes trained weights (`trainable()` names) for diffusers.
-
-        A LoRA with its metadata, or a transformer folder; returns what was written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.lora is None:
-            self.transformer.save_config(folder)
-            buffers = self.transformer.state_dict().keys() - dict(
-                self.transformer.named_parameters()
-            )
-            state = {n: self.transformer.get_buffer(n) for n in buffers} | dict(weights)
-            state = {n: t.to(self.dtype).contiguous() for n, t in state.items()}
-            save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-            return folder
-        from peft.utils import get_peft_model_state_dict
-
-        self.pipeline_class.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(
-                self.transformer, {n: t.contiguous() for n, t in weights.items()}
-            ),
-            transformer_lora_adapter_metadata=self._lora_metadata(),
-        )
-        return folder / "pytorch_lora_weights.safetensors"
 
 
 def _of_diffusers(name: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gardo.flow import flux_sigmas
+from gardo.policies import kohya
 from gardo.policies.base import Policy, PolicySettings
 
 
@@ -22,6 +23,7 @@ class FluxPolicy(Policy):
     Settings = FluxSettings
     transformer_name = "FluxTransformer2DModel"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    kohya_layout = kohya.FLUX
     lora_targets = (  # Flow-GRPO's list
         "attn.to_q",
         "attn.to_k",

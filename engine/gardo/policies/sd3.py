@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gardo.flow import sd3_sigmas
+from gardo.policies import kohya
 from gardo.policies.base import Policy, PolicySettings
 from gardo.settings import config_folder
 
@@ -50,6 +51,7 @@ class SD3Policy(Policy):
     Settings = SD3Settings
     transformer_name = "SD3Transformer2DModel"
     block_lists = ("transformer_blocks",)
+    kohya_layout = kohya.SD3
     lora_targets = (
         "attn.add_k_proj",
         "attn.add_q_proj",

@@ -31,7 +31,7 @@ class WeightFiles:
             self._file = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             single = "diffusion_pytorch_model.safetensors"
-            self._file = dict.fromkeys(_shapes(folder / single), single)
+            self._file = dict.fromkeys(shapes_in(folder / single), single)
 
     @property
     def paths(self) -> list[Path]:
@@ -39,7 +39,7 @@ class WeightFiles:
 
     def check(self, module: nn.Module) -> None:
         """ValueError where a parameter of `module` has no weights of its shape; reads headers."""
-        shapes = {n: shape for path in self.paths for n, shape in _shapes(path).items()}
+        shapes = {n: shape for path in self.paths for n, shape in shapes_in(path).items()}
         for name, parameter in module.named_parameters():
             if shapes.get(name) != tuple(parameter.shape):
                 there = f"shape {list(shapes[name])}" if name in shapes else "no such tensor"
@@ -57,7 +57,7 @@ class WeightFiles:
             return file.get_tensor(stored)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a file. ValueError where it cannot be read."""
     try:
         with safe_open(path, "pt") as file:

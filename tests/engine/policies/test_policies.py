@@ -1,109 +1,26 @@
-"""Both model families on tiny random pipelines: sampling against diffusers', training, export."""
+"""Both model families on tiny random pipelines: sampling against diffusers', training."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from pydantic import ValidationError
-from safetensors import safe_open
 
 from gardo.flow import transitions
-from gardo.plugins import names, resolve
+from gardo.plugins import names
 from gardo.policies.base import Policy
 from gardo.rollout import rows_of
-from gardo.tiny.models import flux_pipeline, sd3_pipeline
-from gardo_kernels import sde_step
-
-FAMILIES = {"flux": flux_pipeline, "sd3": sd3_pipeline}
-TRANSFORMERS = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel}
-PROMPTS = ["two red circles", "one blue square", "three green triangles"]
-HEIGHT, WIDTH = 32, 24  # not square: an exchange of the two would show
-CPU = torch.device("cpu")
-
-Make = Callable[..., Policy]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random pipelines in diffusers format, one a family."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for family, build in FAMILIES.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
-            pipeline = build()
-            pipeline.vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
-            if family == "sd3":  # as in a real checkpoint: not what the class would compute
-                pipeline.transformer.pos_embed.pos_embed.mul_(1.5)
-            pipeline.save_pretrained(root / family)
-    return {family: root / family for family in FAMILIES}
-
-
-@pytest.fixture(scope="session")
-def make(folders: dict[str, Path]) -> Make:
-    """A fresh policy: make(family, settings...)."""
-
-    def build(family: str, /, dtype: torch.dtype = torch.float32, **settings: Any) -> Policy:
-        plugin = resolve("gardo.policies", family)
-        given = {"path": str(folders[family]), "size": [HEIGHT, WIDTH], "text_tokens": 8}
-        return plugin(plugin.Settings(**(given | settings)), dtype=dtype, device=CPU)
-
-    return build
-
-
-@pytest.fixture(scope="session", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def policy(make: Make, family: str) -> Policy:
-    """Shared by the tests that change nothing."""
-    return make(family)
-
-
-def latents(policy: Policy, count: int = len(PROMPTS), seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, *policy.latent_shape, generator=generator)
-
-
-def velocity(policy: Policy) -> torch.Tensor:
-    """At a time of its own in each row."""
-    with torch.no_grad():
-        return policy.velocity(
-            latents(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS)
-        )
-
-
-def images(policy: Policy, steps: int = 3) -> torch.Tensor:
-    return policy.generate(policy.encode(PROMPTS), latents(policy), steps=steps)
-
-
-def euler(policy: Policy, steps: int) -> torch.Tensor:
-    """The latents of the training loop's own sampler, without noise."""
-    x, conditioning = latents(policy), policy.encode(PROMPTS)
-    table = transitions(policy.sigmas(steps), "ode")
-    for t in range(steps):
-        row_B = torch.full((len(x),), t)
-        with torch.no_grad():
-            v = policy.velocity(x, table.rows(row_B, "sigma"), conditioning)
-        x = sde_step(x, v, table.table_TK, row_B).x
-    return x
-
-
-def randomise(policy: Policy) -> dict[str, torch.Tensor]:
-    """Weights far from the initial ones, as an engine would gather them."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in policy.trainable().values():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data += (0.1 * noise).to(parameter)
-    return {n: p.detach().float().clone() for n, p in policy.trainable().items()}
-
+from tests.engine.policies.tiny import (
+    FAMILIES,
+    HEIGHT,
+    PROMPTS,
+    WIDTH,
+    euler,
+    images,
+    latents,
+    randomise,
+    velocity,
+)
 
 # Sampling ----------------------------------------------------------------------------------------
 
@@ -336,55 +253,6 @@ def test_lora_is_a_function_of_the_seed(make, family):
         is_a = ".lora_A." in name  # B is zero
         assert torch.equal(parameter, other[name]) != is_a
         assert bool(parameter.any()) == is_a
-
-
-@pytest.mark.parametrize("targets", [None, ("attn.to_q", "attn.to_v")])
-def test_lora_export_loads_into_a_fresh_pipeline(make, family, tmp_path, targets):
-    policy, fresh = make(family), make(family)
-    policy.train_lora(rank=4, alpha=12, targets=targets, seed=5)
-    file = policy.export(randomise(policy), tmp_path / "deep" / "export")
-    untrained, expected = images(fresh), images(policy)
-    assert (expected - untrained).abs().max() > 1e-2
-    fresh.pipeline.load_lora_weights(file.parent)
-    assert torch.equal(images(fresh), expected)
-
-    wanted = set(targets or policy.lora_targets)
-    (loaded,) = fresh.transformer.peft_config.values()
-    with safe_open(file, "pt") as opened:
-        kept = json.loads(opened.metadata()["lora_adapter_metadata"])
-    kept = {n.removeprefix("transformer."): value for n, value in kept.items()}
-    for config in (loaded.to_dict(), kept):
-        assert (config["r"], config["lora_alpha"]) == (4, 12)
-        assert set(config["target_modules"]) == wanted
-
-
-def test_lora_export_writes_the_weights_given(make, family, tmp_path):
-    """An average, say, not what the model holds at the moment."""
-    policy, fresh = make(family), make(family)
-    policy.train_lora(rank=4, alpha=8, targets=None, seed=5)
-    given = randomise(policy)
-    expected = images(policy)
-    for parameter in policy.trainable().values():
-        parameter.data.zero_()
-    fresh.pipeline.load_lora_weights(policy.export(given, tmp_path))
-    assert torch.equal(images(fresh), expected)
-
-
-# Full weights ------------------------------------------------------------------------------------
-
-
-def test_full_export_is_a_diffusers_transformer(make, family, tmp_path):
-    policy, fresh = make(family), make(family)
-    policy.train_full()
-    assert set(policy.trainable()) == {n for n, _ in policy.transformer.named_parameters()}
-    weights = randomise(policy)
-    folder = policy.export(weights, tmp_path / "deep" / "export")
-    expected, untrained = velocity(policy), velocity(fresh)
-    assert (expected - untrained).abs().max() > 1e-2
-    loaded, report = TRANSFORMERS[family].from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    fresh.pipeline.transformer = loaded.eval()
-    assert torch.equal(velocity(fresh), expected)
 
 
 # Settings ----------------------------------------------------------------------------------------
