@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gardo import config, settings
 from gardo.config import Recipe
+from gardo.hub import download_error
 from gardo.planner.live import LiveBytes, make_fake
 from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES, linears, stored_bytes
@@ -35,23 +36,19 @@ KEPT = 2  # blocks of a kind that are run
 CPU = torch.device("cpu")
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, revision: str | None = None) -> Path:
     """A diffusers folder with the configuration of a model, and perhaps nothing else.
 
-    ValueError where a hub id's is neither shipped nor to be had.
+    FieldError where a hub id's is neither shipped nor to be had.
     """
     if folder := settings.config_folder(path):
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"model.path: the configuration of {path!r} is not to be had ({error}); give a local "
-            "folder, or log in with `hf auth login`"
-        ) from error
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json"]))
+    except Exception as error:  # whatever a hub, a network or a disk can say
+        raise download_error(error, "model.path", path, revision, ["*.json"]) from error
 
 
 class Shadow:
@@ -59,7 +56,7 @@ class Shadow:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.mode = recipe, FakeTensorMode(allow_non_fake_inputs=True)
-        self.folder = model_folder(recipe.model.path)
+        self.folder = model_folder(recipe.model.path, recipe.model.revision)
         dtype = getattr(torch, recipe.distributed.precision)
         plugin: type[Policy] = config.policy_plugin(recipe.model)
         self.policy = self._policy(plugin, dtype)
