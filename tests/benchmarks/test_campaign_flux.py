@@ -144,7 +144,7 @@ def test_training_flops(policy, checkpointing):
     plain = counter.get_total_flops() + 0.5 * 2 * count.attention  # of a flash backward pass
     if checkpointing == "none":
         assert counter.get_total_flops() == model
-    assert plain == pytest.approx(executed, rel=0.01)  # a block's last LoRA product is not redone
+    assert plain == pytest.approx(executed, rel=0.02)  # but for LoRA's products, which are small
 
 
 def test_flops_of_flux_dev():
