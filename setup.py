@@ -9,6 +9,7 @@ README = Path(__file__).parent / "README.md"
 EXTRAS = {
     "cuda": ["bitsandbytes"],
     "flash": ["flash-attn"],  # built from source: needs nvcc and patience
+    "flash4": ["flash-attn-4>=4.0.0b1"],  # pre-releases, which pip must be asked for
     "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "fastapi", "uvicorn", "httpx", "scipy"],
     "track": ["tensorboard", "wandb"],
     "dev": [

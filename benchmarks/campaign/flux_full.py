@@ -86,12 +86,13 @@ def cases(shape: Shape) -> list[Case]:
         *(Case("weights", 0, short, lora=lora) for lora in (False, True)),
         sample(one), sample(many),
         train(few, "full"), train(few, "none"), train(few, "selective"),
+        train(few, "matmuls"),
         *(train(size, "full") for size in others),
         *(Case("profile", few, short, block=block) for block in ("double", "single")),
         sample(many, path="compiled"), train(few, "full", path="compiled"),
         *(work for name in ATTENTION[1:]
           for work in (sample(many, attention=name), train(few, "full", attention=name))),
-        *(train(size, mode) for mode in ("selective", "none") for size in others),
+        *(train(size, mode) for mode in ("matmuls", "selective", "none") for size in others),
         *(sample(size) for size in more),
         sample(many, lora=False), sample(many, long),
         train(few, "none", path="compiled"), train(others[0], "full", path="compiled"),
@@ -134,7 +135,6 @@ class Bench:
         set_up(
             self.policy, path=case.path, attention=case.attention,
             checkpointing=case.checkpointing, compiler=self.shape.compiler,
-            grad=case.work != "sample",
         )  # fmt: skip
         if case.work == "profile":
             return self.profiled(case)

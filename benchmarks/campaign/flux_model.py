@@ -19,22 +19,19 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from core_ops.machine import Machine, this_machine
 from gardo.flow import transitions
+from gardo.policies.attention import BACKENDS, missing, use_attention
 from gardo.policies.flux import FluxPolicy, FluxSettings
 
-from .table import Unavailable, one_line
+from .table import Unavailable
 
 STEPS, TRAINED, NOISE_LEVEL = 6, 4, 0.9  # GARDO's sampler for Flux
 RANDOM_B = 0.002  # std of a trained LoRA's B: the adapter adds about 3 % to a layer's output
-ATTENTION = (  # of diffusers' dispatcher; its hub_ backends need a network
-    "native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3",
-    "xformers",
-)  # fmt: skip
+ATTENTION = tuple(name for name, backend in BACKENDS.items() if backend.backward)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -173,14 +170,14 @@ def rows_of(policy: FluxPolicy, samples: int, text_tokens: int) -> Rows:
 
 
 def set_up(
-    policy: FluxPolicy, *, path: str, attention: str, checkpointing: str, compiler: str, grad: bool
+    policy: FluxPolicy, *, path: str, attention: str, checkpointing: str, compiler: str
 ) -> None:
     """Blocks eager or compiled one by one, an attention backend, what a forward pass keeps."""
     for block in policy.blocks():
         block.__dict__.pop("forward", None)  # the compiled one; the class has its own
     policy.transformer.disable_gradient_checkpointing()
     policy.checkpoint_activations(checkpointing)
-    use_attention(policy, attention, grad)
+    choose_attention(policy, attention)
     if path == "compiled":
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -195,22 +192,11 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def use_attention(policy: FluxPolicy, name: str, grad: bool) -> None:
-    """Switches the backend after it has run once, backward where gradients are wanted."""
-    config = policy.transformer.config
-    shape = (1, 128, config.num_attention_heads, config.attention_head_dim)
-    try:
-        policy.transformer.set_attention_backend(name)
-        q, k, v = (
-            torch.randn(shape, device=policy.device, dtype=policy.dtype, requires_grad=grad)
-            for _ in range(3)
-        )
-        out = dispatch_attention_fn(q, k, v, backend=name)
-        if grad:
-            out.sum().backward()
-    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        policy.transformer.set_attention_backend("native")
-        raise Unavailable(one_line(error)) from None
+def choose_attention(policy: FluxPolicy, name: str) -> None:
+    """Switches the backend, once it has run forward and backward on this device."""
+    if lacks := missing(name, policy.device):
+        raise Unavailable(f"{name}: {lacks}")
+    use_attention(policy.transformer, name)
 
 
 # ---- what it computes ----------------------------------------------------------------------------
@@ -231,7 +217,8 @@ class Flops:
         A flash backward pass has five matmuls where the forward pass has two.
         """
         again = {
-            "none": 0.0, "selective": self.blocks - self.attention, "full": self.blocks
+            "none": 0.0, "matmuls": 0.0,  # LoRA's second product is run again, 1 % of a block
+            "selective": self.blocks - self.attention, "full": self.blocks,
         }[checkpointing]  # fmt: skip
         model = self.forward + self.backward
         return model, model + again + 0.5 * self.attention

@@ -100,6 +100,7 @@ def cases(shape: Shape) -> list[Case]:
     return [
         equal(short, "none"), unequal(short), unequal(short, lora_b="zero"),
         equal(short), equal(short, "selective"), unequal(short, "selective"),
+        equal(short, "matmuls"), unequal(short, "matmuls"),
         equal(short, "none", lora_b="zero"), unequal(short, "none"),
         Case(many, many, short), Case(most, one, short),
         unequal(long), equal(long),
@@ -141,7 +142,7 @@ class Bench:
         """[R, X] in the model's dtype: as rollouts compute them, step by step, or as training."""
         if side not in self.made:
             set_up(
-                self.policy, path=side.path, attention=side.attention, grad=side.grad,
+                self.policy, path=side.path, attention=side.attention,
                 checkpointing=side.checkpointing, compiler=self.shape.compiler,
             )  # fmt: skip
             set_lora_b(self.policy, side.lora_b)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gardo.algorithms.base import SamplerSettings
-from gardo.distributed.base import OptimizerSettings
+from gardo.distributed.optimizers import OptimizerSettings
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.settings import Pair, Strict
 from gardo.types import Prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,23 @@ def _launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
+def _ranks(gpus: int | None, hostfile: Path | None) -> int:
+    """How many ranks the options ask for. ValueError where they cannot be started."""
+    from gardo.distributed.nodes import read_hostfile
+
+    if hostfile is None:
+        return gpus or 1
+    if gpus:
+        raise ValueError(f"--gpus {gpus}: --hostfile says how many each machine has; drop --gpus")
+    hosts = read_hostfile(hostfile)
+    if shutil.which("pdsh") is None:
+        raise ValueError(
+            "--hostfile: the deepspeed launcher reaches other machines with pdsh, which is not on "
+            "the PATH; install it, or start the ranks with Slurm (recipes/cluster/slurm.sbatch)"
+        )
+    return sum(hosts.values())
+
+
 def _run(command: list[str]) -> int:
     """Runs the command in a process group of its own; signals that reach us reach all of it."""
     env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
@@ -60,37 +78,48 @@ def train(
         typer.Option("--resume", help="go on from the run's newest checkpoint; without one, start"),
     ] = False,
     gpus: Annotated[
-        int, typer.Option(min=1, help="ranks: GPUs, or CPU processes where there is no GPU")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="ranks here: GPUs, or CPU processes where there is none; 1"),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="ranks on several machines, by ssh: a line `NAME slots=GPUS` each"),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(help="where ranks meet; runs that share a machine need one each")
+    ] = 29500,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="train even what will not fit, by the plan")
     ] = False,
 ) -> None:
-    """Train a recipe; with engine zero through the deepspeed launcher on --gpus ranks."""
+    """Train a recipe; with engine zero through the deepspeed launcher on as many ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
     from gardo.config import load
+    from gardo.distributed.nodes import for_pdsh
     from gardo.planner import geometry
     from gardo.recipe_errors import RecipeError
 
     overrides = set_ or []
     try:
+        world = _ranks(gpus, hostfile)
         checked = load(recipe, overrides)
-        geometry(checked, rank=0, world=gpus, source=str(recipe))
+        geometry(checked, rank=0, world=world, source=str(recipe))
         here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
-        if 0 < here < gpus:
+        if not hostfile and 0 < here < world:
             raise RecipeError(
-                f"--gpus {gpus}: this machine has {here}; use --gpus {here}, or set "
+                f"--gpus {world}: this machine has {here}; use --gpus {here}, or set "
                 "DS_ACCELERATOR=cpu to run on the CPU"
             )
-        if checked.distributed.engine == "local" and gpus > 1:
+        if checked.distributed.engine == "local" and world > 1:
+            drop = f"--hostfile {hostfile}" if hostfile else f"--gpus {world}"
             raise RecipeError(
-                f"{recipe}: distributed.engine: local runs in one process; drop --gpus {gpus}, "
+                f"{recipe}: distributed.engine: local runs in one process; drop {drop}, "
                 "or use engine zero"
             )
-        _say_plan(checked, str(recipe), gpus, on_gpu=here > 0, ignore=ignore_plan)
-    except RecipeError as error:
+        _say_plan(checked, str(recipe), world, on_gpu=here > 0, ignore=ignore_plan)
+    except (RecipeError, ValueError) as error:
         _refuse(error)
     arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
     arguments += ["--resume"] if resume else []
@@ -98,7 +127,13 @@ def train(
         raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
-    launch = [*_launcher(), "--log_level", "error", "--num_gpus", str(gpus)]
+    launch = [*_launcher(), "--log_level", "error", "--master_port", str(port)]
+    if hostfile:
+        # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
+        launch += ["--hostfile", str(hostfile), "--force_multi"]
+        arguments = [for_pdsh(argument) for argument in arguments]
+    else:
+        launch += ["--num_gpus", str(world)]
     raise typer.Exit(_run([*launch, "--module", "gardo.train", *arguments]))
 
 

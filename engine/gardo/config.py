@@ -20,12 +20,16 @@ from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, Wrapper, plugin_of
 from gardo.data import load_prompts
 from gardo.distributed.average import AVERAGE, AverageSettings
-from gardo.distributed.base import DistributedSettings, OptimizerSettings, RolloutSettings
+from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
+from gardo.distributed.optimizers import OptimizerSettings, check_optimizer
 from gardo.distributed.slots import LIVE
 from gardo.evaluation.evaluate import EvaluateSettings
+from gardo.policies.attention import check_settings
 from gardo.policies.base import PolicySettings
+from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.lora_files import open_lora
+from gardo.policies.quantised import check_base
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
@@ -60,9 +64,10 @@ class TrainSettings(Strict):
     keep_all_rows: bool = Field(
         False, description="train rows that weigh nothing too: for comparisons of speed"
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Checkpointing = Field(
         "none",
-        description="what blocks run again in the backward pass: nothing, all but attention, all",
+        description="what blocks run again in the backward pass: nothing, all but attention, all "
+        "but attention and matmuls, all",
     )
 
 
@@ -447,7 +452,20 @@ def _diversity_fits(recipe: Recipe) -> None:
 
 
 def _distributed_fits(recipe: Recipe) -> None:
+    check_base(
+        recipe.model.base,
+        trains_all=recipe.train.weights.kind == "full",
+        precision=recipe.distributed.precision,
+        partitions_weights=recipe.distributed.engine == "zero" and recipe.distributed.stage == 3,
+        offload=recipe.distributed.offload,
+    )
     recipe.distributed.check(recipe.slots)
+    check_optimizer(
+        recipe.train.optimizer.name,
+        engine=recipe.distributed.engine,
+        offload=recipe.distributed.offload,
+        masters=recipe.distributed.masters,
+    )
 
 
 def _start_fits(recipe: Recipe) -> None:
@@ -465,7 +483,15 @@ def _start_fits(recipe: Recipe) -> None:
         raise ValueError(f"train.weights.{error}") from None
 
 
-_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits)
+def _attention_fits(recipe: Recipe) -> None:
+    check_settings(
+        recipe.model.attention,
+        precision=recipe.distributed.precision,
+        deterministic=recipe.run.deterministic,
+    )
+
+
+_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
 _RULES = (*_WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
 
 

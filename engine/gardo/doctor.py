@@ -16,12 +16,13 @@ from typing import Literal
 
 import torch
 
+from gardo.policies.attention import BACKENDS, missing
 from gardo_kernels import Backend, kernels_run_on
 from gardo_kernels._examples import Examples, On, op_modules
 
 State = Literal["ok", "note", "problem"]
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
-OPTIONAL = {"bitsandbytes": "optimizer adamw_8bit", "flash_attn": "attention backend flash"}
+OPTIONAL = {"bitsandbytes": "model.base nf4 and int8, its optimizers:"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def examine(kernels: Backend = "auto") -> Iterator[Finding]:
     device = torch.device("cuda" if cuda else "cpu")
     yield from _packages()
     yield from _devices(device)
+    yield from _attention(device)
     yield from _kernels(device, kernels)
 
 
@@ -68,6 +70,13 @@ def _devices(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"gpu {index}", "ok", f"{properties.name}, {size:.0f} GiB, sm {capability}")
     bf16 = torch.cuda.is_bf16_supported()
     yield Finding("bfloat16", "ok" if bf16 else "problem", "yes" if bf16 else "not on this GPU")
+
+
+def _attention(device: torch.device) -> Iterator[Finding]:
+    for name in BACKENDS:
+        lacks = missing(name, device)
+        runs = "runs, forward and backward"
+        yield Finding(f"attention {name}", "note" if lacks else "ok", lacks or runs)
 
 
 def _kernels(device: torch.device, kernels: Backend) -> Iterator[Finding]:

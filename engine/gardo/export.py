@@ -157,8 +157,13 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
 
 
 def _recipe_of(folder: Path) -> Recipe:
+    """A run's recipe, on a whole base: what trains has the same names there."""
     source = folder / "recipe.yaml"
-    return check(read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=())
+    recipe = check(
+        read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
+    )
+    model = recipe.model.model_copy(update={"base": None})
+    return recipe.model_copy(update={"model": model})
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:

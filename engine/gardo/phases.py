@@ -176,6 +176,9 @@ def log_step(
     metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
+    if s.engine.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(s.engine.device)
+        metrics["peak_bytes"] = s.engine.agree_max(peak)  # of a rank, since the start
     record = {
         "kind": "step",
         "step": step,

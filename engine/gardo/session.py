@@ -19,21 +19,26 @@ from gardo.algorithms.base import Algorithm, World, build
 from gardo.config import Recipe
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
-from gardo.distributed.base import Engine
+from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
+from gardo.distributed.nodes import check_shared
+from gardo.distributed.optimizers import check_here
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.planner import Geometry, geometry
+from gardo.policies.attention import missing, use_attention
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
+from gardo.policies.quantised import BASES
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
+from gardo.settings import FieldError, check_installed
 from gardo.types import Prompt
 from gardo_kernels import kernels_run_on
 
@@ -156,7 +161,7 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
     policy.free_encoders(
         [*used, *recipe.evaluation_prompts()],
         Path(recipe.run.folder) / "embeddings",
-        share=(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world))),
+        share=(local_rank, ranks_here(world)),
         wait=wait,
     )
 
@@ -277,7 +282,7 @@ def ranks() -> tuple[int, int, int]:
 def use_threads(recipe: Recipe, world: int) -> None:
     """CPU threads of this rank: the recipe's, or its share of the cores."""
     torch.set_num_threads(
-        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // world)
+        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
     )
 
 
@@ -303,6 +308,17 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
             "auto or torch"
         )
+    try:
+        check_here(recipe.train.optimizer.name, device)
+        if recipe.model.base in BASES:
+            check_installed("bitsandbytes", f"model.base: {recipe.model.base}")
+    except FieldError as error:
+        raise RecipeError(f"{source}: {error}") from error
+    if lacks := missing(recipe.model.attention, device):
+        raise RecipeError(
+            f"{source}: model.attention: {recipe.model.attention}: {lacks}; `gardo doctor` says "
+            "which attention runs here"
+        )
 
 
 def load_models(
@@ -316,7 +332,12 @@ def load_models(
             policy.start_from(open_lora(recipe.train.weights.path))
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
+        use_attention(
+            policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
+        )
         panel = build_panel(recipe, device)
+    except FieldError as error:
+        raise RecipeError(f"{source}: {error}") from error
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
         raise RecipeError(f"{source}: a model does not load: {error}") from error
     engine = build_engine(recipe, policy, plan, device)
@@ -374,6 +395,10 @@ def open_session(
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
+    try:
+        check_shared(Path(recipe.run.folder), engine)
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -33,6 +34,16 @@ def is_hub_id(path: str) -> bool:
     owner, slash, name = path.partition("/")
     looks_local = path.startswith(("builtin:", ".", "/", "~")) or not slash or "/" in name
     return not looks_local and not Path(owner).is_dir()
+
+
+class FieldError(ValueError):
+    """What is wrong with a field of a recipe, where no recipe is at hand; opens with the field."""
+
+
+def check_installed(package: str, field: str) -> None:
+    """FieldError where a package that a field's value needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise FieldError(f"{field}: needs {package}, which is not here; pip install {package}")
 
 
 class Strict(BaseModel):

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
 from gardo.flow import sd3_sigmas, transitions
 from gardo.rollout import batch_of, parts, recorded_points, rows_of, sample, teach
 from gardo.types import Credit, Points, SamplePlan

@@ -31,7 +31,7 @@ LAYOUTS = [
     Case("gardo_nft", "full", "stage3", ("offload_all",)),
     Case("diffusion_nft", "lora", "stage3", ("tight", "once", "selective", "host", "ema"), steps=2),
     Case("refl", "lora", "stage3", ("tight", "persistent"), steps=2),
-    Case("gardo", "full", "stage2", ("uneven", "offload")),
+    Case("gardo", "full", "stage2", ("uneven", "offload", "matmuls")),
     Case("gardo_flash", "lora", "stage2"),
     Case("guard", "full", "stage1", ("full", "host"), steps=2),
     Case("gardo", "lora", "stage1", ("pref",)),
@@ -40,9 +40,9 @@ LAYOUTS = [
 RECOMPUTED = Case("flow_grpo", "lora", "stage3", ("tight", "each", "recompute"), steps=2, probes=())
 ALIKE = [  # laid out like one above, and looked at there
     RECOMPUTED,
-    Case("gardo_released", "lora", "stage3", ("tight", "once"), probes=()),
+    Case("gardo_released", "lora", "stage3", ("tight", "once", "matmuls"), probes=()),
     Case("kl_in_reward", "lora", "stage3", ("once",), steps=2, probes=()),
-    Case("dance", "full", "stage3", ("once",), steps=2, probes=()),
+    Case("dance", "full", "stage3", ("tight", "once", "matmuls"), steps=2, probes=()),
     Case("mix", "lora", "stage3", ("once",), steps=2, probes=()),
     Case("ddpo", "lora", "stage2", ("full", "clip"), steps=2, probes=()),
     Case("gardo", "full", "stage1", ("uneven",), probes=()),

@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from gardo.distributed.base import build_optimizer
+from gardo.distributed.optimizers import build_optimizer
 from gardo.distributed.saved import Saved, committed
 from gardo.distributed.universal import NAMES
 from gardo.distributed.zero_config import zero_config

@@ -88,6 +88,13 @@ TRAINING: dict[str, Sections] = {
     "ema": {"train": {"ema": {"decay": 0.5, "every": 2}}},
     "start": {},  # from the LoRA in FOLDER/start
     "recompute": {"algorithm": {"old_velocity": "recompute"}},
+    "wide": {"model": {"size": [16, 32]}},
+    "tall": {"model": {"size": [48, 24]}},
+    "sd3": {"model": {"family": "sd3", "path": "builtin:sd3"}},
+    "nf4": {  # whose blocks are 64 weights: the built-in Flux has rows of 96
+        "model": {"family": "sd3", "path": "builtin:sd3", "base": "nf4"},
+    },
+    "int8": {"model": {"base": "int8"}},
     "pref": {  # one group over all ranks, judged in pairs
         "data": {"prompts_per_step": 1, "images_per_prompt": 8},
         "rewards": {
@@ -109,6 +116,7 @@ LAYOUT: dict[str, Sections] = {
     "each": {"rollout": {"gather": "step"}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
+    "matmuls": {"train": {"activation_checkpointing": "matmuls"}},
     "buckets": {"distributed": {"reduce_bucket": 30_000, "sub_group": 50_000}},
     "host": {"distributed": {"slots": "host"}},
     "offload": {"distributed": {"offload": "optimizer"}},
@@ -118,6 +126,10 @@ LAYOUT: dict[str, Sections] = {
     "bf16": {"distributed": {"precision": "bfloat16"}},
     "bf16_masters": {"distributed": {"precision": "bfloat16", "masters": "bfloat16"}},
     "eight_bit": {"train": {"optimizer": {"name": "adamw_8bit", "lr": 2e-3}}},
+    **{
+        name: {"train": {"optimizer": {"name": name, "lr": 2e-3}}}
+        for name in ("adamw_paged", "adamw_8bit_paged", "deepspeed_fused", "deepspeed_cpu")
+    },
     "deterministic": {"run": {"deterministic": True}},
     "saving": {"checkpoint": {"every": 1, "keep": 1, "background": False}},
     "behind": {"checkpoint": {"background": True}},

@@ -35,10 +35,23 @@ BF16 = [
     Case("flow_grpo", "full", "stage1", ("large", "full", "bf16")),
     Case("gardo", "full", "stage2", ("large", "bf16", "offload")),
     Case("gardo", "full", "stage3", ("large", "bf16_masters")),
+    Case("gardo", "lora", "stage1", ("large", "nf4", "full", "bf16")),
+    Case("flow_grpo", "lora", "stage2", ("large", "int8", "bf16", "offload")),
 ]  # fmt: skip
 RESUMED = [
     Case(algorithm, "lora", "stage3", ("bf16", "deterministic", "saving"), probes=EVALUATION)
     for algorithm in ("flow_grpo", "diffusion_nft", "gardo", "refl")
+] + [
+    Case("gardo", "lora", stage, (*options, "bf16", "deterministic", "saving"), probes=EVALUATION)
+    for stage, *options in (
+        ("stage1", "nf4"),
+        ("stage3", "eight_bit"),
+        ("stage3", "adamw_paged"),
+        ("stage2", "adamw_8bit_paged"),
+        ("stage3", "deepspeed_fused"),
+        ("stage1", "deepspeed_fused"),
+        ("stage2", "deepspeed_cpu", "offload"),
+    )
 ]
 
 

@@ -40,6 +40,9 @@ MORE = [
     saving("gardo", "full", "stage3", "offload_all", "host"),
     saving("flow_grpo", "lora", "stage1", "bf16"),
     saving("gardo_flash", "lora", "stage3"),
+    saving("gardo", "lora", "stage2", "eight_bit", "bf16_masters"),
+    saving("flow_grpo", "full", "stage3", "deepspeed_cpu", "offload"),
+    saving("gardo", "lora", "stage1", "deepspeed_cpu", "offload", "bf16_masters"),
     saving("kl_in_reward", "lora", "stage3"),
 ]
 MIDDLE = 5  # gradient steps: between the two updates of the last of three iterations

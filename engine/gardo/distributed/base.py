@@ -5,27 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import psutil
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
-from gardo.settings import Pair, Strict
+from gardo.settings import Strict
 from gardo.types import Metrics, Record, mapped
-
-
-class OptimizerSettings(Strict):
-    """AdamW as Flow-GRPO and GARDO use it; adamw_8bit keeps its moments in 8 bits (bitsandbytes)"""
-
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    betas: Pair[float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
 
 
 class DistributedSettings(Strict):
@@ -64,6 +54,9 @@ class DistributedSettings(Strict):
     )
     hpz: int = Field(
         1, ge=1, description="ranks of a node that keep a second copy (ZeRO++ hpZ); 1 with slots"
+    )
+    overlap: bool = Field(
+        True, description="gradients travel while the backward pass runs; stages 2 and 3"
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads a rank; cores / ranks if left out"
@@ -126,23 +119,6 @@ class RolloutSettings(Strict):
     )
 
 
-def build_optimizer(
-    parameters: Sequence[nn.Parameter], settings: OptimizerSettings, *, fused: bool = False
-) -> torch.optim.Optimizer:
-    """`fused`: torch's one-pass kernel, for moments in host memory."""
-    shared: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, fused=fused or None, **shared)
-
-
 class Engine(Protocol):
     """One process or many: the loop does not know."""
 
@@ -200,10 +176,16 @@ def gather_record(engine: Engine, record: Record) -> Record:
     return mapped(record, engine.all_gather)
 
 
-def host_memory(ranks: int) -> int:
-    """Bytes of host memory that are free for one of `ranks` on this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    return psutil.virtual_memory().available // ranks
+def ranks_here(world: int) -> int:
+    """How many of the ranks are on this machine: as torchrun's variable or DeepSpeed's says, or all
+    of them."""
+    env = os.environ
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+
+
+def host_memory(world: int) -> int:
+    """Bytes of host memory that are free for one rank of this machine."""
+    return psutil.virtual_memory().available // ranks_here(world)
 
 
 def leave_process_group() -> None:

@@ -40,6 +40,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gardo.distributed.base import Engine, gather_text, host_memory
+from gardo.distributed.optimizers import (
+    MOMENTS,
+    load_blocks,
+    moments_of,
+    prepare_moments,
+    set_updates,
+)
 from gardo.distributed.saved import (
     FORMAT,
     MANIFEST,
@@ -51,7 +58,7 @@ from gardo.distributed.saved import (
     sha256,
     step_of,
 )
-from gardo.distributed.shards import MOMENTS, homes, masters, prepare_moments
+from gardo.distributed.shards import homes, masters
 from gardo.settings import Strict
 
 ROOM = 1.2  # times the size of a checkpoint must be free on the disk before one is written
@@ -90,7 +97,8 @@ def _tensors(engine: Engine, *, copy: bool) -> Kinds:
         return kept
 
     yield "master", keyed(masters(shards))
-    if _quantised(optimizer):
+    names = moments_of(optimizer)
+    if names is None:
         yield (
             "moments_8bit",
             {
@@ -101,15 +109,11 @@ def _tensors(engine: Engine, *, copy: bool) -> Kinds:
             },
         )
     else:
-        prepare_moments(optimizer, shards)
-        for kind in MOMENTS:
-            yield kind, keyed([piece.of(optimizer.state[piece.home][kind]) for piece in pieces])
+        prepare_moments(optimizer, homes(shards))
+        for kind, name in zip(MOMENTS, names, strict=True):
+            yield kind, keyed([piece.of(optimizer.state[piece.home][name]) for piece in pieces])
     for name in engine.slots.names:
         yield f"slot.{name}", keyed(engine.slots.pieces(name))
-
-
-def _quantised(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("bitsandbytes")
 
 
 def _updates(engine: Engine) -> int:
@@ -177,7 +181,7 @@ class Checkpoints:
             "step": step,
             "world": self.engine.world,
             "updates": _updates(self.engine),
-            "quantised": _quantised(self.engine.optimizer),
+            "quantised": moments_of(self.engine.optimizer) is None,
             "layouts": gather_text(self.engine, _layout(self.engine)),
             "state": json.loads(json.dumps(state)),
         }
@@ -348,19 +352,20 @@ class Checkpoints:
 
         saved.check_parameters([piece.name for piece in pieces])
         fill("master", masters(shards))
-        if _quantised(optimizer) != saved.manifest["quantised"]:
+        names = moments_of(optimizer)
+        if (names is None) != saved.manifest["quantised"]:
             raise Unusable(
                 f"{saved.folder}: its moments are of another optimizer; resume with the "
                 "train.optimizer.name it was saved with"
             )
-        if _quantised(optimizer):
+        if names is None:
             self._restore_8bit(saved)
         else:
-            prepare_moments(optimizer, shards)
-            for kind in MOMENTS:
-                fill(kind, [piece.of(optimizer.state[piece.home][kind]) for piece in pieces])
+            prepare_moments(optimizer, homes(shards))
+            for kind, name in zip(MOMENTS, names, strict=True):
+                fill(kind, [piece.of(optimizer.state[piece.home][name]) for piece in pieces])
             for home in homes(shards):
-                optimizer.state[home]["step"].fill_(saved.manifest["updates"])
+                set_updates(optimizer.state[home], saved.manifest["updates"])
         for name in engine.slots.names:
             fill(f"slot.{name}", engine.slots.pieces(name))
 
@@ -378,10 +383,7 @@ class Checkpoints:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for i, home in enumerate(homes(engine.slots.shards)):
             mine = {k.partition("/")[2]: t for k, t in stored.items() if k.startswith(f"{i}/")}
-            state = engine.optimizer.state[home]
-            state.update({key: tensor.to(home.device) for key, tensor in mine.items()})
-            if mine:
-                state["step"] = saved.manifest["updates"]
+            load_blocks(engine.optimizer, home, mine, saved.manifest["updates"])
 
 
 # ---- the disk ------------------------------------------------------------------------------------

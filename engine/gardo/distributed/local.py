@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gardo.distributed.base import OptimizerSettings, build_optimizer, check_step
+from gardo.distributed.base import check_step
+from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import Shards, WholeShards
 from gardo.distributed.slots import Slots
 from gardo.types import Metrics

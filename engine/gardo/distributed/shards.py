@@ -172,17 +172,3 @@ def _flat_masters(optimizer: Any) -> Sequence[Tensor]:
         f"{type(optimizer).__name__} keeps its masters where this release of gardo does not look; "
         "use the deepspeed of constraints.txt"
     )
-
-
-# ---- the optimizer's moments ---------------------------------------------------------------------
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def prepare_moments(optimizer: torch.optim.Optimizer, shards: Shards) -> None:
-    """Makes AdamW's state where no step has made it yet: zeros, and a step count of 0."""
-    for home in homes(shards):
-        state = optimizer.state[home]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state.update({kind: torch.zeros_like(home) for kind in MOMENTS})

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, stages 0 to 3: the only file that imports deepspeed.
+"""DeepSpeed ZeRO, stages 0 to 3.
 
 What is partitioned over the ranks grows with the stage: optimizer state, gradients, weights. The
 loop and the pipelines call the module itself, never the DeepSpeed engine's forward.
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from gardo.distributed.base import (
     DistributedSettings,
-    OptimizerSettings,
     RolloutSettings,
-    build_optimizer,
     check_step,
     host_memory,
 )
 from gardo.distributed.blocks import make_leaves
 from gardo.distributed.gather import GatherOnce, choose_gather
+from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
 from gardo.distributed.slots import Slots
 from gardo.distributed.zero_config import zero_config
@@ -105,9 +104,7 @@ class ZeroEngine:
         self._parameters: list[nn.Parameter] = list(trainable.values())
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(
-                self._parameters, optimizer, fused=settings.offload != "none"
-            ),
+            optimizer=build_optimizer(self._parameters, optimizer),
             config=config,
             dist_init_required=False,
         )

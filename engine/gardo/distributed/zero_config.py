@@ -56,7 +56,7 @@ def zero_config(
             "contiguous_gradients": True,
             # Stage 1 reduces when the backward pass is over, so there is nothing to overlap with;
             # and DeepSpeed 0.19 then sums wrongly if the gradients take more than one bucket.
-            "overlap_comm": settings.stage >= 2,
+            "overlap_comm": settings.overlap and settings.stage >= 2,
             "reduce_scatter": True,
             "round_robin_gradients": False,
             "reduce_bucket_size": settings.reduce_bucket or max(trained, SMALLEST_BUCKET),

@@ -9,6 +9,7 @@ from typing import Any
 from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory
+from gardo.policies.quantised import BASES
 from gardo.recipe_errors import RecipeError
 
 Values = Callable[[Recipe, int], list[Any]]  # of a field, for a recipe on so many ranks
@@ -88,6 +89,12 @@ def _optimizer(recipe: Recipe, _: int) -> list[str]:
     return _after(["adamw", "adamw_8bit"], recipe.train.optimizer.name)
 
 
+def _base(recipe: Recipe, _: int) -> list[str]:
+    can = recipe.train.weights.kind == "lora" and recipe.distributed.stage < 3
+    whole = recipe.model.base not in BASES and recipe.distributed.engine == "zero"
+    return ["nf4"] if can and whole else []
+
+
 def _offload(recipe: Recipe, _: int) -> list[str]:
     settings = recipe.distributed
     can = settings.engine == "zero" and settings.stage
@@ -123,6 +130,7 @@ OPTIONS: tuple[tuple[str, str, Values], ...] = (
     ("", "distributed.slots", _slots),
     ("", "train.optimizer.name", _optimizer),
     ("", "distributed.offload", _offload),
+    ("", "model.base", _base),
     ("", "data.prompts_per_step", _prompts),
 )  # fmt: skip
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from gardo.config import Recipe, reward_settings
+from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.geometry import Geometry
 from gardo.planner.scorers import Scorer, scorer
 from gardo.planner.shadow import Shadow
+from gardo.policies.quantised import BASES
 
 CONTEXT = 1_000_000_000  # assumed: CUDA's context, NCCL's buffers, libraries' workspaces
 FRAGMENTED = 0.05  # assumed, of what comes and goes
 
 FEW, MORE = 1, 4  # rows or images that are counted; others lie on a line
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained number
 
 
 @dataclass(frozen=True)
@@ -133,21 +134,20 @@ class Counted:
     def _trained(self, recipe: Recipe, world: int) -> tuple[Part, ...]:
         """The transformer and what training keeps of it."""
         settings, shadow = recipe.distributed, self.shadow
-        model, trained = shadow.parameters, shadow.trainable
-        width = BYTES[settings.precision]
+        trained = shadow.trainable
         stage = settings.stage if settings.engine == "zero" else 0
-        weights = model * width
+        weights = shadow.weight_bytes(recipe.model.base, BYTES[settings.precision])
         if stage == 3:
             weights = ceil(weights / world)
         share = ceil(trained / world) if stage else trained
-        moments = MOMENTS[recipe.train.optimizer.name]
+        moments = moment_bytes(recipe.train.optimizer.name, settings.masters)
         if settings.masters == "bfloat16":
-            moments, master, gradient = 4, 2, 2
+            master, gradient = 2, 2
         else:
             master, gradient = (4 if stage else 0), 4
         return (
             Part("weights", weights),
-            Part("optimizer state", share * (master + moments)),
+            Part("optimizer state", ceil(share * (master + moments))),
             Part("gradient sums", (share if stage >= 2 else trained) * gradient),
             Part("slots", len(recipe.slots) * share * 4),
         )
@@ -190,6 +190,13 @@ class Counted:
         count = whole if once and recipe.rollout.gather != "step" else min(whole, live)
         return Part("gathered weights", count * BYTES[settings.precision])
 
+    def _dequantised(self, recipe: Recipe) -> Part:
+        """The weights of a layer, whole for its matmul."""
+        if recipe.model.base not in BASES:
+            return Part("dequantised weights", 0)
+        width = BYTES[recipe.distributed.precision]
+        return Part("dequantised weights", self.shadow.largest_linear * width)
+
     def _recorded(self, recipe: Recipe, plan: Geometry) -> Part:
         """States, noises (fp32) and velocities of the recorded steps, and the images."""
         latent = 1
@@ -215,7 +222,7 @@ class Counted:
         """A phase without gradients, the weights gathered once."""
         recorded = [self._recorded(recipe, plan)] if plan else []
         return Phase(name, (
-            self._gathered(recipe, once=True), *recorded,
+            self._gathered(recipe, once=True), self._dequantised(recipe), *recorded,
             Part("activations", self.cost(kind, count, *how)),
         ))  # fmt: skip
 
@@ -234,7 +241,8 @@ class Counted:
             )
             buckets = 2 * bucket * BYTES[recipe.distributed.precision]
         parts = [
-            self._gathered(recipe, once=False), self._recorded(recipe, plan),
+            self._gathered(recipe, once=False), self._dequantised(recipe),
+            self._recorded(recipe, plan),
             Part("activations", self.cost("training", plan.micro_batch, checkpointing)),
             Part("gradient buckets", buckets),
         ]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from math import ceil
 
 from gardo.config import Recipe
+from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.advice import Change, advise
 from gardo.planner.geometry import geometry
-from gardo.planner.memory import MOMENTS, Counted, Memory, Part, total
+from gardo.planner.memory import Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
 
@@ -107,6 +109,6 @@ def advice_line(found: tuple[list[Change], Memory] | None) -> str:
 
 def _disk(recipe: Recipe, shadow: Shadow) -> int:
     """Checkpoints that are kept, one that is being written, and the exported weights."""
-    moments = MOMENTS[recipe.train.optimizer.name]
-    of_one = shadow.trainable * (4 + moments + 4 * len(recipe.slots))
+    moments = moment_bytes(recipe.train.optimizer.name, recipe.distributed.masters)
+    of_one = ceil(shadow.trainable * (4 + moments + 4 * len(recipe.slots)))
     return (recipe.checkpoint.keep + 1) * of_one + 2 * shadow.trainable

@@ -29,6 +29,7 @@ from gardo import config, settings
 from gardo.config import Recipe
 from gardo.planner.live import LiveBytes, make_fake
 from gardo.policies.base import Policy
+from gardo.policies.quantised import BASES, linears, stored_bytes
 
 KEPT = 2  # blocks of a kind that are run
 CPU = torch.device("cpu")
@@ -110,6 +111,23 @@ class Shadow:
     @cached_property
     def parameters(self) -> int:
         return _elements(self.policy.transformer.parameters())
+
+    @cached_property
+    def _linears(self) -> list[nn.Linear]:
+        """The layers that a quantised base keeps in few bits."""
+        lists = type(self.policy).block_lists
+        return [linear for _, linear in linears(self.policy.transformer, lists)]
+
+    def weight_bytes(self, base: str | None, width: int) -> int:
+        """Of all weights, the base's as `model.base` keeps them, `width` bytes a number else."""
+        whole = self.parameters * width
+        if base not in BASES:
+            return whole
+        return whole + sum(stored_bytes(base, x) - width * x.weight.numel() for x in self._linears)
+
+    @property
+    def largest_linear(self) -> int:
+        return max(linear.weight.numel() for linear in self._linears)
 
     @cached_property
     def trainable(self) -> int:

@@ -14,21 +14,29 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, field_validator, model_validator
-from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
 )
+from torch import Tensor, nn
 
+from gardo.hub import download_error
+from gardo.policies.attention import BACKENDS, check_name
+from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
 from gardo.policies.embeddings import Embeddings, Residence
 from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
+from gardo.policies.quantised import BASES, placing, quantise
+from gardo.policies.targets import check_targets
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
-from gardo.settings import Pair, Strict, is_hub_id, model_path
+from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path
 
 Wait = Callable[[], None]
 
@@ -40,6 +48,14 @@ class PolicySettings(Strict):
 
     family: str
     path: str = Field(description="hub id, local folder in diffusers format, or builtin:NAME")
+    revision: str | None = Field(
+        None, description="commit, tag or branch of a hub id; its main branch if left out"
+    )
+    base: Literal["nf4", "int8", "bf16"] | None = Field(
+        None,
+        description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
+        "distributed.precision if left out",
+    )
     size: Pair[PositiveInt] = Field(description="height and width in pixels")
     guidance: float = Field(3.5, ge=0, description="guidance scale")
     text_tokens: int = Field(
@@ -49,6 +65,11 @@ class PolicySettings(Strict):
         "offload",
         description="where the text encoders wait: resident on the GPU; offload: in host memory, "
         "but while a new prompt is encoded; free: nowhere, all prompts are encoded beforehand",
+    )
+    attention: Annotated[str, AfterValidator(check_name)] = Field(
+        "native",
+        description="what computes attention",
+        json_schema_extra={"enum": [name for name, b in BACKENDS.items() if b.backward]},
     )
 
     @field_validator("path")
@@ -70,6 +91,14 @@ class PolicySettings(Strict):
                 f"{value!r} holds a {found}, this family needs a {cls.pipeline_name}; change "
                 "model.family or model.path"
             )
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        path = info.data.get("path", "")
+        if value is not None and path and not is_hub_id(path):
+            raise ValueError(f"a folder, model.path: {path!r}, has no revisions; leave it out")
         return value
 
     @model_validator(mode="after")
@@ -118,8 +147,9 @@ class Policy:
 
         `parts` are the pipeline's components, which are then used as they are and read from nowhere
         """
+        self._base = BASES.get(settings.base or "")
         if parts is None:
-            self.folder = self._local_folder(settings.path)
+            self.folder = self._local_folder(settings.path, settings.revision)
             pipeline = self._read(self.folder, dtype, device)
         else:
             names = inspect.signature(self.pipeline_class.__init__).parameters.keys() - {"self"}
@@ -142,21 +172,25 @@ class Policy:
         if not defer:
             self.load_transformer()
 
-    def _local_folder(self, path: str) -> Path:
+    def _local_folder(self, path: str, revision: str | None) -> Path:
         """Where the model is on this machine, downloaded if it was not."""
         folder = Path(model_path(path))
         if folder.is_dir():
             return folder
-        return Path(self.pipeline_class.download(path, use_safetensors=True))
+        download = self.pipeline_class.download
+        try:
+            return Path(download(path, revision=revision, use_safetensors=True))
+        except Exception as error:  # whatever a hub, a network or a disk can say
+            raise download_error(error, "model.path", path, revision) from error
 
     def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         """The pipeline, frozen; its transformer on the meta device, the VAE on `device`."""
         self.weight_files = WeightFiles(folder / "transformer")
+        transformer = build_empty(self.transformer_class, folder / "transformer", dtype)
+        if self._base:
+            quantise(transformer, self.block_lists, self._base, dtype)
         pipeline = self.pipeline_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            transformer=build_empty(self.transformer_class, folder / "transformer", dtype),
+            folder, dtype=dtype, use_safetensors=True, transformer=transformer
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -187,7 +221,7 @@ class Policy:
             self.weight_files.read,
             device=self.device,
             dtype=self.dtype,
-            place=place,
+            place=placing(self._base, place) if self._base else place,
             reads=reads,
         )
 
@@ -327,6 +361,7 @@ class Policy:
         """
         from peft.tuners.lora import LoraLayer
 
+        check_targets(self.transformer, targets or self.lora_targets)
         self.lora = lora_config(rank=rank, alpha=alpha, targets=targets or self.lora_targets)
         with torch.random.fork_rng(devices=[]):
             self.transformer.add_adapter(self.lora)
@@ -347,13 +382,13 @@ class Policy:
     def start_from(self, lora: LoraFile) -> None:
         """Names the LoRA whose values training goes on from; the engine reads them.
 
-        ValueError where it has not just the modules that train, in their sizes.
+        FieldError where it has not just the modules that train, in their sizes.
         """
         shapes = {n: tuple(p.shape) for n, p in self.trainable().items()}
         for name in sorted(shapes.keys() | lora.shapes.keys()):
             if shapes.get(name) != lora.shapes.get(name):
                 found, wanted = lora.shapes.get(name, "nothing"), shapes.get(name, "nothing")
-                raise ValueError(
+                raise FieldError(
                     f"train.weights.path: {lora.path} has {found} for {name}, this model trains "
                     f"{wanted}; use a LoRA of this model and these train.weights.targets"
                 )
@@ -369,42 +404,12 @@ class Policy:
         """The transformer's blocks in the order they run."""
         return [block for name in self.block_lists for block in getattr(self.transformer, name)]
 
-    def checkpoint_activations(self, mode: Literal["none", "selective", "full"]) -> None:
-        """What the forward pass of a block keeps for its backward pass.
-
-        full keeps the block's input and runs the block again; selective also keeps the outputs of
-        attention, and runs the rest again.
-        """
-        if mode == "none":
-            return
-        more: dict[str, Any] = {}
-        if mode == "selective":
-            more["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, _attention_ops()
-            )
-
-        def run(block: Any, *args: Any) -> Any:
-            return checkpoint(
-                block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **more
-            )
-
-        self.transformer.enable_gradient_checkpointing(run)
+    def checkpoint_activations(self, mode: Checkpointing) -> None:
+        """What blocks keep for their backward pass: see checkpointing.py."""
+        checkpoint_blocks(self.transformer, mode)
 
 
 def _of_diffusers(name: str) -> Any:
     import diffusers
 
     return getattr(diffusers, name)
-
-
-def _attention_ops() -> list[Any]:
-    """What scaled_dot_product_attention runs on CPUs and GPUs, in the releases that have them."""
-    names = (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-    )
-    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{n}", None) for n in names)
-    return [packet.default for packet in packets if packet is not None]

@@ -8,16 +8,19 @@ Shapes: P prompts, R rows, X = [C, h, w] one latent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gardo.flow import sd3_sigmas
 from gardo.policies import kohya
 from gardo.policies.base import Policy, PolicySettings
+from gardo.settings import config_folder
 
 
 class SD3Settings(PolicySettings):
@@ -27,6 +30,21 @@ class SD3Settings(PolicySettings):
     family: Literal["sd3"] = "sd3"
     guidance: float = Field(4.5, ge=0, description="guidance scale; up to 1: no negative branch")
     text_tokens: int = Field(256, ge=1, le=512, description="T5 tokens of a prompt, after CLIP's")
+
+    @model_validator(mode="after")
+    def _has_positions(self) -> Self:
+        """The model's table of positions is finite, unlike Flux's rotary ones."""
+        folder = config_folder(self.path) or Path()
+        files = [folder / part / "config.json" for part in ("transformer", "vae")]
+        if not all(file.is_file() for file in files):
+            return self
+        table, vae = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        patch = table["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        if max(self.size) > (most := table["pos_embed_max_size"] * patch):
+            raise ValueError(
+                f"size {list(self.size)}: the model has positions for {most} pixels a side at most"
+            )
+        return self
 
 
 class SD3Policy(Policy):

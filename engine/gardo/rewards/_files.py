@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from gardo.hub import download_error
 from gardo.rewards.base import RewardSettings
-from gardo.settings import is_hub_id, model_path
+from gardo.settings import FieldError, is_hub_id, model_path
 
 File = str | tuple[str, ...] | Callable[[Mapping[str, Any]], str]
 WEIGHTS = ("model*.safetensors*",)  # one file, or shards and their index
@@ -126,4 +126,4 @@ def _find(
             FileNotFoundError(f"no {lacks} in {folder}"), place, path, revision, patterns
         )
     if lacks:
-        raise ValueError(f"{place}: {path!r} holds no {lacks}")
+        raise FieldError(f"{place}: {path!r} holds no {lacks}")

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from gardo.algorithms.base import SamplerSettings, World
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
 from gardo.flow import sd3_sigmas
 from gardo.rollout import LossContext, Part, batch_of, parts, rows_of, sample
 from gardo.types import Scores

@@ -20,8 +20,8 @@ from gardo.algorithms.gardo import (
     nearest_euclidean,
 )
 from gardo.algorithms.refl import ReFLSettings
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
 from gardo.types import Credit, Metrics, Points
 from tests.engine.algorithms.judged import (
     SAMPLER,

@@ -73,6 +73,24 @@ def test_geometry_is_refused_before_launching(
     assert list(empty.iterdir()) == []
 
 
+def test_a_hostfile_says_how_many_ranks_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, hosts = written(tmp_path), tmp_path / "hosts"
+    several = ["train", str(path), "--hostfile", str(hosts)]
+    assert refused(capsys, *several).startswith(f"{hosts}: no such hostfile; write a line")
+    hosts.write_text("a slots=3\nb slots=2\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "pdsh, which is not on the PATH; install it, or" in refused(capsys, *several)
+    (tmp_path / "pdsh").touch(mode=0o755)
+    assert "do not split evenly over 5 ranks" in refused(capsys, *several)
+    local = "distributed.engine=local"
+    hosts.write_text("a slots=2\nb slots=2\n")
+    assert f"drop --hostfile {hosts}," in refused(capsys, *several, "--set", local)
+    message = refused(capsys, *several, "--gpus", "4")
+    assert message == "--gpus 4: --hostfile says how many each machine has; drop --gpus"
+
+
 def test_folders_without_a_run_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

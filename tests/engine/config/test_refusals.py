@@ -67,6 +67,31 @@ MODEL = (
         "model: {path: .}",
         "model.path: '.' has no model_index.json: not a folder in diffusers format",
     ),
+    (
+        "model: {revision: main}",
+        "model.revision: 'main': a folder, model.path: 'builtin:flux', has no revisions; leave it "
+        "out",
+    ),
+    ("model: {base: fp8}", "model.base: 'fp8': input should be 'nf4', 'int8' or 'bf16'"),
+    (
+        "model: {base: bf16}",
+        "model.base: bf16, but distributed.precision is float32; use bfloat16, or leave base out",
+    ),
+    (
+        "{model: {base: nf4}, train: {weights: {kind: full, rank: null, alpha: null}}}",
+        "model.base: nf4 is frozen, and train.weights.kind full trains it; use kind lora, or leave "
+        "base out",
+    ),
+    (
+        "model: {base: int8}",
+        "model.base: int8 is whole on every rank, distributed.stage: 3 would take it apart; "
+        "use stage: 2 or less",
+    ),
+    (
+        "{model: {base: nf4}, distributed: {offload: parameters}}",
+        "model.base: nf4 stays on the device, distributed.offload: parameters would move it; use "
+        "offload: optimizer with stage: 2",
+    ),
 )
 TRAIN = (
     ("train: {weights: {kind: null}}", "train.weights: kind is missing; one of lora, full"),
@@ -85,7 +110,34 @@ TRAIN = (
     ),
     (
         "train: {optimizer: {name: sgd}}",
-        "train.optimizer.name: 'sgd': input should be 'adamw' or 'adamw_8bit'",
+        "train.optimizer.name: 'sgd': input should be 'adamw', 'adamw_8bit', 'adamw_paged', "
+        "'adamw_8bit_paged', 'deepspeed_fused' or 'deepspeed_cpu'",
+    ),
+    (
+        "{train: {optimizer: {name: deepspeed_fused}}, distributed: {engine: local}}",
+        "train.optimizer.name: deepspeed_fused is DeepSpeed's, engine local has none; use adamw",
+    ),
+    (
+        "train: {optimizer: {name: deepspeed_cpu}}",
+        "train.optimizer.name: deepspeed_cpu updates weights in host memory; use "
+        "distributed.offload: optimizer, or adamw",
+    ),
+    *(
+        (
+            f"{{train: {{optimizer: {{name: {name}}}}}, distributed: {{offload: optimizer}}}}",
+            f"train.optimizer.name: {name} updates weights on a GPU, distributed.offload: optimizer"
+            " keeps them in host memory; use adamw or deepspeed_cpu, or offload: none",
+        )
+        for name in ("deepspeed_fused", "adamw_paged", "adamw_8bit_paged")
+    ),
+    *(
+        (
+            f"{{train: {{optimizer: {{name: {name}}}}}, distributed: {{offload: optimizer, "
+            "precision: bfloat16, masters: bfloat16}}",
+            f"train.optimizer.name: {name} does not update bf16 masters in host memory; use "
+            "deepspeed_cpu, or distributed.masters: float32",
+        )
+        for name in ("adamw", "adamw_8bit")
     ),
     (
         "train: {optimizer: {lr: .nan}}",
@@ -300,6 +352,29 @@ DISTRIBUTED = (
         "'reference'; use 1",
     ),
 )
+ATTENTION = (
+    (
+        "model: {attention: sage}",
+        "model.attention: 'sage': has no backward pass, so it cannot train; use one of native, "
+        "_native_cudnn, _native_flash, _native_efficient, _native_math, flex, flash, flash_4",
+    ),
+    (
+        "model: {attention: flash_5}",
+        "model.attention: 'flash_5': no such attention; use one of native, _native_cudnn, "
+        "_native_flash, _native_efficient, _native_math, flex, flash, flash_4",
+    ),
+    (
+        "model: {attention: flash_4}",
+        "model.attention: flash_4 takes no float32; use distributed.precision: bfloat16, or one of "
+        "native, _native_efficient, _native_math, flex",
+    ),
+    (
+        "{model: {attention: flash}, distributed: {precision: bfloat16}, "
+        "run: {deterministic: true}}",
+        "model.attention: flash has no deterministic backward pass, and run.deterministic is true; "
+        "use one of native, _native_flash, _native_efficient, _native_math, flash_4",
+    ),
+)
 RUN = (
     (
         "run: {colour: 42}",
@@ -317,7 +392,7 @@ RUN = (
 )
 TABLES = (
     *(*SECTIONS, *MODEL, *TRAIN, *DATA, *SAMPLER, *ALGORITHM, *BASES),
-    *(*REWARDS, *EVALUATE, *DISTRIBUTED, *RUN),
+    *(*REWARDS, *EVALUATE, *DISTRIBUTED, *ATTENTION, *RUN),
 )
 
 

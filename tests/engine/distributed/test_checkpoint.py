@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from gardo.distributed import checkpoint
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import MOMENTS, OptimizerSettings
 from gardo.distributed.saved import Saved, Unusable, committed
-from gardo.distributed.shards import MOMENTS, masters
+from gardo.distributed.shards import masters
 from gardo.distributed.universal import write_universal
 
 STATE = {"algorithm": {"updates": 3, "fraction": 0.1 + 0.2}, "first": {"reward": [0.1, 1e-300]}}

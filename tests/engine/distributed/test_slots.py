@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
 
 # A large eps keeps Adam's step from being a sign: it then depends on the size of the gradient.
 OPTIMIZER = OptimizerSettings(lr=0.1, eps=1.0)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gardo import plugins
 from gardo.config import EvaluateSettings
-from gardo.distributed.base import OptimizerSettings
 from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
 from gardo.evaluation.attributes import attribute_labels
 from gardo.evaluation.evaluate import Evaluator, due
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change

@@ -60,7 +60,7 @@ def test_conditioning_has_the_shapes_that_encode_gives(pair):
     assert {n: tuple(t.shape[1:]) for n, t in given.items()} == shadow.policy.conditioning_shapes()
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "matmuls", "full"])
 def test_training_takes_what_it_takes_for_real(pair, checkpointing):
     shadow, policy = pair
     policy.transformer.disable_gradient_checkpointing()

@@ -1,0 +1,1 @@
+"""What several GPUs do with this engine: benchmarks/cluster_acceptance.sh."""
