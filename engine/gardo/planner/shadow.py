@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gardo import config, settings
 from gardo.config import Recipe
 from gardo.hub import download_error
-from gardo.planner.live import LiveBytes, make_fake
+from gardo.planner.live import CPU_ATTENTION, LiveBytes, make_fake
 from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES, linears, stored_bytes
 
@@ -211,7 +211,7 @@ class Shadow:
         """Of a row: a forward pass, or forward and backward without anything run again."""
 
         def count() -> int:
-            counter = FlopCounterMode(display=False)
+            counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             with self.mode, counter:
                 with torch.set_grad_enabled(backward):
                     velocity = self.policy.velocity(*self._inputs(1))

@@ -113,7 +113,7 @@ def test_a_quantised_base_is_smaller_and_needs_a_layer_whole(flux, base, least, 
     whole = memory_of(counted, recipe)
     small = memory_of(counted, changed(recipe, Change("model.base", base)))
     assert least < part(small.stays, "weights") / part(whole.stays, "weights") < most
-    layer = 2 * 15360 * 3072  # bf16, the projection of a single block, both of its inputs
+    layer = 2 * 3072 * 6 * 3072  # bf16, the modulation of a double block
     for name in ("sample", "train"):
         assert part(phase(small, name).parts, "dequantised weights") == layer
         assert part(phase(whole, name).parts, "dequantised weights") == 0
