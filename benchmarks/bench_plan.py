@@ -60,7 +60,7 @@ def planned(recipe: Recipe, counted: Counted, gpus: int, room: int) -> dict[str,
     return {
         "peak": gigabytes(memory.peak),
         "phase": memory.peak_phase.name,
-        "settings": " ".join(map(str, changes)),
+        "settings": " ".join(change.on(recipe) for change in changes),
         "hours": f"{took.total * recipe.run.steps / 3600:.0f}",
     }
 

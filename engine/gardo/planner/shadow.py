@@ -153,12 +153,13 @@ class Shadow:
             of_encoder = transformers.AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder).eval()
+            count = _elements(encoder.parameters())  # before what is tied comes apart
             make_fake(encoder, self.mode, self.policy.dtype)
             tokens = getattr(of_encoder, "max_position_embeddings", None)
             with self.mode, torch.no_grad(), LiveBytes([*encoder.parameters()]) as live:
                 ids = torch.zeros(1, tokens or self.recipe.model.text_tokens, dtype=torch.int64)
                 encoder(ids)
-            found[folder.name] = _elements(encoder.parameters()), live.peak
+            found[folder.name] = count, live.peak
         return found
 
     # Costs ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def verdict(recipe: Recipe, *, world: int, room: int, source: str = "recipe") ->
     line = verdict_line(memory, room)
     if memory.peak <= room:
         return line
-    advice = advice_line(advise(counted, recipe, world, room))
+    advice = advice_line(recipe, advise(counted, recipe, world, room))
     raise RecipeError(
         f"{source}: {line}\n{advice}\n`gardo plan` says more; --ignore-plan trains all the same"
     )
