@@ -134,7 +134,8 @@ def work(source: str, sets: list[str], out: Path) -> None:
     from gardo.config import load
     from gardo.distributed.base import leave_process_group
     from gardo.distributed.zero import start_process_group
-    from gardo.session import open_session, quiet_libraries, ranks
+    from gardo.machine import ranks
+    from gardo.session import open_session, quiet_libraries
     from gardo.train import train
 
     quiet_libraries()

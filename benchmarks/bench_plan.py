@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gardo.config import Recipe, load
+from gardo.config import load
 from gardo.planner import geometry
 from gardo.planner.advice import advise, changed
 from gardo.planner.memory import Counted
 from gardo.planner.page import gigabytes
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import seconds
+from gardo.recipe import Recipe
 from gardo.session import quiet_libraries
 from pages import fill, revision
 

@@ -19,7 +19,6 @@ from torch import nn
 from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.zero_config import numel
 
-
 SHARE = 0.75  # of what is free when the engine has started; the rest is for activations
 
 

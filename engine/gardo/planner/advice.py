@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory
 from gardo.policies.quantised import BASES
+from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
 
 Values = Callable[[Recipe, int], list[Any]]  # of a field, for a recipe on so many ranks

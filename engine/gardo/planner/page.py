@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Iterator
 from math import ceil
 
-from gardo.config import Recipe
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.advice import Change, advise
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
+from gardo.recipe import Recipe
 
 
 def bytes_of(text: str) -> int:

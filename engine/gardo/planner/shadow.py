@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gardo import config, settings
-from gardo.config import Recipe
+from gardo import settings
 from gardo.hub import download_error
 from gardo.planner.live import CPU_ATTENTION, LiveBytes, make_fake
 from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES, linears, stored_bytes
+from gardo.recipe import Recipe, policy_plugin
 
 KEPT = 2  # blocks of a kind that are run
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ class Shadow:
         self.recipe, self.mode = recipe, FakeTensorMode(allow_non_fake_inputs=True)
         self.folder = model_folder(recipe.model.path, recipe.model.revision)
         dtype = getattr(torch, recipe.distributed.precision)
-        plugin: type[Policy] = config.policy_plugin(recipe.model)
+        plugin: type[Policy] = policy_plugin(recipe.model)
         self.policy = self._policy(plugin, dtype)
         self._lists = {name: getattr(self.policy.transformer, name) for name in plugin.block_lists}
         self.kinds = Counter(map(_kind, self.blocks()))

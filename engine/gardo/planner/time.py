@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.config import Recipe
 from gardo.planner.geometry import Geometry
 from gardo.planner.memory import BYTES
 from gardo.planner.shadow import Shadow
+from gardo.recipe import Recipe
 
 MATMUL = 790e12  # FLOP/s, assumed of a GPU
 SHARE = {"sample": 0.46, "teachers": 0.46, "train": 0.43}  # assumed, of eager bf16

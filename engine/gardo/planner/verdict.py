@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gardo.config import Recipe
 from gardo.planner.advice import advise
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted
 from gardo.planner.page import advice_line, verdict_line
 from gardo.planner.shadow import Shadow
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 
 

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gardo.cli import app
-from gardo.config import load, reward_settings
+from gardo.config import load
 from gardo.planner import geometry
 from gardo.planner.advice import Change, advise, changed
 from gardo.planner.memory import CONTEXT, Counted
@@ -12,6 +12,7 @@ from gardo.planner.page import bytes_of
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import SHARE, seconds
 from gardo.planner.verdict import verdict
+from gardo.recipe import reward_settings
 from gardo.recipe_errors import RecipeError
 from tests import ROOT
 
