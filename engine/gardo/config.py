@@ -77,9 +77,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
-    return check(
-        raw, str(path), origin, rules=recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
-    )
+    rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
+    return check(raw, str(path), origin, rules=rules)
 
 
 def check(

@@ -1,4 +1,4 @@
-"""What must hold between the sections of a recipe. A rule raises ValueError, opening with a field."""
+"""What must hold between sections of a recipe: a rule raises ValueError, opening with a field."""
 
 from __future__ import annotations
 
