@@ -8,15 +8,13 @@ import bench_memory
 from bench_memory import CASES
 from gardo.config import load
 from gardo.planner import geometry
-from gardo.settings import model_path
 from tests import ROOT
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_a_shipped_recipe_that_loads(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    builtin = "builtin:flux" if name.startswith("flux") else "builtin:sd3"
-    recipe = load(ROOT / "recipes" / case.recipe, case.sets(Path(model_path(builtin)), tmp_path))
+    recipe = load(ROOT / "recipes" / case.recipe, case.sets(Path(case.model), tmp_path))
     assert recipe.model.base == ("nf4" if name.endswith("nf4") else None)
     assert recipe.train.weights.kind == ("full" if name.endswith("full") else "lora")
     assert geometry(recipe, rank=0, world=bench_memory.RANKS).accumulation > 1
