@@ -17,7 +17,7 @@ def test_every_case_is_a_shipped_recipe_that_loads(name: str, tmp_path: Path) ->
     recipe = load(ROOT / "recipes" / case.recipe, case.sets(Path(case.model), tmp_path))
     assert recipe.model.base == ("nf4" if name.endswith("nf4") else None)
     assert recipe.train.weights.kind == ("full" if name.endswith("full") else "lora")
-    assert geometry(recipe, rank=0, world=bench_memory.RANKS).accumulation > 1
+    assert geometry(recipe, rank=0, world=bench_memory.RANKS).accumulation in (1, 2)
 
 
 @pytest.mark.full
