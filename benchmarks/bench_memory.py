@@ -3,7 +3,7 @@
     ./run bench memory [CASE ...] [--keep FOLDER]
 
 Each case is a full-size recipe that trains a model of its own width and little depth (random
-weights, real_width.py), bent by `--set` alone, through the launcher: one iteration and two
+weights, real_width.py), bent by `--set` alone, through the launcher: two iterations and two
 evaluations. Measured is a rank's anonymous memory (heap, not the page cache behind files) above
 what it had before anything was loaded, at its peak in every phase, sampled every 2 ms; planned is
 the same phase of the plan without what it assumes for CUDA and fragments. Writes
@@ -52,9 +52,9 @@ SMALL = (
     "rewards.dinov3={{role: features, path: 'builtin:dinov3', size: 32}}",
     "data.prompts={root}/recipes/tiny_prompts.txt", "data.prompts_per_step=2",
     "data.images_per_prompt=2", "sampler.steps=3", "sampler.train_steps=2",
-    "train.updates_per_step=1", "model.size=[256, 256]",
+    "train.updates_per_step=1", "model.size=[256, 256]", "model.text_tokens=64",
     "evaluate.prompt_count=2", "evaluate.images_per_prompt=2", "evaluate.batch=2",
-    "evaluate.steps=1", "run.steps=1", "distributed.threads=1", "model.encoders=free",
+    "evaluate.steps=1", "run.steps=2", "evaluate.every=2", "distributed.threads=1", "model.encoders=free",
 )  # fmt: skip
 LORA, FULL = "train.weights.rank=16", "train.weights={{kind: full}}"
 
@@ -75,7 +75,7 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    flux = ("flux_gardo_hpsv2.yaml", "hpsv2", FLUX, (1, 2))
+    flux = ("flux_gardo_hpsv2.yaml", "hpsv2", FLUX, (1, 1))
     sd3 = ("sd3_gardo_ocr.yaml", "ocr", SD3, (4,))
     ways = {
         "lora": (LORA, "train.micro_batch=4", "distributed.stage=1"),
@@ -143,12 +143,12 @@ def work(source: str, sets: list[str], out: Path) -> None:
     start_process_group(torch.device("cpu"))
     before = anonymous()
     session = open_session(load(source, sets), source=source, quiet=True)
-    loaded = anonymous()
     session.progress = watch = Watch(session.progress)
     with session:
         train(session)
+        stays = anonymous()
     watch.stop()
-    seen = {"loaded": loaded, **watch.peaks}
+    seen = {"stays": stays, **watch.peaks}
     said = {name: value - before for name, value in seen.items() if name}
     (out / f"{ranks()[0]}.json").write_text(json.dumps(said))
     leave_process_group()
@@ -190,7 +190,7 @@ def planned(case: Case, model: Path, folder: Path) -> dict[str, int]:
     memory = Counted(Shadow(recipe)).memory(recipe, geometry(recipe, rank=0, world=RANKS), RANKS)
     stays = total(p for p in memory.stays if not p.assumed)
     of = {p.name: stays + total(q for q in p.parts if not q.assumed) for p in memory.phases}
-    return {"loaded": stays} | {
+    return {"stays": stays} | {
         name: max(of[part] for part in parts) for name, parts in PHASES.items()
     }
 
@@ -218,7 +218,7 @@ def rows_of(case: Case, models: Path) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    phases = ("loaded", *PHASES)
+    phases = ("stays", *PHASES)
     lines = [f"| case | {' | '.join(phases)} |", f"|---|{'---|' * len(phases)}"]
     for name in dict.fromkeys(row["case"] for row in rows):
         own = {row["phase"]: row for row in rows if row["case"] == name}

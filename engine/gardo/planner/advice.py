@@ -17,6 +17,7 @@ Values = Callable[[Recipe, int], list[Any]]  # of a field, for a recipe on so ma
 
 
 REWARDS = "rewards.*.dtype"  # of all that have fp32 models
+LAST_RESORT = "data.prompts_per_step"  # fewer images change what is learned
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ def _offload(recipe: Recipe, _: int) -> list[str]:
 
 
 def _wide_rewards(recipe: Recipe) -> list[str]:
-    rewards = reward_settings(recipe).items()
-    return [name for name, settings in rewards if getattr(settings, "dtype", "") == "float32"]
+    """Names of the rewards, or their judges, that have fp32 models."""
+    rewards: dict[str, Any] = dict(reward_settings(recipe))
+    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
+    both = (rewards | judges).items()
+    return [name for name, settings in both if getattr(settings, "dtype", "") == "float32"]
 
 
 def _reward_types(recipe: Recipe, _: int) -> list[str]:
@@ -153,7 +157,7 @@ OPTIONS: tuple[tuple[str, str, Values], ...] = (
     ("", REWARDS, _reward_types),
     ("", "model.base", _base),
     ("", "distributed.offload", _offload),
-    ("", "data.prompts_per_step", _prompts),
+    ("", LAST_RESORT, _prompts),
 )  # fmt: skip
 
 
@@ -218,9 +222,14 @@ def _taken_back(
 def _first_that_fits(
     counted: Counted, recipe: Recipe, world: int, room: int, now: Memory
 ) -> Change | None:
-    """The first change after which the peak's phase fits; if none does, the one that helps most."""
+    """The first change after which the peak's phase fits; if none does, the one that helps most.
+
+    The last resort is none of them while anything else helps.
+    """
     phase, best, least = now.peak_phase.name, None, now.peak
     for change in variants(recipe, world, phase):
+        if change.field == LAST_RESORT and best:
+            return best
         other = changed(recipe, change)
         try:
             plan = geometry(other, rank=0, world=world)
