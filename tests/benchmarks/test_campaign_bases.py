@@ -59,6 +59,13 @@ def test_what_a_base_changes(rows):
     assert far["bf16"] == 0.0 < far["int8"] < far["nf4"] < 0.3
 
 
+def test_a_restart_makes_what_a_base_is_compared_with(rows):
+    (case,) = (case for case in CASES if (case.work, case.base) == ("ratio", "int8"))
+    again = flux_bases.Bench(SMALL, Machine(), None).measure(case)
+    for name in ("velocity_from_bf16", "max_ratio_error"):
+        assert [str(r[name]) for r in again] == [r[name] for r in of(rows, "ratio", base="int8")]
+
+
 def test_a_step_is_the_sum_of_its_parts(rows):
     for optimizer in ("adamw", "adamw_8bit"):
         *parts, whole = of(rows, "step", optimizer=optimizer)
