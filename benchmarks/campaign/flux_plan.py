@@ -131,7 +131,7 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
             "measured_gib": gib,
             "plan_gib": number(total),
             "ratio": number(float(gib) / total) if gib else "",
-            **{f"plan_{part}_gib": number(found.get(part, 0) / GIB) for part in PARTS},
+            **{f"plan_{part}_gib": number(found[part] / GIB) for part in PARTS},
             "fitted": max(sizes["done"], default=0) if searched else "",
             "failed_at": min(sizes["out of memory"], default="") if searched else "",
             "plan_fits": largest(row, gpu * GIB) if searched else "",
