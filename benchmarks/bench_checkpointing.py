@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from gardo.config import load
 from gardo.planner.shadow import Shadow
@@ -34,43 +33,13 @@ MODES = ("none", "matmuls", "selective", "full")
 assert set(MODES) == set(get_args(Checkpointing))
 
 
-def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-CPU_ATTENTION = {  # what attention of fake tensors on the CPU is; torch's counter does not know it
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
-
-
-def flops(shadow: Shadow, *, backward: bool) -> int:
-    """Of one row, attention included; a pass of its own, as the counter keeps tensors alive."""
-
-    def count() -> int:
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        with shadow.mode, counter, torch.set_grad_enabled(backward):
-            velocity = shadow.policy.velocity(*shadow._inputs(1))
-            if backward:
-                velocity.float().sum().backward()
-        for parameter in shadow.policy.trainable().values():
-            parameter.grad = None
-        return int(counter.get_total_flops())
-
-    return shadow._scaled(count)
-
-
 def measured(shadow: Shadow) -> Iterator[dict[str, Any]]:
     """A row of the table for each mode."""
-    forward, plain = flops(shadow, backward=False), flops(shadow, backward=True)
+    forward, plain = shadow.flops(backward=False), shadow.flops(backward=True)
     for mode in MODES:
         one, two = (shadow.training_bytes(rows, mode) for rows in (1, 2))
         shadow.policy.checkpoint_activations(mode)
-        again = flops(shadow, backward=True) - plain
+        again = shadow.flops(backward=True) - plain
         shadow.policy.transformer.disable_gradient_checkpointing()
         yield {
             "checkpointing": mode,

@@ -121,8 +121,9 @@ def work(folder: Path, weights: str, way: str, out: Path) -> None:
     from gardo.config import check
     from gardo.distributed.base import leave_process_group
     from gardo.distributed.zero import start_process_group
+    from gardo.machine import ranks
     from gardo.planner import geometry
-    from gardo.session import build_engine, build_policy, quiet_libraries, ranks
+    from gardo.session import build_engine, build_policy, quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()

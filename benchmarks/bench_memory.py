@@ -7,7 +7,7 @@ weights, real_width.py), bent by `--set` alone, through the launcher: one iterat
 evaluations. Measured is a rank's anonymous memory (heap, not the page cache behind files) above
 what it had before anything was loaded, at its peak in every phase, sampled every 2 ms; planned is
 the same phase of the plan without what it assumes for CUDA and fragments. Writes
-benchmarks/results/memory.csv and its table in docs/distributed.md.
+benchmarks/results/memory.csv and its table in docs/distributed.md, a case at a time.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ SMALL = (
     "rewards.contrast={{kind: 'real_width:Tone', part: std, role: auxiliary}}",
     "rewards.dinov3={{role: features, path: 'builtin:dinov3', size: 32}}",
     "data.prompts={root}/recipes/tiny_prompts.txt", "data.prompts_per_step=2",
-    "data.images_per_prompt=4", "sampler.steps=3", "sampler.train_steps=2",
+    "data.images_per_prompt=2", "sampler.steps=3", "sampler.train_steps=2",
     "train.updates_per_step=1", "model.size=[256, 256]",
     "evaluate.prompt_count=2", "evaluate.images_per_prompt=2", "evaluate.batch=2",
-    "evaluate.steps=2", "run.steps=1", "distributed.threads=1", "model.encoders=free",
+    "evaluate.steps=1", "run.steps=1", "distributed.threads=1", "model.encoders=free",
 )  # fmt: skip
 LORA, FULL = "train.weights.rank=16", "train.weights={{kind: full}}"
 
@@ -134,7 +134,8 @@ def work(source: str, sets: list[str], out: Path) -> None:
     from gardo.config import load
     from gardo.distributed.base import leave_process_group
     from gardo.distributed.zero import start_process_group
-    from gardo.session import open_session, quiet_libraries, ranks
+    from gardo.machine import ranks
+    from gardo.session import open_session, quiet_libraries
     from gardo.train import train
 
     quiet_libraries()
@@ -223,7 +224,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         own = {row["phase"]: row for row in rows if row["case"] == name}
         cells = [
             f"{own[p]['planned_mb']} / {own[p]['measured_mb']} "
-            f"({100 * (own[p]['planned_over_measured'] - 1):+.0f} %)"
+            f"({100 * (float(own[p]['planned_over_measured']) - 1):+.0f} %)"
             for p in phases
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -233,7 +234,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "Planned / measured MB of a rank, above what its process had before, on two CPU ranks "
         f"({first['machine']}, torch {first['torch']}, deepspeed {first['deepspeed']}, revision "
-        f"{first['revision']}): models of published width and little depth.",
+        f"{first['revision']}): models of published width and little depth (`./run bench memory`).",
     ])  # fmt: skip
 
 
@@ -244,13 +245,21 @@ def main() -> None:
     options = parser.parse_args()
     chosen = options.cases or list(CASES)
     with tempfile.TemporaryDirectory() as temporary:
-        rows = []
         for name in chosen:
-            for row in rows_of(CASES[name], options.keep or Path(temporary)):
-                rows.append(row)
+            rows = list(rows_of(CASES[name], options.keep or Path(temporary)))
+            for row in rows:
                 print("  ".join(f"{k} {v}" for k, v in list(row.items())[:6]), flush=True)
-    if options.cases:
-        return
+            keep(name, rows)
+
+
+def keep(name: str, rows: list[dict[str, Any]]) -> None:
+    """Puts a case's rows into the results, in the place of its old ones, and into the table."""
+    others = []
+    if RESULTS.is_file():
+        with open(RESULTS, newline="", encoding="utf-8") as file:
+            others = [row for row in csv.DictReader(file) if row["case"] != name]
+    order = list(CASES)
+    rows = sorted([*others, *rows], key=lambda row: order.index(row["case"]))
     with open(RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gardo.config import Recipe, load
+from gardo.config import load
 from gardo.planner import geometry
 from gardo.planner.advice import advise, changed
 from gardo.planner.memory import Counted
 from gardo.planner.page import gigabytes
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import seconds
+from gardo.recipe import Recipe
 from gardo.session import quiet_libraries
 from pages import fill, revision
 
@@ -60,7 +61,7 @@ def planned(recipe: Recipe, counted: Counted, gpus: int, room: int) -> dict[str,
     return {
         "peak": gigabytes(memory.peak),
         "phase": memory.peak_phase.name,
-        "settings": " ".join(map(str, changes)),
+        "settings": " ".join(change.on(recipe) for change in changes),
         "hours": f"{took.total * recipe.run.steps / 3600:.0f}",
     }
 

@@ -1,4 +1,4 @@
-"""The recipe: a strict schema, and its loader (safe YAML plus `--set a.b=c`).
+"""Reads recipes: safe YAML plus `--set a.b=c`, against a strict schema (recipe.py).
 
 A recipe's plug-in sections (model, algorithm, rewards) are checked by the settings of the plug-in
 that they name; an error names the file, the field, the value and the mend, before anything heavy
@@ -11,149 +11,16 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import GenericAlias
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
-from gardo import plugins
-from gardo.algorithms.base import SamplerSettings, Wrapper, plugin_of
-from gardo.data import load_prompts
-from gardo.distributed.average import AVERAGE, AverageSettings
-from gardo.distributed.base import DistributedSettings, RolloutSettings
-from gardo.distributed.checkpoint import CheckpointSettings
-from gardo.distributed.optimizers import OptimizerSettings, check_optimizer
-from gardo.distributed.slots import LIVE
-from gardo.evaluation.evaluate import EvaluateSettings
-from gardo.policies.attention import check_settings
-from gardo.policies.base import PolicySettings
-from gardo.policies.checkpointing import Checkpointing
-from gardo.policies.lora_files import open_lora
-from gardo.policies.quantised import check_base
+from gardo import plugins, recipe_rules
+from gardo.algorithms.base import Wrapper
+from gardo.recipe import Recipe
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
-from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
-from gardo.types import Prompt
-
-
-class Lora(Strict):
-    kind: Literal["lora"]
-    rank: int = Field(32, ge=1)
-    alpha: float = Field(64, gt=0)
-    targets: list[str] | None = Field(
-        None, description="module names; the family's list if left out"
-    )
-    path: str | None = Field(
-        None, description="a LoRA to start from, of diffusers or PEFT; relative to the recipe"
-    )
-
-
-class Full(Strict):
-    kind: Literal["full"]
-
-
-class TrainSettings(Strict):
-    weights: Annotated[Lora | Full, Field(discriminator="kind")]
-    optimizer: OptimizerSettings = OptimizerSettings()
-    ema: AverageSettings | None = Field(None, description="an average of what trains")
-    updates_per_step: int = Field(1, ge=1, description="gradient steps an iteration")
-    micro_batch: int | None = Field(
-        None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
-    )
-    max_grad_norm: float = Field(1.0, gt=0)
-    keep_all_rows: bool = Field(
-        False, description="train rows that weigh nothing too: for comparisons of speed"
-    )
-    activation_checkpointing: Checkpointing = Field(
-        "none",
-        description="what blocks run again in the backward pass: nothing, all but attention, all "
-        "but attention and matmuls, all",
-    )
-
-
-class DataSettings(Strict):
-    prompts: str = Field(
-        description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
-        "relative to the recipe"
-    )
-    prompts_per_step: int = Field(ge=1)
-    images_per_prompt: int = Field(ge=1)
-
-
-class RunSettings(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    steps: int = Field(ge=1, description="iterations")
-    seed: int = Field(42, ge=0)
-    folder: str = Field("runs", description="runs are written to FOLDER/NAME")
-    deterministic: bool = Field(
-        False,
-        description="only kernels that give the same bits every time, on a GPU slower; a CPU has "
-        "no others",
-    )
-
-
-class Recipe(Strict):
-    """One training run. `load` replaces the plug-in sections by the exact settings classes."""
-
-    model: Any
-    train: TrainSettings
-    data: DataSettings
-    sampler: SamplerSettings
-    algorithm: Any
-    rewards: dict[str, Any]
-    rollout: RolloutSettings = RolloutSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    distributed: DistributedSettings = DistributedSettings()
-    run: RunSettings
-    kernels: Literal["auto", "triton", "torch"] = Field(
-        "auto",
-        description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU",
-    )
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.run.folder) / self.run.name
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.run_folder / "checkpoints"
-
-    @property
-    def rows_per_sample(self) -> int:
-        """Training rows that a sample becomes."""
-        return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
-
-    @property
-    def teachers_per_row(self) -> float:
-        """Forward passes of other weights that a training row needs, as expected."""
-        return sum(plugin_of(self.algorithm).needs(self.algorithm).teachers.values())
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether gradients go through the decoder and the proxies."""
-        return plugin_of(self.algorithm).needs(self.algorithm).differentiable
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Copies of the trained weights: those that the algorithm needs, and the average."""
-        own = plugin_of(self.algorithm).slots_of(self.algorithm)
-        return (*own, AVERAGE) if self.train.ema else own
-
-    @property
-    def evaluated(self) -> str:
-        """The weights that evaluations draw with: the live ones, or a slot."""
-        return AVERAGE if self.train.ema and self.train.ema.evaluate else LIVE
-
-    def prompts(self) -> list[Prompt]:
-        return load_prompts(Path(self.data.prompts))
-
-    def evaluation_prompts(self) -> list[Prompt]:
-        path = self.evaluate.prompts or self.data.prompts
-        return load_prompts(Path(path))[: self.evaluate.prompt_count]
-
-
-# ---- reading -------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,7 +77,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
-    return check(raw, str(path), origin, rules=_RULES if prompts else _WITHOUT_PROMPTS)
+    rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
+    return check(raw, str(path), origin, rules=rules)
 
 
 def check(
@@ -235,7 +103,7 @@ def check(
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     except _BadName as error:
         raise RecipeError(placed(error, source, origin)) from None
-    for rule in _RULES if rules is None else rules:
+    for rule in recipe_rules.ALL if rules is None else rules:
         try:
             rule(recipe)
         except ValueError as error:
@@ -365,147 +233,6 @@ def full_schema() -> dict[str, Any]:
     }
     schema = create_model("Recipe", __base__=Recipe, **sections)
     return schema.model_json_schema()
-
-
-# ---- rules between sections ----------------------------------------------------------------------
-
-
-def _rewards_fit(recipe: Recipe) -> None:
-    by_role: dict[str, list[str]] = {}
-    for name, settings in reward_settings(recipe).items():
-        by_role.setdefault(settings.role, []).append(name)
-        try:
-            reward_plugin(settings).check(settings, recipe.data.images_per_prompt)
-        except ValueError as error:
-            raise ValueError(f"rewards.{name}.{error}") from None
-    if not by_role.get("proxy"):
-        raise ValueError(
-            "rewards: none has role proxy; give the reward that is optimised `role: proxy`"
-        )
-    if len(by_role.get("features", [])) > 1:
-        raise ValueError(
-            f"rewards: {', '.join(by_role['features'])} all have role features; keep one"
-        )
-    for need in plugin_of(recipe.algorithm).needs(recipe.algorithm).rewards:
-        there, role = by_role.get(need.role, []), need.role
-        if need.name and need.name not in there:
-            raise ValueError(
-                f"algorithm.{need.field}: {need.name!r} is no reward with role {role}; "
-                f"add `{need.name}: {{role: {role}}}` to rewards"
-            )
-        if not there:
-            raise ValueError(
-                f"algorithm.{need.field}: needs rewards with role {role}{need.why}; add one, "
-                f"or leave the {need.field.rpartition('.')[2]} out"
-            )
-    if recipe.evaluate.diversity == "features" and not by_role.get("features"):
-        raise ValueError("evaluate.diversity: features needs a reward with role features")
-
-
-def _algorithm_fits(recipe: Recipe) -> None:
-    plugin = plugin_of(recipe.algorithm)
-    plugin.check(recipe.algorithm, recipe.sampler)
-    needs, images = plugin.needs(recipe.algorithm), recipe.data.images_per_prompt
-    if recipe.differentiable:
-        _all_differentiable(recipe)
-    if images < needs.images_per_prompt:
-        raise ValueError(
-            f"data.images_per_prompt: {images} image has no group to compare with, every advantage "
-            f"is 0; use at least {needs.images_per_prompt}"
-        )
-
-
-def _all_differentiable(recipe: Recipe) -> None:
-    for name, settings in reward_settings(recipe).items():
-        if settings.role == "proxy" and not reward_plugin(settings).differentiable:
-            raise ValueError(
-                f"rewards.{name}: {settings.kind} has no gradient, and the algorithm needs one"
-            )
-
-
-def _prompts_fit(recipe: Recipe) -> None:
-    rewards = reward_settings(recipe)
-    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
-    rewards |= {name: judge for name, judge in judges.items() if judge}
-    for field, prompts in (
-        ("data.prompts", recipe.prompts),
-        ("evaluate.prompts", recipe.evaluation_prompts),
-    ):
-        try:
-            texts = prompts()
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-        for line, text in enumerate(texts, start=1):
-            for name, settings in rewards.items():
-                try:
-                    reward_plugin(settings).check_prompt(text)
-                except ValueError as error:
-                    raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
-
-
-def _diversity_fits(recipe: Recipe) -> None:
-    for line, text in enumerate(recipe.evaluation_prompts(), start=1):
-        try:
-            recipe.evaluate.check_prompt(text)
-        except ValueError as error:
-            raise ValueError(f"evaluate.diversity: prompt {line}: {error}") from None
-
-
-def _distributed_fits(recipe: Recipe) -> None:
-    check_base(
-        recipe.model.base,
-        trains_all=recipe.train.weights.kind == "full",
-        precision=recipe.distributed.precision,
-        partitions_weights=recipe.distributed.engine == "zero" and recipe.distributed.stage == 3,
-        offload=recipe.distributed.offload,
-    )
-    recipe.distributed.check(recipe.slots)
-    check_optimizer(
-        recipe.train.optimizer.name,
-        engine=recipe.distributed.engine,
-        offload=recipe.distributed.offload,
-        masters=recipe.distributed.masters,
-    )
-
-
-def _attention_fits(recipe: Recipe) -> None:
-    check_settings(
-        recipe.model.attention,
-        precision=recipe.distributed.precision,
-        deterministic=recipe.run.deterministic,
-    )
-
-
-def _start_fits(recipe: Recipe) -> None:
-    weights = recipe.train.weights
-    if weights.kind == "full" or weights.path is None:
-        return
-    try:
-        start = open_lora(weights.path)
-    except ValueError as error:
-        raise ValueError(f"train.weights.path: {error}") from None
-    targets = weights.targets or policy_plugin(recipe.model).lora_targets
-    try:
-        start.check(rank=weights.rank, alpha=weights.alpha, targets=targets)
-    except ValueError as error:
-        raise ValueError(f"train.weights.{error}") from None
-
-
-_WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
-_RULES = (*_WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
-
-
-def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
-    panel: Any = recipe.rewards  # a settings class once it is checked
-    return {name: getattr(panel, name) for name in type(panel).model_fields}
-
-
-def reward_plugin(settings: RewardSettings) -> Any:
-    return plugins.resolve("gardo.rewards", settings.kind)
-
-
-def policy_plugin(settings: PolicySettings) -> Any:
-    return plugins.resolve("gardo.policies", settings.family)
 
 
 def dump(recipe: Recipe) -> str:

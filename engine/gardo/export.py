@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gardo.config import Recipe, check, read_yaml
+from gardo.config import check, read_yaml
 from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.distributed.universal import write_universal
@@ -16,6 +16,7 @@ from gardo.policies.base import Policy
 from gardo.policies.folders import SHARD_BYTES, link_pipeline, save_transformer
 from gardo.policies.kohya import save_kohya
 from gardo.policies.lora_files import save_diffusers, save_peft
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
 

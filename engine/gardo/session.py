@@ -16,31 +16,34 @@ import transformers
 
 from gardo import config
 from gardo.algorithms.base import Algorithm, World, build
-from gardo.config import Recipe
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
 from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.nodes import check_shared
-from gardo.distributed.optimizers import check_here
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
+from gardo.machine import (
+    check_machine,
+    ranks,
+    use_deterministic_kernels,
+    use_threads,
+)
 from gardo.planner import Geometry, geometry
-from gardo.policies.attention import missing, use_attention
+from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
-from gardo.policies.quantised import BASES
+from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
-from gardo.settings import FieldError, check_installed
+from gardo.settings import FieldError
 from gardo.types import Prompt
-from gardo_kernels import kernels_run_on
 
 
 @dataclass
@@ -125,7 +128,7 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
 
     Its transformer has no weights yet (`Policy.load_transformer`): the engine decides where they go
     """
-    policy: Policy = config.policy_plugin(recipe.model)(
+    policy: Policy = policy_plugin(recipe.model)(
         recipe.model, dtype=getattr(torch, recipe.distributed.precision), device=device, defer=True
     )
     weights = recipe.train.weights
@@ -168,16 +171,16 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
 
 def find_rewards(recipe: Recipe) -> None:
     """ValueError, opening with its field, for the first file of a reward that is not to be had."""
-    for name, settings in config.reward_settings(recipe).items():
+    for name, settings in reward_settings(recipe).items():
         find_files(settings, f"rewards.{name}")
 
 
 def build_panel(recipe: Recipe, device: torch.device) -> Panel:
     """ValueError, opening with its field, for a reward that does not load."""
     rewards = {}
-    for name, settings in config.reward_settings(recipe).items():
+    for name, settings in reward_settings(recipe).items():
         try:
-            rewards[name] = config.reward_plugin(settings)(settings, device)
+            rewards[name] = reward_plugin(settings)(settings, device)
         except (OSError, ValueError) as error:
             raise settings.error_at(f"rewards.{name}", error) from error
     return Panel(rewards)
@@ -271,54 +274,6 @@ def _flat(section: Any, name: str = "") -> dict[str, Any]:
         return {name: section}
     parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in section.items())
     return {field: value for part in parts for field, value in part.items()}
-
-
-def ranks() -> tuple[int, int, int]:
-    """(rank, local rank, world) as the launcher says; (0, 0, 1) without one."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
-
-
-def use_threads(recipe: Recipe, world: int) -> None:
-    """CPU threads of this rank: the recipe's, or its share of the cores."""
-    torch.set_num_threads(
-        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
-    )
-
-
-def use_deterministic_kernels() -> None:
-    """Only kernels that give the same bits every time.
-
-    torch would fill new memory with NaN too: nothing reads it unwritten, so that only costs time.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def check_machine(recipe: Recipe, world: int, device: torch.device, source: str) -> None:
-    """RecipeError where the recipe asks for what is not here."""
-    if world > 1 and recipe.distributed.engine == "local":
-        raise RecipeError(
-            f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
-            "launched; use engine zero"
-        )
-    if recipe.kernels == "triton" and not kernels_run_on(device):
-        raise RecipeError(
-            f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
-            "auto or torch"
-        )
-    try:
-        check_here(recipe.train.optimizer.name, device)
-        if recipe.model.base in BASES:
-            check_installed("bitsandbytes", f"model.base: {recipe.model.base}")
-    except FieldError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    if lacks := missing(recipe.model.attention, device):
-        raise RecipeError(
-            f"{source}: model.attention: {recipe.model.attention}: {lacks}; `gardo doctor` says "
-            "which attention runs here"
-        )
 
 
 def load_models(

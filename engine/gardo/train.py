@@ -11,6 +11,7 @@ import sys
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
+from gardo.machine import ranks
 from gardo.phases import (
     average,
     checkpoint,
@@ -26,7 +27,7 @@ from gardo.phases import (
     taught,
 )
 from gardo.recipe_errors import RecipeError
-from gardo.session import Session, open_session, ranks
+from gardo.session import Session, open_session
 from gardo.types import Metrics, select
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gardo.config import load
+from gardo.machine import check_machine, use_deterministic_kernels
 from gardo.recipe_errors import RecipeError
-from gardo.session import check_machine, use_deterministic_kernels
 from tests.engine.config.recipe import written
 
 

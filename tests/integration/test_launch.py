@@ -66,6 +66,20 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert (finished / "samples" / "step-00000.png").is_file()
 
 
+def test_freed_text_encoders_change_nothing(finished: Path, tmp_path: Path) -> None:
+    """Every prompt is encoded beforehand, by two ranks; what is trained has the same numbers."""
+    Launched(2, main, arguments(tmp_path, "model.encoders=free")).wait()
+    runs = [read_metrics(folder / "metrics.jsonl") for folder in (finished, tmp_path / RUN)]
+    for freed, kept in zip(*runs, strict=True):
+        for record in (freed, kept):
+            del record["seconds"]
+        assert freed == kept
+    shown = {
+        p for r in read_metrics(tmp_path / RUN / "metrics.jsonl") for p in r.get("prompts", [])
+    }
+    assert len(list((tmp_path / "embeddings").rglob("*.safetensors"))) >= len(shown) > 1
+
+
 def test_a_run_is_resumed_and_saves_when_asked(finished: Path, tmp_path: Path) -> None:
     """On another number of ranks, with more steps, and a checkpoint that was not due."""
     run = shutil.copytree(finished, tmp_path / RUN)

@@ -19,6 +19,8 @@ from torch import nn
 from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.zero_config import numel
 
+SHARE = 0.75  # of what is free when the engine has started; the rest is for activations
+
 
 class GatherOnce:
     """Gathers the weights of `module`, block by block, one collective each.
@@ -115,7 +117,7 @@ def choose_gather(
     parameters = list(module.parameters())
     needed = numel(parameters) * parameters[0].element_size()
     sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
-    room = free / 2 if rollout.gather == "auto" else free
+    room = SHARE * free if rollout.gather == "auto" else free
     if agree_max(int(needed > room)):
         return None, f"weights gathered at every forward: no room on some rank (here {sizes})"
     once = GatherOnce(module, blocks, offload)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-from gardo.config import Recipe, reward_settings
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory
 from gardo.policies.quantised import BASES
+from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
 
 Values = Callable[[Recipe, int], list[Any]]  # of a field, for a recipe on so many ranks
+
+
+REWARDS = "rewards.*.dtype"  # of all that have fp32 models
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,20 @@ class Change:
     field: str
     value: Any
 
-    def __str__(self) -> str:
-        return f"--set {self.field}={self.value}"
+    def on(self, recipe: Recipe) -> str:
+        """As the command line of a recipe has it."""
+        if self.field != REWARDS:
+            return f"--set {self.field}={self.value}"
+        names = _wide_rewards(recipe)
+        return " ".join(f"--set rewards.{name}.dtype={self.value}" for name in names)
 
 
 def changed(recipe: Recipe, change: Change) -> Recipe:
-    """The recipe with one field of a section changed."""
+    """The recipe with one field of a section changed, or all its rewards."""
+    if change.field == REWARDS:
+        for name in _wide_rewards(recipe):
+            recipe = changed(recipe, Change(f"rewards.{name}.dtype", change.value))
+        return recipe
     *sections, name = change.field.split(".")
     whole: Any = recipe
     parents = [whole := getattr(whole, section) for section in sections]
@@ -101,6 +113,15 @@ def _offload(recipe: Recipe, _: int) -> list[str]:
     return _after(["none", "optimizer"], settings.offload) if can else []
 
 
+def _wide_rewards(recipe: Recipe) -> list[str]:
+    rewards = reward_settings(recipe).items()
+    return [name for name, settings in rewards if getattr(settings, "dtype", "") == "float32"]
+
+
+def _reward_types(recipe: Recipe, _: int) -> list[str]:
+    return ["bfloat16"] if _wide_rewards(recipe) else []
+
+
 def _prompts(recipe: Recipe, world: int) -> list[int]:
     """Fewer prompts a step that still split over the ranks."""
     data, found = recipe.data, []
@@ -129,8 +150,9 @@ OPTIONS: tuple[tuple[str, str, Values], ...] = (
     ("", "rollout.gather", _gather),
     ("", "distributed.slots", _slots),
     ("", "train.optimizer.name", _optimizer),
-    ("", "distributed.offload", _offload),
+    ("", REWARDS, _reward_types),
     ("", "model.base", _base),
+    ("", "distributed.offload", _offload),
     ("", "data.prompts_per_step", _prompts),
 )  # fmt: skip
 
@@ -141,9 +163,6 @@ def variants(recipe: Recipe, world: int, phase: str) -> Iterator[Change]:
         if where in ("", phase):
             for value in values(recipe, world):
                 yield Change(field, value)
-    for name, settings in reward_settings(recipe).items():
-        if getattr(settings, "dtype", "") == "float32":
-            yield Change(f"rewards.{name}.dtype", "bfloat16")
 
 
 def advise(
@@ -152,17 +171,48 @@ def advise(
     """Changes after which the recipe fits into `room` bytes, and its memory then; None: none do.
 
     The phase with the highest peak is lowered by its cheapest change that helps, until all fit.
+    Then each change is taken back as far as the others allow, the dearest first.
     """
     made: list[Change] = []
+    now = recipe
     while True:
-        memory = counted.memory(recipe, geometry(recipe, rank=0, world=world), world)
+        memory = counted.memory(now, geometry(now, rank=0, world=world), world)
         if memory.peak <= room:
-            return made, memory
-        helpful = _first_that_fits(counted, recipe, world, room, memory)
+            break
+        helpful = _first_that_fits(counted, now, world, room, memory)
         if helpful is None:
             return None
-        recipe = changed(recipe, helpful)
+        now = changed(now, helpful)
         made = [*(c for c in made if c.field != helpful.field), helpful]
+    for _, field, values in reversed(OPTIONS):
+        if any(change.field == field for change in made):
+            made = _taken_back(counted, recipe, world, room, made, field, values)
+    now = reduce(changed, made, recipe)
+    return made, counted.memory(now, geometry(now, rank=0, world=world), world)
+
+
+def _taken_back(
+    counted: Counted,
+    recipe: Recipe,
+    world: int,
+    room: int,
+    made: list[Change],
+    field: str,
+    values: Values,
+) -> list[Change]:
+    """The changes with the least value of one field that still fits, or without it."""
+    others = [change for change in made if change.field != field]
+    without = reduce(changed, others, recipe)
+    choices = [others, *([*others, Change(field, value)] for value in values(without, world))]
+    for choice in choices:
+        now = reduce(changed, choice, recipe)
+        try:
+            plan = geometry(now, rank=0, world=world)
+        except RecipeError:  # it does not split without this one
+            continue
+        if counted.memory(now, plan, world).peak <= room:
+            return choice
+    return made
 
 
 def _first_that_fits(
@@ -172,7 +222,11 @@ def _first_that_fits(
     phase, best, least = now.peak_phase.name, None, now.peak
     for change in variants(recipe, world, phase):
         other = changed(recipe, change)
-        memory = counted.memory(other, geometry(other, rank=0, world=world), world)
+        try:
+            plan = geometry(other, rank=0, world=world)
+        except RecipeError:  # micro-batches that do not divide fewer rows
+            continue
+        memory = counted.memory(other, plan, world)
         there = next(memory.peak_of(p) for p in memory.phases if p.name == phase)
         if there <= room:
             return change

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.config import Recipe
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 
 

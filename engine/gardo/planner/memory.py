@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
-from gardo.config import Recipe, reward_settings
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.geometry import Geometry
 from gardo.planner.scorers import Scorer, scorer
 from gardo.planner.shadow import Shadow
 from gardo.policies.quantised import BASES
+from gardo.recipe import Recipe, reward_settings
 
 CONTEXT = 1_000_000_000  # assumed: CUDA's context, NCCL's buffers, libraries' workspaces
 FRAGMENTED = 0.05  # assumed, of what comes and goes

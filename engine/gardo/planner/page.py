@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Iterator
 from math import ceil
 
-from gardo.config import Recipe
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.advice import Change, advise
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
+from gardo.recipe import Recipe
 
 
 def bytes_of(text: str) -> int:
@@ -73,7 +73,7 @@ def plan_page(
         verdict_line(memory, room),
     ]
     if not fits:
-        lines.append(advice_line(advise(counted, recipe, world, room)))
+        lines.append(advice_line(recipe, advise(counted, recipe, world, room)))
     hours = time.total * steps / 3600
     phases = ", ".join(f"{name} {s:.1f}" for name, s in time.phases.items())
     lines += [
@@ -98,12 +98,12 @@ def verdict_line(memory: Memory, room: int) -> str:
     )
 
 
-def advice_line(found: tuple[list[Change], Memory] | None) -> str:
-    """Of what `advise` gave."""
+def advice_line(recipe: Recipe, found: tuple[list[Change], Memory] | None) -> str:
+    """Of what `advise` gave for a recipe."""
     if found is None:
         return "nothing that was tried makes it fit; use more GPUs, or a smaller model.size"
     changes, memory = found
-    settings = " ".join(map(str, changes))
+    settings = " ".join(change.on(recipe) for change in changes)
     return f"fits with  {settings}   (peak {gigabytes(memory.peak)} GB)"
 
 

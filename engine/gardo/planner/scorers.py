@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gardo.config import reward_plugin
 from gardo.planner.live import LiveBytes, make_fake
+from gardo.recipe import reward_plugin
 from gardo.settings import config_folder
 
 BATCH = 16  # assumed of a reward that has no `batch`

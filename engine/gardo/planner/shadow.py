@@ -25,33 +25,30 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gardo import config, settings
-from gardo.config import Recipe
-from gardo.planner.live import LiveBytes, make_fake
+from gardo import settings
+from gardo.hub import download_error
+from gardo.planner.live import CPU_ATTENTION, LiveBytes, make_fake
 from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES, linears, stored_bytes
+from gardo.recipe import Recipe, policy_plugin
 
 KEPT = 2  # blocks of a kind that are run
 CPU = torch.device("cpu")
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, revision: str | None = None) -> Path:
     """A diffusers folder with the configuration of a model, and perhaps nothing else.
 
-    ValueError where a hub id's is neither shipped nor to be had.
+    FieldError where a hub id's is neither shipped nor to be had.
     """
     if folder := settings.config_folder(path):
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"model.path: the configuration of {path!r} is not to be had ({error}); give a local "
-            "folder, or log in with `hf auth login`"
-        ) from error
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json"]))
+    except Exception as error:  # whatever a hub, a network or a disk can say
+        raise download_error(error, "model.path", path, revision, ["*.json"]) from error
 
 
 class Shadow:
@@ -59,9 +56,9 @@ class Shadow:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.mode = recipe, FakeTensorMode(allow_non_fake_inputs=True)
-        self.folder = model_folder(recipe.model.path)
+        self.folder = model_folder(recipe.model.path, recipe.model.revision)
         dtype = getattr(torch, recipe.distributed.precision)
-        plugin: type[Policy] = config.policy_plugin(recipe.model)
+        plugin: type[Policy] = policy_plugin(recipe.model)
         self.policy = self._policy(plugin, dtype)
         self._lists = {name: getattr(self.policy.transformer, name) for name in plugin.block_lists}
         self.kinds = Counter(map(_kind, self.blocks()))
@@ -156,12 +153,13 @@ class Shadow:
             of_encoder = transformers.AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 encoder = getattr(transformers, of_encoder.architectures[0])(of_encoder).eval()
+            count = _elements(encoder.parameters())  # before what is tied comes apart
             make_fake(encoder, self.mode, self.policy.dtype)
             tokens = getattr(of_encoder, "max_position_embeddings", None)
             with self.mode, torch.no_grad(), LiveBytes([*encoder.parameters()]) as live:
                 ids = torch.zeros(1, tokens or self.recipe.model.text_tokens, dtype=torch.int64)
                 encoder(ids)
-            found[folder.name] = _elements(encoder.parameters()), live.peak
+            found[folder.name] = count, live.peak
         return found
 
     # Costs ----------------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ class Shadow:
         """Of a row: a forward pass, or forward and backward without anything run again."""
 
         def count() -> int:
-            counter = FlopCounterMode(display=False)
+            counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             with self.mode, counter:
                 with torch.set_grad_enabled(backward):
                     velocity = self.policy.velocity(*self._inputs(1))

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.config import Recipe
 from gardo.planner.geometry import Geometry
 from gardo.planner.memory import BYTES
 from gardo.planner.shadow import Shadow
+from gardo.recipe import Recipe
 
 MATMUL = 790e12  # FLOP/s, assumed of a GPU
 SHARE = {"sample": 0.46, "teachers": 0.46, "train": 0.43}  # assumed, of eager bf16
-AGAIN = {"none": 0.0, "selective": 0.9, "full": 1.0}  # of a forward pass; 0.9 is assumed
+# of a forward pass; counted, at published widths, by `./run bench checkpointing`
+AGAIN = {"none": 0.0, "matmuls": 0.0, "selective": 0.9, "full": 1.0}
 NVLINK, NETWORK = 400e9, 50e9  # bytes/s that a GPU receives, assumed within and between nodes
 
 

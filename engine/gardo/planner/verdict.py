@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gardo.config import Recipe
 from gardo.planner.advice import advise
 from gardo.planner.geometry import geometry
 from gardo.planner.memory import Counted
 from gardo.planner.page import advice_line, verdict_line
 from gardo.planner.shadow import Shadow
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 
 
@@ -20,7 +20,7 @@ def verdict(recipe: Recipe, *, world: int, room: int, source: str = "recipe") ->
     line = verdict_line(memory, room)
     if memory.peak <= room:
         return line
-    advice = advice_line(advise(counted, recipe, world, room))
+    advice = advice_line(recipe, advise(counted, recipe, world, room))
     raise RecipeError(
         f"{source}: {line}\n{advice}\n`gardo plan` says more; --ignore-plan trains all the same"
     )

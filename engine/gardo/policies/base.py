@@ -36,7 +36,7 @@ from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.quantised import BASES, placing, quantise
 from gardo.policies.targets import check_targets
 from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
-from gardo.settings import Pair, Strict, is_hub_id, model_path
+from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path
 
 Wait = Callable[[], None]
 
@@ -382,13 +382,13 @@ class Policy:
     def start_from(self, lora: LoraFile) -> None:
         """Names the LoRA whose values training goes on from; the engine reads them.
 
-        ValueError where it has not just the modules that train, in their sizes.
+        FieldError where it has not just the modules that train, in their sizes.
         """
         shapes = {n: tuple(p.shape) for n, p in self.trainable().items()}
         for name in sorted(shapes.keys() | lora.shapes.keys()):
             if shapes.get(name) != lora.shapes.get(name):
                 found, wanted = lora.shapes.get(name, "nothing"), shapes.get(name, "nothing")
-                raise ValueError(
+                raise FieldError(
                     f"train.weights.path: {lora.path} has {found} for {name}, this model trains "
                     f"{wanted}; use a LoRA of this model and these train.weights.targets"
                 )

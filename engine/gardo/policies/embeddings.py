@@ -81,14 +81,14 @@ class Embeddings:
     ) -> int:
         """Encodes the prompts into files of `folder` and drops the encoders; how many were new.
 
-        `identity` says which encoders these are. This rank encodes share[0] of every share[1] that
-        are missing; `wait` returns when all have.
+        `identity` says which encoders these are. This rank takes share[0] of every share[1]
+        prompts, and encodes those that have no file yet; `wait` returns when all ranks have.
         """
         self._folder, self._identity = folder, identity
-        missing = [p for p in dict.fromkeys(prompts) if not self._file(p).is_file()]
-        own = missing[share[0] :: share[1]]
+        own = list(dict.fromkeys(prompts))[share[0] :: share[1]]
+        new = [prompt for prompt in own if not self._file(prompt).is_file()]
         with self._on_device():
-            for prompt in own:
+            for prompt in new:
                 text = {name: tensor.cpu() for name, tensor in self._encode([prompt]).items()}
                 path = self._file(prompt)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Embeddings:
         wait()
         self._show(False)
         self._encoders.clear()
-        return len(missing)
+        return len(new)
 
     def _file(self, prompt: str) -> Path:
         name = hashlib.sha256(f"{self._identity}\n{prompt}".encode()).hexdigest()

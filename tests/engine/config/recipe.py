@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from gardo import plugins
-from gardo.config import Recipe, load, read_yaml
+from gardo.config import load, read_yaml
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.tiny import world
 from tests import ROOT

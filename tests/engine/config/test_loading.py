@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gardo import config
 from gardo.config import check, dump, load, read_yaml
 from gardo.planner import geometry
+from gardo.recipe import reward_settings
 from gardo.tiny import world
 from tests.engine.config.recipe import RECIPES, refusal, values, written
 
@@ -29,7 +29,8 @@ def test_every_full_size_recipe_loads_and_fits(path: Path, tmp_path: Path) -> No
     for ranks in (1, 2, 4, 8):
         plan = geometry(recipe, rank=0, world=ranks)
         assert plan.rows == plan.micro_batch * plan.accumulation
-    assert recipe.distributed.precision == "bfloat16" and recipe.distributed.stage == 3
+    stage = {"lora": 1, "full": 3}[recipe.train.weights.kind]  # a LoRA's base is whole everywhere
+    assert recipe.distributed.precision == "bfloat16" and recipe.distributed.stage == stage
     assert "data.prompts: no such file" in refusal(path)
 
 
@@ -69,7 +70,7 @@ def test_a_recipe_means_what_it_says(tmp_path: Path) -> None:
     assert recipe.algorithm.gate.limits == (0.02, 0.2)
     assert recipe.model.size == (32, 32)
     assert recipe.train.weights.kind == "lora" and recipe.train.weights.rank == 16
-    roles = {name: s.role for name, s in config.reward_settings(recipe).items()}
+    roles = {name: s.role for name, s in reward_settings(recipe).items()}
     assert roles == {
         "tiny_count": "proxy",
         "tiny_shape": "auxiliary",

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gardo import config, plugins
+from gardo import plugins
 from gardo.algorithms.base import plugin_of
 from gardo.algorithms.flow_grpo import FlowGRPO
 from gardo.config import check, dump, load, read_yaml
 from gardo.planner import geometry
+from gardo.recipe import reward_plugin, reward_settings
 from tests.engine.config.recipe import refusal, values, written
 
 PLUGINS = """
@@ -81,8 +82,8 @@ def test_a_reward_by_dotted_path_loads(users_module: str, tmp_path: Path) -> Non
     fragment = {"rewards": {"tiny_count": None, "length": length}, "data": {"prompts": "red.txt"}}
     path = written(tmp_path, yaml.safe_dump(fragment))
     recipe = load(path)
-    settings = config.reward_settings(recipe)["length"]
-    assert config.reward_plugin(settings).__name__ == "Length"
+    settings = reward_settings(recipe)["length"]
+    assert reward_plugin(settings).__name__ == "Length"
     assert (settings.longest, settings.role, settings.weight) == (7, "proxy", 1.0)
     assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)
     assert refusal(path, ["rewards.length.longst=1"]) == (

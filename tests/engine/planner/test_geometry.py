@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from gardo.config import Recipe, load
+from gardo.config import load
 from gardo.planner import geometry
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from tests.engine.config.recipe import written
 

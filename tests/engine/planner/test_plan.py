@@ -4,13 +4,16 @@ import pytest
 from typer.testing import CliRunner
 
 from gardo.cli import app
-from gardo.config import load, reward_settings
+from gardo.config import load
 from gardo.planner import geometry
 from gardo.planner.advice import Change, advise, changed
 from gardo.planner.memory import CONTEXT, Counted
 from gardo.planner.page import bytes_of
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import SHARE, seconds
+from gardo.planner.verdict import verdict
+from gardo.recipe import reward_settings
+from gardo.recipe_errors import RecipeError
 from tests import ROOT
 
 FLUX = ROOT / "recipes/flux_gardo_hpsv2.yaml"
@@ -19,7 +22,14 @@ GPUS = 8
 
 @pytest.fixture(scope="module")
 def flux():
-    recipe = load(FLUX, prompts=False)
+    """With ZeRO-3, and a micro-batch that is too large for 80 GB."""
+    recipe = load(FLUX, ["distributed.stage=3", "train.micro_batch=12"], prompts=False)
+    return recipe, Counted(Shadow(recipe))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    recipe = load(ROOT / "recipes/tiny_flux_gardo.yaml")
     return recipe, Counted(Shadow(recipe))
 
 
@@ -50,7 +60,7 @@ def test_what_stays_follows_from_numbers_and_precisions(flux):
         ("distributed.stage", 2, "weights", GPUS),
         ("distributed.stage", 1, "gradient sums", GPUS),
         ("distributed.masters", "bfloat16", "optimizer state", 6 / 12),
-        ("train.optimizer.name", "adamw_8bit", "optimizer state", 6 / 12),
+        ("train.optimizer.name", "adamw_8bit", "optimizer state", (4 + 2 + 8 / 256) / 12),
     ],
 )
 def test_what_a_setting_saves(flux, field, value, name, factor):
@@ -95,6 +105,19 @@ def test_where_the_text_encoders_wait(flux):
     alone = phase(free, "encode")
     assert free.resident == offload.resident and not free.host
     assert free.peak_of(alone) == alone.bytes < 1.2 * (bytes_ + CONTEXT)
+
+
+@pytest.mark.parametrize(("base", "least", "most"), [("nf4", 0.26, 0.29), ("int8", 0.50, 0.53)])
+def test_a_quantised_base_is_smaller_and_needs_a_layer_whole(flux, base, least, most):
+    original, counted = flux
+    recipe = changed(original, Change("distributed.stage", 1))
+    whole = memory_of(counted, recipe)
+    small = memory_of(counted, changed(recipe, Change("model.base", base)))
+    assert least < part(small.stays, "weights") / part(whole.stays, "weights") < most
+    layer = 2 * 3072 * 6 * 3072  # bf16, the modulation of a double block
+    for name in ("sample", "train"):
+        assert part(phase(small, name).parts, "dequantised weights") == layer
+        assert part(phase(whole, name).parts, "dequantised weights") == 0
 
 
 def test_what_is_sampled_and_decoded_at_once_is_bounded_without_being_asked(flux):
@@ -151,9 +174,32 @@ def test_advice_makes_it_fit(flux):
     assert advise(counted, recipe, GPUS, int(80e9)) == ([], memory)  # nothing more to do
 
 
-def test_where_nothing_helps_it_says_so(flux):
-    recipe, counted = flux
-    assert advise(counted, recipe, GPUS, int(10e9)) is None
+def test_where_nothing_helps_it_says_so(tiny):
+    recipe, counted = tiny
+    assert advise(counted, recipe, 2, CONTEXT) is None
+
+
+def test_a_verdict_is_a_line_or_what_would_make_it_fit(tiny):
+    recipe, counted = tiny
+    peak = memory_of(counted, recipe, 2).peak
+    said = verdict(recipe, world=2, room=peak, source="mine.yaml")
+    assert said == f"peak {peak / 1e9:.1f} GB of {peak / 1e9:.1f}, in phase train: fits"
+    with pytest.raises(RecipeError) as raised:
+        verdict(recipe, world=2, room=peak - 1, source="mine.yaml")
+    first, second, last = str(raised.value).splitlines()
+    assert first.startswith("mine.yaml: peak ") and first.endswith("in phase train: does not fit")
+    assert second.startswith("fits with  --set train.activation_checkpointing=matmuls")
+    assert "--ignore-plan" in last
+
+
+def test_fewer_prompts_are_advised_where_only_they_help(tiny):
+    """Too many images of a step: their record stays in memory from sampling to training."""
+    recipe, counted = tiny
+    many = changed(recipe, Change("data.prompts_per_step", 8192))
+    record = part(phase(memory_of(counted, many, 2), "train").parts, "rollout")
+    changes, memory = advise(counted, many, 2, CONTEXT + record)
+    fewer = [change.value for change in changes if change.field == "data.prompts_per_step"]
+    assert fewer and fewer[-1] < 8192 and memory.peak <= CONTEXT + record
 
 
 def test_time_is_flops_over_the_assumed_rate(flux):

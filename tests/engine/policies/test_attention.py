@@ -9,9 +9,9 @@ import torch
 from diffusers.models import attention_dispatch as dispatcher
 from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
 
+from gardo.machine import check_machine
 from gardo.policies.attention import BACKENDS, check_name, check_settings, missing, use_attention
 from gardo.recipe_errors import RecipeError
-from gardo.session import check_machine
 from tests.engine.policies.built_in import CPU, Calls, built_in, sampled, trained
 
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gardo import config, plugins
+from gardo import plugins
 from gardo.config import check
+from gardo.recipe import Recipe, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.preference import Preference
 from tests import ROOT
@@ -20,7 +21,7 @@ from tests.engine.rewards.pair_judges import (
 )
 
 
-def recipe(reward: dict[str, Any], **data: int) -> config.Recipe:
+def recipe(reward: dict[str, Any], **data: int) -> Recipe:
     sections = yaml.safe_load((ROOT / "recipes/tiny_flux_pref.yaml").read_text())
     sections["data"]["prompts"] = str(ROOT / "recipes/tiny_prompts.txt")
     sections["data"] |= data
@@ -30,9 +31,9 @@ def recipe(reward: dict[str, Any], **data: int) -> config.Recipe:
 
 def test_a_judge_has_its_own_settings() -> None:
     made = recipe({"judge": {"kind": "tiny_shape", "floor": -2.0}, "opponents": 4})
-    settings: Any = config.reward_settings(made)["count"]
+    settings: Any = reward_settings(made)["count"]
     assert settings.judge.floor == -2.0 and settings.judge.role == "judge"
-    reward = config.reward_plugin(settings)(settings, CPU)
+    reward = reward_plugin(settings)(settings, CPU)
     assert type(reward.reward) is plugins.resolve("gardo.rewards", "tiny_shape")
 
 

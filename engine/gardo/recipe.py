@@ -1,0 +1,153 @@
+"""A recipe: one training run, as checked settings. config.py reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from gardo import plugins
+from gardo.algorithms.base import SamplerSettings, plugin_of
+from gardo.data import load_prompts
+from gardo.distributed.average import AVERAGE, AverageSettings
+from gardo.distributed.base import DistributedSettings, RolloutSettings
+from gardo.distributed.checkpoint import CheckpointSettings
+from gardo.distributed.optimizers import OptimizerSettings
+from gardo.distributed.slots import LIVE
+from gardo.evaluation.evaluate import EvaluateSettings
+from gardo.policies.base import PolicySettings
+from gardo.policies.checkpointing import Checkpointing
+from gardo.rewards.base import RewardSettings
+from gardo.settings import Strict
+from gardo.types import Prompt
+
+
+class Lora(Strict):
+    kind: Literal["lora"]
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    targets: list[str] | None = Field(
+        None, description="module names; the family's list if left out"
+    )
+    path: str | None = Field(
+        None, description="a LoRA to start from, of diffusers or PEFT; relative to the recipe"
+    )
+
+
+class Full(Strict):
+    kind: Literal["full"]
+
+
+class TrainSettings(Strict):
+    weights: Annotated[Lora | Full, Field(discriminator="kind")]
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema: AverageSettings | None = Field(None, description="an average of what trains")
+    updates_per_step: int = Field(1, ge=1, description="gradient steps an iteration")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    keep_all_rows: bool = Field(
+        False, description="train rows that weigh nothing too: for comparisons of speed"
+    )
+    activation_checkpointing: Checkpointing = Field(
+        "none",
+        description="what blocks run again in the backward pass: nothing, all but attention, all "
+        "but attention and matmuls, all",
+    )
+
+
+class DataSettings(Strict):
+    prompts: str = Field(
+        description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
+        "relative to the recipe"
+    )
+    prompts_per_step: int = Field(ge=1)
+    images_per_prompt: int = Field(ge=1)
+
+
+class RunSettings(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    steps: int = Field(ge=1, description="iterations")
+    seed: int = Field(42, ge=0)
+    folder: str = Field("runs", description="runs are written to FOLDER/NAME")
+    deterministic: bool = Field(
+        False,
+        description="only kernels that give the same bits every time, on a GPU slower; a CPU has "
+        "no others",
+    )
+
+
+class Recipe(Strict):
+    """One training run. `load` replaces the plug-in sections by the exact settings classes."""
+
+    model: Any
+    train: TrainSettings
+    data: DataSettings
+    sampler: SamplerSettings
+    algorithm: Any
+    rewards: dict[str, Any]
+    rollout: RolloutSettings = RolloutSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    run: RunSettings
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto",
+        description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU",
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.run_folder / "checkpoints"
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Training rows that a sample becomes."""
+        return plugin_of(self.algorithm).rows_per_sample(self.algorithm, self.sampler)
+
+    @property
+    def teachers_per_row(self) -> float:
+        """Forward passes of other weights that a training row needs, as expected."""
+        return sum(plugin_of(self.algorithm).needs(self.algorithm).teachers.values())
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients go through the decoder and the proxies."""
+        return plugin_of(self.algorithm).needs(self.algorithm).differentiable
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Copies of the trained weights: those that the algorithm needs, and the average."""
+        own = plugin_of(self.algorithm).slots_of(self.algorithm)
+        return (*own, AVERAGE) if self.train.ema else own
+
+    @property
+    def evaluated(self) -> str:
+        """The weights that evaluations draw with: the live ones, or a slot."""
+        return AVERAGE if self.train.ema and self.train.ema.evaluate else LIVE
+
+    def prompts(self) -> list[Prompt]:
+        return load_prompts(Path(self.data.prompts))
+
+    def evaluation_prompts(self) -> list[Prompt]:
+        path = self.evaluate.prompts or self.data.prompts
+        return load_prompts(Path(path))[: self.evaluate.prompt_count]
+
+
+def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
+    panel: Any = recipe.rewards  # a settings class once it is checked
+    return {name: getattr(panel, name) for name in type(panel).model_fields}
+
+
+def reward_plugin(settings: RewardSettings) -> Any:
+    return plugins.resolve("gardo.rewards", settings.kind)
+
+
+def policy_plugin(settings: PolicySettings) -> Any:
+    return plugins.resolve("gardo.policies", settings.family)

@@ -1,0 +1,135 @@
+"""What must hold between sections of a recipe: a rule raises ValueError, opening with a field."""
+
+from __future__ import annotations
+
+from gardo.algorithms.base import plugin_of
+from gardo.distributed.optimizers import check_optimizer
+from gardo.policies.attention import check_settings
+from gardo.policies.lora_files import open_lora
+from gardo.policies.quantised import check_base
+from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
+
+
+def _rewards_fit(recipe: Recipe) -> None:
+    by_role: dict[str, list[str]] = {}
+    for name, settings in reward_settings(recipe).items():
+        by_role.setdefault(settings.role, []).append(name)
+        try:
+            reward_plugin(settings).check(settings, recipe.data.images_per_prompt)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}.{error}") from None
+    if not by_role.get("proxy"):
+        raise ValueError(
+            "rewards: none has role proxy; give the reward that is optimised `role: proxy`"
+        )
+    if len(by_role.get("features", [])) > 1:
+        raise ValueError(
+            f"rewards: {', '.join(by_role['features'])} all have role features; keep one"
+        )
+    for need in plugin_of(recipe.algorithm).needs(recipe.algorithm).rewards:
+        there, role = by_role.get(need.role, []), need.role
+        if need.name and need.name not in there:
+            raise ValueError(
+                f"algorithm.{need.field}: {need.name!r} is no reward with role {role}; "
+                f"add `{need.name}: {{role: {role}}}` to rewards"
+            )
+        if not there:
+            raise ValueError(
+                f"algorithm.{need.field}: needs rewards with role {role}{need.why}; add one, "
+                f"or leave the {need.field.rpartition('.')[2]} out"
+            )
+    if recipe.evaluate.diversity == "features" and not by_role.get("features"):
+        raise ValueError("evaluate.diversity: features needs a reward with role features")
+
+
+def _algorithm_fits(recipe: Recipe) -> None:
+    plugin = plugin_of(recipe.algorithm)
+    plugin.check(recipe.algorithm, recipe.sampler)
+    needs, images = plugin.needs(recipe.algorithm), recipe.data.images_per_prompt
+    if recipe.differentiable:
+        _all_differentiable(recipe)
+    if images < needs.images_per_prompt:
+        raise ValueError(
+            f"data.images_per_prompt: {images} image has no group to compare with, every advantage "
+            f"is 0; use at least {needs.images_per_prompt}"
+        )
+
+
+def _all_differentiable(recipe: Recipe) -> None:
+    for name, settings in reward_settings(recipe).items():
+        if settings.role == "proxy" and not reward_plugin(settings).differentiable:
+            raise ValueError(
+                f"rewards.{name}: {settings.kind} has no gradient, and the algorithm needs one"
+            )
+
+
+def _prompts_fit(recipe: Recipe) -> None:
+    rewards = reward_settings(recipe)
+    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
+    rewards |= {name: judge for name, judge in judges.items() if judge}
+    for field, prompts in (
+        ("data.prompts", recipe.prompts),
+        ("evaluate.prompts", recipe.evaluation_prompts),
+    ):
+        try:
+            texts = prompts()
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        for line, text in enumerate(texts, start=1):
+            for name, settings in rewards.items():
+                try:
+                    reward_plugin(settings).check_prompt(text)
+                except ValueError as error:
+                    raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
+
+
+def _diversity_fits(recipe: Recipe) -> None:
+    for line, text in enumerate(recipe.evaluation_prompts(), start=1):
+        try:
+            recipe.evaluate.check_prompt(text)
+        except ValueError as error:
+            raise ValueError(f"evaluate.diversity: prompt {line}: {error}") from None
+
+
+def _distributed_fits(recipe: Recipe) -> None:
+    check_base(
+        recipe.model.base,
+        trains_all=recipe.train.weights.kind == "full",
+        precision=recipe.distributed.precision,
+        partitions_weights=recipe.distributed.engine == "zero" and recipe.distributed.stage == 3,
+        offload=recipe.distributed.offload,
+    )
+    recipe.distributed.check(recipe.slots)
+    check_optimizer(
+        recipe.train.optimizer.name,
+        engine=recipe.distributed.engine,
+        offload=recipe.distributed.offload,
+        masters=recipe.distributed.masters,
+    )
+
+
+def _attention_fits(recipe: Recipe) -> None:
+    check_settings(
+        recipe.model.attention,
+        precision=recipe.distributed.precision,
+        deterministic=recipe.run.deterministic,
+    )
+
+
+def _start_fits(recipe: Recipe) -> None:
+    weights = recipe.train.weights
+    if weights.kind == "full" or weights.path is None:
+        return
+    try:
+        start = open_lora(weights.path)
+    except ValueError as error:
+        raise ValueError(f"train.weights.path: {error}") from None
+    targets = weights.targets or policy_plugin(recipe.model).lora_targets
+    try:
+        start.check(rank=weights.rank, alpha=weights.alpha, targets=targets)
+    except ValueError as error:
+        raise ValueError(f"train.weights.{error}") from None
+
+
+WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
+ALL = (*WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
