@@ -11,7 +11,8 @@ not measured again.
 `percent_of_ceiling` is what runs, recomputation included, over the matmul rate given as --ceiling.
 Times are medians from an idle device: at micro-batch 1 the host's launches show. `first_call_s` has
 the compilation in it, and of `weights` it is the time to make them; `peak_gib` and `held_gib` are
-the most that tensors took and what they took afterwards, without an optimizer.
+the most that tensors took and what they took afterwards, without an optimizer, on a GPU of
+`gpu_gib`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from core_ops.machine import Machine
-from gardo_kernels import policy_loss
 
+from .flux_bench import Call, FluxBench
 from .flux_model import (
     ATTENTION,
     FULL,
@@ -39,8 +39,6 @@ from .flux_model import (
     Shape,
     add_lora,
     build,
-    flops,
-    free,
     graphs,
     rows_of,
     set_up,
@@ -51,23 +49,18 @@ from .table import Row, Table, number, run_script, tally
 COLUMNS = (
     "work", "micro_batch", "checkpointing", "path", "attention", "lora", "text_tokens", "block",
     "kind", "share_percent", "ms", "least_ms", "reps", "first_call_s", "graphs", "peak_gib",
-    "held_gib", "model_tflop", "executed_tflop", "model_tflop_s", "executed_tflop_s",
+    "held_gib", "gpu_gib", "model_tflop", "executed_tflop", "model_tflop_s", "executed_tflop_s",
     "percent_of_peak", "percent_of_ceiling", "ceiling_tflop_s",
 )  # fmt: skip
-PEAK = 989.0  # TFLOP/s
-GIB = 2**30
 KINDS = ("matmul", "attention", "norm and elementwise", "LoRA's matmuls", "other")
 
 
 @dataclass(frozen=True)
-class Case:
-    work: str  # weights, sample, train or profile
-    micro_batch: int
-    text_tokens: int
-    checkpointing: str = "none"
+class Case(Call):
+    """`work`: weights, sample, train or profile."""
+
     path: str = "eager"  # or compiled, block by block
     attention: str = "native"
-    lora: bool = True
     block: str = ""  # whose profile: double or single
 
 
@@ -101,33 +94,17 @@ def cases(shape: Shape) -> list[Case]:
     ]  # fmt: skip
 
 
-class Bench:
+class Bench(FluxBench):
     """The model on the device, and how a case is measured."""
 
     def __init__(self, shape: Shape, machine: Machine, ceiling: float | None) -> None:
-        self.shape, self.machine, self.ceiling = shape, machine, ceiling
-        start, self.weights = time.monotonic(), {}
+        super().__init__(shape, machine, ceiling)
+        start = time.monotonic()
         self.reset_peak()
         self.policy = build(shape, machine.device)
-        self.weights[False] = self.memory() | {"first_call_s": number(time.monotonic() - start)}
+        self.weights = {False: self.made(start)}
         add_lora(self.policy, shape)
-        self.weights[True] = self.memory() | {"first_call_s": number(time.monotonic() - start)}
-
-    def free(self) -> None:
-        free(self.policy)
-
-    def reset_peak(self) -> None:
-        if self.machine.is_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-
-    def memory(self) -> Row:
-        """GiB of tensors, at the most since the last reset and now; nothing on a CPU."""
-        if not self.machine.is_gpu:
-            return {}
-        torch.cuda.synchronize()
-        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        return {"peak_gib": number(peak / GIB), "held_gib": number(held / GIB)}
+        self.weights[True] = self.made(start)
 
     def measure(self, case: Case) -> list[Row]:
         if case.work == "weights":
@@ -141,63 +118,10 @@ class Bench:
         if not case.lora:
             self.policy.transformer.disable_adapters()
         try:
-            return [self.timed(case, self.call_of(case))]
+            row = self.timed(case)
         finally:
             self.policy.transformer.enable_adapters()
-
-    def call_of(self, case: Case) -> Callable[[], Any]:
-        """What is timed: a model call of the sampler, or a micro-batch of training."""
-        policy, size = self.policy, case.micro_batch
-        rows = rows_of(policy, -(-size // TRAINED), case.text_tokens)
-        first = torch.arange(size, device=policy.device)
-        advantage = torch.ones(size, device=policy.device)
-        trained = list(policy.trainable().values())
-
-        @torch.no_grad()
-        def sample() -> None:
-            rows.velocity(policy, first)
-
-        def train() -> None:
-            v = rows.velocity(policy, first)
-            out = policy_loss(
-                v, v.detach(), rows.u_RX[:size], advantage=advantage, h=rows.h_R[:size],
-                B=rows.B_R[:size], backend="triton" if self.machine.is_gpu else "torch",
-            )  # fmt: skip
-            out.loss.backward()
-            for parameter in trained:
-                parameter.grad = None
-
-        return sample if case.work == "sample" else train
-
-    def timed(self, case: Case, call: Callable[[], Any], reps: int = 5, most_s: float = 4) -> Row:
-        first_ms = self.machine.microseconds(call, flush=False) / 1e3
-        self.reset_peak()
-        times: list[float] = []
-        while len(times) < 3 or (len(times) < reps and sum(times) < 1e3 * most_s):
-            times.append(self.machine.microseconds(call, flush=False) / 1e3)
-        return {
-            "ms": number(median(times)), "least_ms": number(min(times)), "reps": len(times),
-            "first_call_s": number(first_ms / 1e3), **self.memory(),
-            "graphs": graphs() if case.path == "compiled" else "",
-            **self.rates(case, median(times)),
-        }  # fmt: skip
-
-    def rates(self, case: Case, ms: float) -> Row:
-        tokens = self.policy.latent_shape[0]
-        count = flops(self.policy.transformer, tokens, case.text_tokens, case.lora)
-        each = (count.forward, count.forward)
-        if case.work == "train":
-            each = count.training(case.checkpointing)
-        model, executed = (case.micro_batch * f / 1e12 for f in each)
-        rates = {
-            "model_tflop": model, "executed_tflop": executed,
-            "model_tflop_s": 1e3 * model / ms, "executed_tflop_s": 1e3 * executed / ms,
-            "percent_of_peak": 1e5 * model / ms / PEAK,
-        }  # fmt: skip
-        if self.ceiling:
-            rates["ceiling_tflop_s"] = self.ceiling
-            rates["percent_of_ceiling"] = 1e5 * executed / ms / self.ceiling
-        return {name: number(value) for name, value in rates.items()}
+        return [row | {"graphs": graphs() if case.path == "compiled" else ""}]
 
     def expected_s(self, case: Case) -> float:
         """By estimate, not yet by measurement."""

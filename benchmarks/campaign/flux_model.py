@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from core_ops.machine import Machine, this_machine
 from gardo.flow import transitions
 from gardo.policies.attention import BACKENDS, missing, use_attention
+from gardo.policies.checkpointing import THIN
 from gardo.policies.flux import FluxPolicy, FluxSettings
+from gardo.policies.quantised import BASES, quantise
 
 from .table import Unavailable
 
@@ -87,8 +89,11 @@ class RandomWeights:
         return torch.randn(shape, generator=self.draw, **self.like).mul_(scale)
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> FluxPolicy:
-    """The engine's policy with random weights on the device; nothing trains yet."""
+def build(
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, base: str = "bf16"
+) -> FluxPolicy:
+    """The engine's policy with random weights on the device, kept as `model.base` would keep them;
+    nothing trains yet."""
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     settings = FluxSettings(path="builtin:flux", size=shape.size, text_tokens=shape.text_tokens[0])
@@ -96,6 +101,9 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat1
     with init_empty_weights(include_buffers=False):
         transformer = FluxTransformer2DModel(**shape.transformer)
     transformer.to(dtype).requires_grad_(False).eval()
+    policy._base = BASES.get(base)  # not from the settings: the tiny model's rows are too short
+    if policy._base:
+        quantise(transformer, policy.block_lists, policy._base, dtype)
     policy.pipeline.register_modules(transformer=transformer)
     policy.weight_files = RandomWeights(transformer, device, dtype)
     policy.load_transformer()
@@ -209,7 +217,8 @@ class Flops:
     forward: float
     attention: float  # of the forward pass
     blocks: float  # of the forward pass, attention included
-    backward: float  # of LoRA training, attention as two forward passes
+    again: float  # of the blocks: what `matmuls` runs again
+    backward: float  # for the weights that train, attention as two forward passes
 
     def training(self, checkpointing: str) -> tuple[float, float]:
         """(what the model asks for, what runs): with recomputation, in flash attention too.
@@ -217,7 +226,7 @@ class Flops:
         A flash backward pass has five matmuls where the forward pass has two.
         """
         again = {
-            "none": 0.0, "matmuls": 0.0,  # LoRA's second product is run again, 1 % of a block
+            "none": 0.0, "matmuls": self.again,
             "selective": self.blocks - self.attention, "full": self.blocks,
         }[checkpointing]  # fmt: skip
         model = self.forward + self.backward
@@ -227,12 +236,17 @@ class Flops:
 ONCE = re.compile(r"time_text_embed|\.?norm\w*\.linear")  # on a vector a sample
 TEXT = re.compile(r"context_embedder|\.add_[qkv]_proj|\.to_add_out|\.ff_context\.")
 FIRST = re.compile(r"transformer_blocks\.0\.attn\.(to|add)_[qkv]")  # their input needs no gradient
+INPUTS = re.compile(r"(x|context)_embedder$|embedder\.linear_1$")  # their input is the model's
 
 
 def flops(transformer: nn.Module, image_tokens: int, text_tokens: int, lora: bool = True) -> Flops:
-    """Counts from the shapes of the linear layers, and 4 tokens^2 width for attention."""
+    """Counts from the shapes of the linear layers, and 4 tokens^2 width for attention.
+
+    What trains is what requires a gradient: everything, or a LoRA in the blocks.
+    """
     both = image_tokens + text_tokens
-    forward = blocks = backward = 0.0
+    everything = transformer.x_embedder.weight.requires_grad
+    forward = blocks = again = backward = 0.0
     for name, layer in transformer.named_modules():
         adapter = ".lora_" in name
         if not isinstance(layer, nn.Linear) or (adapter and not lora):
@@ -243,12 +257,18 @@ def flops(transformer: nn.Module, image_tokens: int, text_tokens: int, lora: boo
         work = 2.0 * (1 if once else tokens) * layer.in_features * layer.out_features
         forward += work
         blocks += work * within
+        thin = THIN * layer.in_features <= layer.out_features
+        few_bits = not layer.weight.is_floating_point()  # bitsandbytes' own ops, which it sees not
+        again += work * (within and (thin or few_bits))
         needed = not FIRST.match(name) or ".lora_B." in name
         to_input = (within or name == "proj_out") and not once and needed
-        backward += work * (to_input + adapter)
+        if everything:
+            to_input = not INPUTS.search(name)
+        backward += work * (to_input + layer.weight.requires_grad)
     count = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     attention = 4.0 * both**2 * transformer.inner_dim * count
-    return Flops(forward + attention, attention, blocks + attention, backward + 2 * attention)
+    backward += 2 * attention
+    return Flops(forward + attention, attention, blocks + attention, again, backward)
 
 
 # ---- between two cases ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from core_ops.machine import Machine
+from gardo.policies.flux import FluxPolicy
 from gardo_kernels import policy_loss
 
 from .flux_model import (
@@ -139,25 +140,27 @@ class Bench:
         return statistics(rows, old_RX, new_RX)
 
     def velocities(self, side: Side) -> Tensor:
-        """[R, X] in the model's dtype: as rollouts compute them, step by step, or as training."""
         if side not in self.made:
-            set_up(
-                self.policy, path=side.path, attention=side.attention,
-                checkpointing=side.checkpointing, compiler=self.shape.compiler,
-            )  # fmt: skip
-            set_lora_b(self.policy, side.lora_b)
-            rows = rows_of(self.policy, side.samples, side.text_tokens)
-            order_R = torch.arange(len(rows.step_R), device=self.policy.device)
-            if not side.grad:  # all samples at a step, then the next
-                order_R = order_R.view(side.samples, TRAINED).T.flatten()
-            with torch.set_grad_enabled(side.grad):
-                parts = [
-                    rows.velocity(self.policy, part).detach() for part in order_R.split(side.batch)
-                ]
-            made_RX = torch.empty_like(torch.cat(parts))
-            made_RX[order_R] = torch.cat(parts)
-            self.made[side] = made_RX
+            self.made[side] = velocities(self.policy, self.shape, side)
         return self.made[side]
+
+
+def velocities(policy: FluxPolicy, shape: Shape, side: Side) -> Tensor:
+    """[R, X] in the model's dtype: as rollouts compute them, step by step, or as training."""
+    set_up(
+        policy, path=side.path, attention=side.attention, checkpointing=side.checkpointing,
+        compiler=shape.compiler,
+    )  # fmt: skip
+    set_lora_b(policy, side.lora_b)
+    rows = rows_of(policy, side.samples, side.text_tokens)
+    order_R = torch.arange(len(rows.step_R), device=policy.device)
+    if not side.grad:  # all samples at a step, then the next
+        order_R = order_R.view(side.samples, TRAINED).T.flatten()
+    with torch.set_grad_enabled(side.grad):
+        parts = [rows.velocity(policy, part).detach() for part in order_R.split(side.batch)]
+    made_RX = torch.empty_like(torch.cat(parts))
+    made_RX[order_R] = torch.cat(parts)
+    return made_RX
 
 
 def statistics(rows: Rows, old_RX: Tensor, new_RX: Tensor) -> list[Row]:
