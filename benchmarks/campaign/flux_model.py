@@ -258,8 +258,7 @@ def flops(transformer: nn.Module, image_tokens: int, text_tokens: int, lora: boo
         forward += work
         blocks += work * within
         thin = THIN * layer.in_features <= layer.out_features
-        few_bits = not layer.weight.is_floating_point()  # bitsandbytes' own ops, which it sees not
-        again += work * (within and (thin or few_bits))
+        again += work * (within and thin)
         needed = not FIRST.match(name) or ".lora_B." in name
         to_input = (within or name == "proj_out") and not once and needed
         if everything:

@@ -17,7 +17,7 @@ every mode but `none`, as does `_native_math`'s with `selective`, which is matmu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ ATTENTION = (
     "flash_attn::_flash_attn_forward",
 )
 MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+QUANTISED = ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm")  # of a base in few bits
 THIN = 8  # a product over fewer features than 1 / THIN of those it makes costs little to run again
 
 
@@ -59,10 +60,10 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
 
 
 def _policy(*, matmuls: bool) -> Callable[..., CheckpointPolicy]:
-    attention = frozenset(attention_ops())
+    whole = frozenset([*attention_ops(), *(_named(QUANTISED) if matmuls else ())])
 
     def keeps(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        if op in attention or (matmuls and op in MATMULS and not _thin(*args)):
+        if op in whole or (matmuls and op in MATMULS and not _thin(*args)):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -71,13 +72,16 @@ def _policy(*, matmuls: bool) -> Callable[..., CheckpointPolicy]:
 
 def attention_ops() -> list[Any]:
     """The ops that compute attention, those that this torch and the imported packages have."""
-    found: list[Any] = [torch.ops.higher_order.flex_attention]
-    for name in ATTENTION:
+    return [torch.ops.higher_order.flex_attention, *_named(ATTENTION)]
+
+
+def _named(names: Iterable[str]) -> Iterator[Any]:
+    """Those of the ops that are there."""
+    for name in names:
         namespace, _, op = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), op, None)
         if packet is not None:
-            found.append(packet.default)
-    return found
+            yield packet.default
 
 
 def _thin(*operands: torch.Tensor) -> bool:
