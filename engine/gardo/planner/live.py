@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -22,6 +23,18 @@ def make_fake(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> No
                 setattr(part, name, nn.Parameter(value, requires_grad=p.requires_grad))
             for name, buffer in list(part.named_buffers(recurse=False)):
                 setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def forget_fakes(module: nn.Module) -> None:
+    """Clears what functions beside the module's classes remember of their calls (lru_cache).
+
+    transformers keeps DINOv3's coordinates so; a fake one would reach the next real call.
+    """
+    for name in {type(part).__module__ for part in module.modules()}:
+        for value in vars(sys.modules[name]).values():
+            for cell in getattr(value, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
+from gardo.distributed.base import DistributedSettings
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.geometry import Geometry
 from gardo.planner.scorers import Scorer, scorer
@@ -150,7 +151,13 @@ class Counted:
             Part("optimizer state", ceil(share * (master + moments))),
             Part("gradient sums", (share if stage >= 2 else trained) * gradient),
             Part("slots", len(recipe.slots) * share * 4),
+            Part("gradient bucket", self._bucket(settings) if stage == 3 else 0),
         )
+
+    def _bucket(self, settings: DistributedSettings) -> int:
+        """Gradients that are reduced at a time, those of a block: stage 3 keeps their place."""
+        block = max(trained for _, trained in self.shadow.block_parameters)
+        return (settings.reduce_bucket or block) * BYTES[settings.precision]
 
     @staticmethod
     def _split(recipe: Recipe, parts: Iterable[Part]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -234,12 +241,9 @@ class Counted:
         self, recipe: Recipe, plan: Geometry, scorers: Mapping[str, Scorer | None]
     ) -> Phase:
         checkpointing = recipe.train.activation_checkpointing
-        buckets = 0
-        if recipe.distributed.engine == "zero":
-            bucket = recipe.distributed.reduce_bucket or max(
-                trained for _, trained in self.shadow.block_parameters
-            )
-            buckets = 2 * bucket * BYTES[recipe.distributed.precision]
+        settings = recipe.distributed
+        at_once = 1 if settings.stage == 3 else 2  # there one of the two stays
+        buckets = at_once * self._bucket(settings) if settings.engine == "zero" else 0
         parts = [
             self._gathered(recipe, once=False), self._dequantised(recipe),
             self._recorded(recipe, plan),
@@ -253,11 +257,12 @@ class Counted:
         return Phase("train", tuple(parts))
 
     def _updating(self, recipe: Recipe, world: int) -> Phase:
-        """AdamW makes new tensors of a group's size; DeepSpeed updates `sub_group` at a time."""
+        """DeepSpeed flattens the fp32 gradients of what it updates, at stage 3 `sub_group` at a
+        time; the optimizers work in place."""
         settings = recipe.distributed
         share = ceil(self.shadow.trainable / world)
         at_once = min(share, settings.sub_group) if settings.stage == 3 else share
-        return Phase("update", (Part("of the optimizer's step", 3 * 4 * at_once),))
+        return Phase("update", (Part("flattened gradients", 4 * at_once),))
 
 
 def _with_fragments(phase: Phase) -> Phase:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gardo.planner.live import LiveBytes, make_fake
+from gardo.planner.live import LiveBytes, forget_fakes, make_fake
 from gardo.recipe import reward_plugin
 from gardo.settings import config_folder
 
@@ -71,6 +71,7 @@ def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | 
     with mode:
         activations = _peak(model, (images, *shape), dtype, graph=False)
         graph = _peak(model, (trained, *shape), dtype, graph=True) if trained else 0
+    forget_fakes(model)
     return Scorer(weights, activations, graph)
 
 

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from gardo.distributed.base import DistributedSettings, RolloutSettings
-from gardo.distributed.gather import choose_gather
+from gardo.distributed.gather import SHARE, choose_gather
 
 BYTES = 4 * (3 * 3 + 3)  # of the model's weights
 
@@ -39,7 +39,7 @@ def choose(
         ({"gather": "step"}, " (rollout.gather: step)"),
         ({"hpz": 2}, " (distributed.hpz has its own copies)"),
         ({"free": BYTES - 1}, ": no room on some rank (here 0.00 GiB of weights, 0.00 GiB free)"),
-        ({"gather": "auto", "free": 2 * BYTES - 1}, ": no room on some rank"),
+        ({"gather": "auto", "free": int(BYTES / SHARE) - 1}, ": no room on some rank"),
         ({"others": 1}, ": no room on some rank"),
     ],
 )

@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from gardo import plugins
-from gardo.config import EvaluateSettings
 from gardo.distributed.local import LocalEngine
 from gardo.distributed.optimizers import OptimizerSettings
 from gardo.evaluation.attributes import attribute_labels
-from gardo.evaluation.evaluate import Evaluator, due
+from gardo.evaluation.evaluate import EvaluateSettings, Evaluator, due
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.flux import FluxPolicy, FluxSettings
 from gardo.rewards.base import Panel, Reward, RewardSettings

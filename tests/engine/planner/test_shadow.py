@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gardo.config import load
 from gardo.planner import shadow as module
 from gardo.planner.live import CPU_ATTENTION, LiveBytes
+from gardo.planner.scorers import scorer
 from gardo.planner.shadow import Shadow, model_folder
+from gardo.recipe import reward_plugin, reward_settings
 from gardo.session import build_policy
 from tests import ROOT
 
@@ -132,3 +134,13 @@ def test_an_unknown_hub_id_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"model\.path: .*'nobody/nothing'"):
         model_folder("nobody/nothing")
+
+
+def test_nothing_fake_stays_behind():
+    """transformers remembers DINOv3's coordinates from call to call."""
+    recipe = load(ROOT / "recipes/tiny_flux_gardo.yaml")
+    settings = reward_settings(recipe)["dinov3"]
+    pictures = torch.rand(2, 3, 32, 32)
+    assert scorer(settings).activations > 0
+    real = reward_plugin(settings)(settings, torch.device("cpu"))
+    assert real.score(pictures, []).isfinite().all()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatcher
 from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
 
+from gardo.config import load
 from gardo.machine import check_machine
 from gardo.policies.attention import BACKENDS, check_name, check_settings, missing, use_attention
 from gardo.recipe_errors import RecipeError
+from tests import ROOT
 from tests.engine.policies.built_in import CPU, Calls, built_in, sampled, trained
 
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
@@ -75,12 +75,9 @@ def test_without_a_gpu(name):
 
 
 def test_a_session_refuses_before_anything_loads():
-    recipe = SimpleNamespace(
-        distributed=SimpleNamespace(engine="zero"), kernels="auto",
-        model=SimpleNamespace(attention="flex"),
-    )  # fmt: skip
+    recipe = load(ROOT / "recipes/tiny_flux_gardo.yaml", ["model.attention=flex"])
     with pytest.raises(RecipeError) as refused:
-        check_machine(recipe, 1, CPU, "my.yaml")  # type: ignore[arg-type]
+        check_machine(recipe, 1, CPU, "my.yaml")
     assert str(refused.value) == (
         "my.yaml: model.attention: flex: needs an NVIDIA GPU, this run is on the cpu; "
         "`gardo doctor` says which attention runs here"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gardo.plugins import resolve
 from gardo.policies.base import Policy
+from gardo.policies.lora_files import save_diffusers
 from gardo.policies.quantised import BASES, linears, quantise, stored_bytes
 from gardo.rollout import rows_of
 from gardo.settings import FieldError
@@ -155,7 +156,7 @@ def test_a_lora_has_the_names_and_the_start_that_it_has_on_a_whole_base(
 def test_an_export_loads_onto_a_whole_base(make: Any, base: str, tmp_path: Path) -> None:
     policy, trained, fresh = make(base), make(None), make(None, lora=False)
     weights = {n: p.detach().float().clone() for n, p in policy.trainable().items()}
-    file = policy.export(weights, tmp_path)
+    file = save_diffusers(weights, policy.lora, tmp_path)
     fresh.pipeline.load_lora_weights(file.parent)
     assert torch.equal(sampled(fresh), sampled(trained))
     assert policy.identity == fresh.identity  # that of the files
