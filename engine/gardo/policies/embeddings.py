@@ -13,6 +13,7 @@ Shapes: P prompts.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,6 +97,9 @@ class Embeddings:
         wait()
         self._show(False)
         self._encoders.clear()
+        gc.collect()  # models hold themselves in cycles
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         return len(new)
 
     def _file(self, prompt: str) -> Path:

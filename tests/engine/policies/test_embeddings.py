@@ -1,5 +1,7 @@
 """A prompt's conditioning is computed once, alone, and lasts longer than the text encoders."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -61,10 +63,13 @@ def test_what_is_known_stays_within_its_room(policy):
 
 def test_freed_encoders_leave_files_that_the_next_run_finds(policy, tmp_path):
     before = policy.encode(PROMPTS)
+    encoders = [weakref.ref(part) for name, part in policy.pipeline.components.items()
+                if name.startswith("text_encoder")]  # fmt: skip
     left = sum(name.startswith("text_encoder") for name in policy.pipeline.components)
     share = {"share": (0, 1), "wait": lambda: None}
     new = policy.free_encoders(PROMPTS, tmp_path, **share)
     assert new == 3 + len(policy.own_prompts)
+    assert encoders and not any(encoder() for encoder in encoders)
     same(before, policy.encode(PROMPTS))
     there = policy.pipeline.components
     assert all(there[name] is None for name in there if name.startswith("text_encoder")) and left
