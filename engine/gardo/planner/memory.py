@@ -148,6 +148,7 @@ class Counted:
             master, gradient = (4 if stage else 0), 4
         return (
             Part("weights", weights),
+            Part("buffers", shadow.buffer_bytes),
             Part("optimizer state", ceil(share * (master + moments))),
             Part("gradient sums", (share if stage >= 2 else trained) * gradient),
             Part("slots", len(recipe.slots) * share * 4),

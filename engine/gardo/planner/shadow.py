@@ -123,6 +123,11 @@ class Shadow:
         return whole + sum(stored_bytes(base, x) - width * x.weight.numel() for x in self._linears)
 
     @property
+    def buffer_bytes(self) -> int:
+        """Of what is no parameter: SD3's positions."""
+        return sum(buffer.nbytes for buffer in self.policy.transformer.buffers())
+
+    @property
     def largest_linear(self) -> int:
         return max(linear.weight.numel() for linear in self._linears)
 

@@ -47,6 +47,7 @@ def peak_of(policy, call):
 def test_sizes(pair):
     shadow, policy = pair
     assert shadow.parameters == sum(p.numel() for p in policy.transformer.parameters())
+    assert shadow.buffer_bytes == sum(b.nbytes for b in policy.transformer.buffers())
     assert shadow.trainable == sum(p.numel() for p in policy.trainable().values())
     parts = policy.pipeline.components
     assert shadow.vae_parameters == sum(p.numel() for p in parts["vae"].parameters())
