@@ -73,6 +73,8 @@ STEPS = (
          ("-m", "campaign.sanitizer", "--out", FOLDER), 180, 60, ("gpu", "compute-sanitizer")),
     Step("engine", "the engine over NCCL in fp32 and bf16, slots, resume, every tiny recipe",
          pytest("tests/integration/test_gpu.py"), 540, 180),
+    Step("parts", "attention backends, text encoders, optimizers: the engine's tests for a GPU",
+         pytest("-m", "gpu", "tests/engine"), 180, 60),
     Step("kernels-quick", "two cases of every op against its competitors",
          ("benchmarks/bench_kernels.py", "--quick", "--out", FOLDER), 150, 60),
     Step("flux", "FLUX.1-dev's shapes, random weights: what fits, sampling, training, kinds of op",

@@ -97,3 +97,26 @@ def test_another_encoder_has_other_files(policy, tmp_path):
         policy.embeddings._show(True)
         assert len(asked) == 1
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_offloaded_encoders_visit_the_gpu(family, tmp_path):
+    """They encode there, wait in host memory, and are gone once freed."""
+    device = torch.device("cuda")
+    made = {}
+    for residence in ("resident", "offload", "free"):
+        recipe = ROOT / "recipes" / f"tiny_{family}_gardo.yaml"
+        policy = build_policy(load(recipe, [f"model.encoders={residence}"]), device)
+        if residence == "free":
+            policy.free_encoders(PROMPTS, tmp_path, share=(0, 1), wait=lambda: None)
+        made[residence] = policy.encode(PROMPTS)
+        there = [part for name, part in policy.pipeline.components.items()
+                 if name.startswith("text_encoder")]  # fmt: skip
+        assert all((part is None) == (residence != "resident") for part in there)
+        waiting = [p.device.type for part in policy.embeddings._encoders.values()
+                   for p in part.parameters()]  # fmt: skip
+        assert set(waiting) == {"resident": {"cuda"}, "offload": {"cpu"}, "free": set()}[residence]
+    for residence in ("offload", "free"):
+        same(made["resident"], made[residence])
+    assert all(t.device.type == "cuda" for t in made["offload"].values())
