@@ -187,7 +187,8 @@ class Counted:
     # What comes and goes --------------------------------------------------------------------------
 
     def _gathered(self, recipe: Recipe, *, once: bool) -> Part:
-        """Weights of stage 3 that are whole at a time."""
+        """Weights of stage 3 that are whole at a time; and those of a block twice, while it is put
+        together from what the ranks sent."""
         settings, shadow = recipe.distributed, self.shadow
         if settings.engine == "local" or settings.stage < 3:
             return Part("gathered weights", 0)
@@ -195,7 +196,8 @@ class Counted:
         blocks = [count for count, _ in shadow.block_parameters]
         live = whole - sum(blocks) + 3 * max(blocks)
         live = settings.live_parameters or live
-        count = whole if once and recipe.rollout.gather != "step" else min(whole, live)
+        gathered_once = once and recipe.rollout.gather != "step"
+        count = whole if gathered_once else min(whole, live) + max(blocks)
         return Part("gathered weights", count * BYTES[settings.precision])
 
     def _dequantised(self, recipe: Recipe) -> Part:

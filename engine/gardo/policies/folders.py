@@ -26,10 +26,17 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def write_tensors(
-    file: Path, shapes: Shapes, read: Callable[[str], Tensor], dtype: torch.dtype
+    file: Path,
+    shapes: Shapes,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] = {"format": "pt"},
 ) -> None:
-    """A safetensors file of these tensors, which `read` gives one at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """A safetensors file of these tensors, which `read` gives one at a time.
+
+    The same bytes every time: the library writes metadata of several keys in any order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gardo.policies.folders import write_tensors
 from gardo.policies.weights import shapes_in
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -230,7 +231,9 @@ def save_diffusers(weights: Mapping[str, Tensor], config: Any, folder: Path) -> 
     file = folder / DIFFUSERS_FILE
     packed = {DIFFUSERS_PREFIX + key: value for key, value in _as_json(config).items()}
     metadata = {"format": "pt", METADATA: json.dumps(packed, indent=2, sort_keys=True)}
-    save_file(_stored(weights, DIFFUSERS_PREFIX), file, metadata)
+    stored = _stored(weights, DIFFUSERS_PREFIX)
+    shapes = {name: tuple(stored[name].shape) for name in sorted(stored)}
+    write_tensors(file, shapes, stored.__getitem__, next(iter(stored.values())).dtype, metadata)
     return file
 
 

@@ -143,13 +143,16 @@ def test_rewards_activations_are_counted_a_batch_at_a_time(flux):
     assert 0 < less < now / 2
 
 
-def test_gathering_at_every_forward_keeps_three_blocks(flux):
+def test_gathering_at_every_forward_keeps_three_blocks_and_one_on_its_way(flux):
     recipe, counted = flux
+    shadow = counted.shadow
     sample = phase(memory_of(counted, recipe), "sample")
-    assert part(sample.parts, "gathered weights") == 2 * counted.shadow.parameters
+    assert part(sample.parts, "gathered weights") == 2 * shadow.parameters
     each = changed(recipe, Change("rollout.gather", "step"))
     sample = phase(memory_of(counted, each), "sample")
-    assert part(sample.parts, "gathered weights") < 0.1 * 2 * counted.shadow.parameters
+    blocks = [count for count, _ in shadow.block_parameters]
+    outside = shadow.parameters - sum(blocks)
+    assert part(sample.parts, "gathered weights") == 2 * (outside + 4 * max(blocks))
 
 
 @pytest.mark.parametrize(
