@@ -230,12 +230,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     first = rows[0]
+    revisions = ", ".join(dict.fromkeys(row["revision"] for row in rows))
     return "\n".join([
         *lines,
         "",
         "Planned / measured MB of a rank, above what its process had before, on two CPU ranks "
         f"({first['machine']}, torch {first['torch']}, deepspeed {first['deepspeed']}, revision "
-        f"{first['revision']}): models of published width and little depth (`./run bench memory`).",
+        f"{revisions}): models of published width and little depth (`./run bench memory`).",
     ])  # fmt: skip
 
 
