@@ -45,6 +45,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "recipe":        "types data algorithms distributed evaluation policies rewards |",
     "recipe_rules":  "recipe algorithms distributed policies |",
     "config":        "recipe recipe_rules recipe_errors algorithms distributed policies rewards |",
+    "launch":        "distributed |",
     "machine":       "recipe recipe_errors distributed policies gardo_kernels | torch",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",

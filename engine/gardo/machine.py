@@ -22,8 +22,21 @@ def ranks() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
 
 
+def use_device(local_rank: int) -> torch.device:
+    """This rank's GPU, made the current one, or the CPU."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    # segments that grow: pictures, rows and gathered weights of many sizes leave no holes
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def use_threads(recipe: Recipe, world: int) -> None:
-    """CPU threads of this rank: the recipe's, or its share of the cores."""
+    """CPU threads of this rank: the recipe's, or its share of the cores. They also update weights
+    that a GPU offloads."""
     torch.set_num_threads(
         recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from gardo.data import run_prompts
 from gardo.distributed.average import Average
 from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
-from gardo.distributed.nodes import check_shared
+from gardo.distributed.group import Group
+from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
@@ -29,6 +29,7 @@ from gardo.machine import (
     check_machine,
     ranks,
     use_deterministic_kernels,
+    use_device,
     use_threads,
 )
 from gardo.planner import Geometry, geometry
@@ -123,6 +124,15 @@ class Session:
             self.engine.close()
 
 
+def join_ranks(recipe: Recipe, device: torch.device) -> Group:
+    """This rank among those that the launcher has started; engine local has one."""
+    if recipe.distributed.engine == "local":
+        return Group(device)
+    from gardo.distributed.zero import start_process_group
+
+    return start_process_group(device, recipe.distributed.timeout)
+
+
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     """The model with what trains switched on, in the precision that the engine starts from.
 
@@ -153,19 +163,11 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
     """
     data, (_, local_rank, world) = recipe.data, ranks()
     used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
-
-    def wait() -> None:
-        if recipe.distributed.engine == "zero":
-            from gardo.distributed.zero import start_process_group
-
-            start_process_group(policy.device)
-            torch.distributed.barrier()
-
     policy.free_encoders(
         [*used, *recipe.evaluation_prompts()],
         Path(recipe.run.folder) / "embeddings",
         share=(local_rank, ranks_here(world)),
-        wait=wait,
+        wait=join_ranks(recipe, policy.device).barrier,
     )
 
 
@@ -285,6 +287,8 @@ def load_models(
         policy = build_policy(recipe, device)
         if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
             policy.start_from(open_lora(recipe.train.weights.path))
+        if ranks()[0] == 0:
+            policy.identify()  # asked for at the first checkpoint, while all other ranks wait
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
         use_attention(
@@ -334,26 +338,24 @@ def open_session(
     """
     rank, local_rank, world = ranks()
     quiet_libraries()
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = use_device(local_rank)
     check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
     resume = resume and bool(committed(recipe.checkpoint_folder))
     changes = check_changes(recipe, source) if resume else []
-    if not cuda:
-        use_threads(recipe, world)
+    use_threads(recipe, world)
     if recipe.run.deterministic:
         use_deterministic_kernels()
+    try:
+        check_folder(Path(recipe.run.folder), join_ranks(recipe, device))
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
-    try:
-        check_shared(Path(recipe.run.folder), engine)
-    except ValueError as error:
-        raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(
