@@ -98,6 +98,7 @@ def train(
 
     from gardo.config import load
     from gardo.distributed.nodes import for_pdsh
+    from gardo.machine import check_accelerator
     from gardo.planner import geometry
     from gardo.recipe_errors import RecipeError
 
@@ -106,6 +107,8 @@ def train(
         world = _ranks(gpus, hostfile)
         checked = load(recipe, overrides)
         geometry(checked, rank=0, world=world, source=str(recipe))
+        if not hostfile:  # a login node may start what runs elsewhere
+            check_accelerator(checked, str(recipe))
         here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
         if not hostfile and 0 < here < world:
             raise RecipeError(

@@ -27,9 +27,11 @@ from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.machine import (
     check_machine,
+    kernels_trouble,
     ranks,
     use_deterministic_kernels,
     use_threads,
+    with_kernels_that_run,
 )
 from gardo.planner import Geometry, geometry
 from gardo.policies.attention import use_attention
@@ -338,6 +340,7 @@ def open_session(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
+    trouble = kernels_trouble(recipe, device, source)
     resume = resume and bool(committed(recipe.checkpoint_folder))
     changes = check_changes(recipe, source) if resume else []
     if not cuda:
@@ -354,6 +357,8 @@ def open_session(
         check_shared(Path(recipe.run.folder), engine)
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
+    kept = recipe  # as it was asked for: what the run's folder has, and a resume compares
+    recipe, kernels_note = with_kernels_that_run(recipe, engine, trouble)
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(
@@ -371,13 +376,13 @@ def open_session(
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
-    if engine.gather_note:
-        progress.message(engine.gather_note)
+    for note in filter(None, (engine.gather_note, kernels_note)):
+        progress.message(note)
     if resume:
         session.resume()
         for change in changes:
             progress.message(f"changed since the run started: {change}")
     if rank == 0:
-        session.log = open_log(recipe, progress, session.first_step)
+        session.log = open_log(kept, progress, session.first_step)
     engine.barrier()
     return session
