@@ -116,6 +116,14 @@ def test_tested_set_satisfies_the_requirements(name: str) -> None:
         assert package in pins, f"{name} does not pin {package}"
 
 
+def test_the_two_sets_differ_in_what_an_old_driver_needs() -> None:
+    """2.10 is PyPI's last torch for CUDA 12."""
+    new, old = pinned("constraints.txt"), pinned("constraints-cuda12.txt")
+    assert new.keys() == old.keys()
+    assert {name for name in new if new[name] != old[name]} == {"numpy", "torch", "triton"}
+    assert old["torch"] == "2.10.0"
+
+
 def seconds(code: str) -> float:
     """What `code` prints, run in a fresh interpreter that sees the checkout: a time in seconds."""
     path = os.pathsep.join(str(folder.parent) for folder in SOURCES.values())

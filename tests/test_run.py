@@ -104,7 +104,7 @@ def test_another_driver_is_noticed(checkout: Checkout) -> None:
     assert checkout.run() == (0, "", set())  # a machine without a GPU that shares the folder
     checkout.write("nvidia-smi", "#!/bin/sh\necho NVIDIA-SMI has failed because 1.2 3; exit 9\n")
     assert checkout.run() == (0, "", set())
-    (checkout.root / "constraints-shared.txt").write_text("numpy==2.4.6\n")
+    (checkout.root / "constraints-shared.txt").write_text("six==1.17.0\n")
     _, said, constraints = checkout.run()
     assert constraints == {"constraints-cuda12.txt"} and "of an earlier set-up" in said
     checkout.driver.write_text(KERNEL.format("580.65.06"))
