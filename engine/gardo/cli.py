@@ -63,6 +63,7 @@ def train(
 
     from gardo import launch
     from gardo.config import load
+    from gardo.machine import check_accelerator
     from gardo.planner import geometry
     from gardo.recipe_errors import RecipeError
 
@@ -74,6 +75,8 @@ def train(
         where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
         checked = load(recipe, overrides)
         geometry(checked, rank=0, world=where.ranks, source=str(recipe))
+        if not hostfile:  # a login node may start what runs elsewhere
+            check_accelerator(checked, str(recipe))
         zero = checked.distributed.engine == "zero"
         if not zero and where.ranks > 1:
             raise RecipeError(

@@ -26,11 +26,14 @@ from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.machine import (
+    check_accelerator,
     check_machine,
+    kernels_trouble,
     ranks,
     use_deterministic_kernels,
     use_device,
     use_threads,
+    with_kernels_that_run,
 )
 from gardo.planner import Geometry, geometry
 from gardo.policies.attention import use_attention
@@ -338,18 +341,23 @@ def open_session(
     """
     rank, local_rank, world = ranks()
     quiet_libraries()
+    check_accelerator(recipe, source)
     device = use_device(local_rank)
     check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
+    trouble = kernels_trouble(recipe, device, source)
     resume = resume and bool(committed(recipe.checkpoint_folder))
     changes = check_changes(recipe, source) if resume else []
     use_threads(recipe, world)
     if recipe.run.deterministic:
         use_deterministic_kernels()
+    group = join_ranks(recipe, device)
     try:
-        check_folder(Path(recipe.run.folder), join_ranks(recipe, device))
+        check_folder(Path(recipe.run.folder), group)
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
+    kept = recipe  # as it was asked for: what the run's folder has, and a resume compares
+    recipe, kernels_note = with_kernels_that_run(recipe, group, trouble)
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
@@ -373,13 +381,13 @@ def open_session(
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
-    if engine.gather_note:
-        progress.message(engine.gather_note)
+    for note in filter(None, (engine.gather_note, kernels_note)):
+        progress.message(note)
     if resume:
         session.resume()
         for change in changes:
             progress.message(f"changed since the run started: {change}")
     if rank == 0:
-        session.log = open_log(recipe, progress, session.first_step)
+        session.log = open_log(kept, progress, session.first_step)
     engine.barrier()
     return session

@@ -45,8 +45,9 @@ def start_process_group(device: torch.device, timeout: float) -> Group:
 
     A rank waits `timeout` seconds for the others before it fails.
     """
-    # The shared-memory op is compiled with g++ at start; gloo does without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Said before DeepSpeed asks: its own answer runs gcc and nvcc for every op it has, and then
+    # compiles the shared-memory one, which gloo does without.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name, value in (
