@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -32,6 +33,7 @@ from gardo.machine import (
     use_threads,
 )
 from gardo.planner import Geometry, geometry
+from gardo.planner.forecast import forecast
 from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
@@ -207,6 +209,7 @@ def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.d
         blocks=policy.blocks(),
         settings=recipe.distributed,
         rollout=recipe.rollout,
+        forecast=functools.partial(forecast, recipe, ranks()[2], device),
         **options,
     )
 
