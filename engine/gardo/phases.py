@@ -18,7 +18,16 @@ from gardo.distributed.base import gather_record
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
-from gardo.rollout import Part, batch_of, parts, recorded_points, sample, teach, update_of
+from gardo.rollout import (
+    Part,
+    batch_of,
+    groups_of,
+    parts,
+    recorded_points,
+    sample,
+    teach,
+    update_of,
+)
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
 
@@ -28,13 +37,16 @@ def sampled(s: Session, step: int) -> Rollout:
 
     With what its teachers, if credit needs any, say at the recorded steps.
     """
-    recipe, plan = s.recipe, s.algorithm.plan(step)
+    recipe, plan, data = s.recipe, s.algorithm.plan(step), s.recipe.data
+    prompts = step_prompts(s.prompts, step, data.prompts_per_step, recipe.run.seed)
+    groups = groups_of(s.geometry.first, s.geometry.samples, data.images_per_prompt)
+    s.policy.encode([prompts[group] for group in groups])  # while no weights are gathered
     with s.engine.reading(plan.weights):
         rollout = sample(
             s.policy,
-            step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
+            prompts,
             plan,
-            images_per_prompt=recipe.data.images_per_prompt,
+            images_per_prompt=data.images_per_prompt,
             first=s.geometry.first,
             count=s.geometry.samples,
             seed=recipe.run.seed,
@@ -150,8 +162,10 @@ def average(s: Session) -> None:
 def evaluate(s: Session, step: int) -> None:
     """Evaluates, logs and shows the weights after `step` iterations, or their average."""
     start = time.monotonic()
-    with s.progress.phase("evaluate"), s.engine.reading(s.recipe.evaluated):
-        record = s.evaluator(step)
+    with s.progress.phase("evaluate"):
+        s.evaluator.encode()  # while no weights are gathered
+        with s.engine.reading(s.recipe.evaluated):
+            record = s.evaluator(step)
     s.progress.take_seconds()
     record["seconds"] = time.monotonic() - start
     s.write(record)

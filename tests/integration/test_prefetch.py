@@ -12,12 +12,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gardo.config import check
-from gardo.session import open_session
+from gardo.policies.embeddings import Text
+from gardo.session import Session, open_session
 from gardo.train import train
 from tests.integration.cases import Case
 from tests.integration.faults import FAULTS
@@ -63,11 +65,27 @@ def count(folder: Path, cases: Sequence[Case]) -> None:
         optimizer = session.engine._engine.optimizer  # type: ignore[attr-defined]
         coordinator = optimizer.parameter_offload.param_coordinator
         coordinator._PartitionedParameterCoordinator__profiler = passes
+        asked = watch_encoders(session)
         with session:
             train(session)
         if session.log:
             trained = [seen for seen in passes.seen if seen["gradients"]]
-            (folder / f"{case.name}.json").write_text(json.dumps(trained))
+            facts = {"trained": trained, "asked": asked}
+            (folder / f"{case.name}.json").write_text(json.dumps(facts))
+
+
+def watch_encoders(session: Session) -> list[bool]:
+    """Whether the weights were whole, each time that the text encoders are asked."""
+    embeddings, asked = session.policy.embeddings, []
+    parameters = list(session.policy.transformer.parameters())
+    encode = embeddings._encode
+
+    def watched(prompts: list[str]) -> Text:
+        asked.append(all(p.numel() == p.ds_numel for p in parameters))
+        return encode(prompts)
+
+    embeddings._encode = watched
+    return asked
 
 
 def views(case: Case, folder: Path) -> None:
@@ -89,8 +107,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def facts_of(folder: Path, case: Case) -> Any:
+    return json.loads((folder / f"{case.name}.json").read_text())
+
+
 def passes_of(folder: Path, case: Case) -> list[Counter[str]]:
-    return [Counter(seen) for seen in json.loads((folder / f"{case.name}.json").read_text())]
+    return [Counter(seen) for seen in facts_of(folder, case)["trained"]]
 
 
 def check_learnt(passes: Sequence[Counter[str]]) -> None:
@@ -117,6 +139,12 @@ def test_a_forward_pass_that_is_thrown_away_is_not_learnt(folder: Path) -> None:
     assert all(first[event] for event in FETCHED)
     assert len(others) == 8  # one more is thrown away in the second iteration
     check_learnt(others)
+
+
+def test_prompts_are_encoded_before_the_weights_are_whole(folder: Path) -> None:
+    """Text encoders that wait in host memory would have to fit beside them."""
+    asked = facts_of(folder, CASES[0])["asked"]
+    assert asked and not any(asked)
 
 
 def test_a_rank_alone_gathers_views(tmp_path: Path) -> None:

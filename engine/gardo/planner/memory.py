@@ -128,8 +128,8 @@ class Counted:
         been made: of those that read weights which are gathered once."""
         device, _ = self._split(recipe, self._trained(recipe, world))
         slots = [part for part in device if part.name == "slots"]
-        phases = [p for p in self._reading(recipe, plan, world) if not p.before]
-        largest = _with_fragments(max(phases, key=lambda phase: phase.bytes))
+        _, *gathering = self._reading(recipe, plan, world)
+        largest = _with_fragments(max(gathering, key=lambda phase: phase.bytes))
         return replace(largest, parts=(*slots, *largest.parts))
 
     def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
@@ -234,30 +234,27 @@ class Counted:
     def _reading(self, recipe: Recipe, plan: Geometry, world: int) -> tuple[Phase, ...]:
         """The phases without gradients: encode, sample, decode, teachers, evaluate."""
         at_once = min(recipe.rollout.decode_batch or self.shadow.policy.decode_batch, plan.sampled)
-        gathered = self._gathered(recipe, world, once=True)
-        common = (gathered, self._dequantised(recipe))
+        common = (self._gathered(recipe, world, once=True), self._dequantised(recipe))
         recorded = (*common, self._recorded(recipe, plan))
 
         def phase(name: str, parts: tuple[Part, ...], kind: str, count: int) -> Phase:
             return Phase(name, (*parts, Part("activations", self.cost(kind, count))))
 
         return (
-            self._encoding(recipe, gathered),
+            self._encoding(recipe),
             phase("sample", recorded, "sampling", plan.sampled),
             phase("decode", recorded, "decoding", at_once),
             phase("teachers", recorded, "sampling", plan.micro_batch),
             phase("evaluate", common, "sampling", recipe.evaluate.batch),
         )
 
-    def _encoding(self, recipe: Recipe, gathered: Part) -> Phase:
-        """The text encoders, asked when the weights are gathered once and before the first forward
-        pass; `free`: before anything else is there."""
+    def _encoding(self, recipe: Recipe) -> Phase:
+        """The text encoders; `free`: before anything else is there."""
         one = Part("activations", max(need for _, need in self.shadow.encoders.values()))
         residence, encoders = recipe.model.encoders, self._text_encoders(recipe)
         if residence == "free":
             return Phase("encode", (encoders, self._vae(recipe), one, CUDA), before=True)
-        whole = () if recipe.rollout.gather == "step" else (gathered,)
-        return Phase("encode", (*whole, encoders, one) if residence == "offload" else (*whole, one))
+        return Phase("encode", (encoders, one) if residence == "offload" else (one,))
 
     def _training(
         self, recipe: Recipe, plan: Geometry, scorers: Mapping[str, Scorer | None], world: int
