@@ -167,7 +167,7 @@ def evaluate(s: Session, step: int) -> None:
         with s.engine.reading(s.recipe.evaluated):
             record = s.evaluator(step)
     s.progress.take_seconds()
-    record["seconds"] = time.monotonic() - start
+    record |= {"seconds": time.monotonic() - start, **_memory(s)}
     s.write(record)
     s.progress.evaluation(record)
 
@@ -190,8 +190,7 @@ def log_step(
     metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
-    if s.engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(s.engine.device)
+    if peak := s.progress.memory.reserved:
         metrics["peak_bytes"] = s.engine.agree_max(peak)  # of a rank, since the start
     record = {
         "kind": "step",
@@ -200,9 +199,17 @@ def log_step(
         "rewards": {name: _summary(s, scores, name) for name in scores.rewards},
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
+        **_memory(s),
     }
     s.write(record)
     s.progress.step(record)
+
+
+def _memory(s: Session) -> dict[str, dict[str, int]]:
+    """Bytes that each phase has allocated at its peak, on the rank where they are most."""
+    peaks = s.progress.memory.take()
+    fullest = {name: s.engine.agree_max(peak) for name, peak in peaks.items()}
+    return {"memory": fullest} if fullest else {}
 
 
 def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
+from gardo.report.memory import PeakMemory
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
@@ -349,10 +350,16 @@ def open_session(
         use_deterministic_kernels()
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
-    progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
+    progress = Progress(
+        recipe.run.steps,
+        enabled=rank == 0 and not quiet,
+        history=history,
+        memory=PeakMemory(device),
+    )
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
+    progress.memory.take()
     try:
         check_shared(Path(recipe.run.folder), engine)
     except ValueError as error:
