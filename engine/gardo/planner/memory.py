@@ -115,7 +115,8 @@ class Counted:
             evaluate,
         )
         if recipe.model.encoders == "offload":
-            host = (*host, self._text_encoders(recipe))
+            shared = replace(self._text_encoders(recipe), name="text encoders (ranks share them)")
+            host = (*host, shared)
         return Memory(
             stays,
             tuple(map(_with_fragments, phases)),
