@@ -18,7 +18,16 @@ from gardo.distributed.base import gather_record
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
-from gardo.rollout import Part, batch_of, parts, recorded_points, sample, teach, update_of
+from gardo.rollout import (
+    Part,
+    batch_of,
+    groups_of,
+    parts,
+    recorded_points,
+    sample,
+    teach,
+    update_of,
+)
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
 
@@ -28,13 +37,16 @@ def sampled(s: Session, step: int) -> Rollout:
 
     With what its teachers, if credit needs any, say at the recorded steps.
     """
-    recipe, plan = s.recipe, s.algorithm.plan(step)
+    recipe, plan, data = s.recipe, s.algorithm.plan(step), s.recipe.data
+    prompts = step_prompts(s.prompts, step, data.prompts_per_step, recipe.run.seed)
+    groups = groups_of(s.geometry.first, s.geometry.samples, data.images_per_prompt)
+    s.policy.encode([prompts[group] for group in groups])  # while no weights are gathered
     with s.engine.reading(plan.weights):
         rollout = sample(
             s.policy,
-            step_prompts(s.prompts, step, recipe.data.prompts_per_step, recipe.run.seed),
+            prompts,
             plan,
-            images_per_prompt=recipe.data.images_per_prompt,
+            images_per_prompt=data.images_per_prompt,
             first=s.geometry.first,
             count=s.geometry.samples,
             seed=recipe.run.seed,
@@ -150,10 +162,12 @@ def average(s: Session) -> None:
 def evaluate(s: Session, step: int) -> None:
     """Evaluates, logs and shows the weights after `step` iterations, or their average."""
     start = time.monotonic()
-    with s.progress.phase("evaluate"), s.engine.reading(s.recipe.evaluated):
-        record = s.evaluator(step)
+    with s.progress.phase("evaluate"):
+        s.evaluator.encode()  # while no weights are gathered
+        with s.engine.reading(s.recipe.evaluated):
+            record = s.evaluator(step)
     s.progress.take_seconds()
-    record["seconds"] = time.monotonic() - start
+    record |= {"seconds": time.monotonic() - start, **_memory(s)}
     s.write(record)
     s.progress.evaluation(record)
 
@@ -176,8 +190,7 @@ def log_step(
     metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
-    if s.engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(s.engine.device)
+    if peak := s.progress.memory.reserved:
         metrics["peak_bytes"] = s.engine.agree_max(peak)  # of a rank, since the start
     record = {
         "kind": "step",
@@ -186,9 +199,17 @@ def log_step(
         "rewards": {name: _summary(s, scores, name) for name in scores.rewards},
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
+        **_memory(s),
     }
     s.write(record)
     s.progress.step(record)
+
+
+def _memory(s: Session) -> dict[str, dict[str, int]]:
+    """Bytes that each phase has allocated at its peak, on the rank where they are most."""
+    peaks = s.progress.memory.take()
+    fullest = {name: s.engine.agree_max(peak) for name, peak in peaks.items()}
+    return {"memory": fullest} if fullest else {}
 
 
 def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:

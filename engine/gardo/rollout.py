@@ -51,6 +51,11 @@ def rows_of(conditioning: Mapping[str, Tensor], index_R: Tensor) -> dict[str, Te
     return {name: tensor[index_R] for name, tensor in conditioning.items()}
 
 
+def groups_of(first: int, count: int, images_per_prompt: int) -> range:
+    """Which prompts of the step samples first .. first + count belong to."""
+    return range(first // images_per_prompt, (first + count - 1) // images_per_prompt + 1)
+
+
 @torch.no_grad()
 def sample(
     policy: FlowModel,
@@ -73,9 +78,9 @@ def sample(
     """
     sample_B = torch.arange(first, first + count, device=device)
     group_B = sample_B // images_per_prompt
-    first_group, last_group = first // images_per_prompt, (first + count - 1) // images_per_prompt
-    conditioning = policy.encode(list(prompts[first_group : last_group + 1]))
-    prompt_B = group_B - first_group
+    groups = groups_of(first, count, images_per_prompt)
+    conditioning = policy.encode([prompts[group] for group in groups])
+    prompt_B = group_B - groups.start
     parts = [
         _denoise(policy, rows_of(conditioning, prompt_B[part]), plan, sample_B[part],
                  images_per_prompt, seed, step, kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ from gardo.machine import (
     with_kernels_that_run,
 )
 from gardo.planner import Geometry, geometry
+from gardo.planner.forecast import forecast
 from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
+from gardo.report.memory import PeakMemory
 from gardo.report.metrics_log import MetricsLog, read_metrics
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
@@ -212,6 +215,7 @@ def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.d
         blocks=policy.blocks(),
         settings=recipe.distributed,
         rollout=recipe.rollout,
+        forecast=functools.partial(forecast, recipe, ranks()[2], device),
         **options,
     )
 
@@ -332,22 +336,17 @@ def build_evaluator(recipe: Recipe, policy: Policy, panel: Panel, engine: Engine
     )
 
 
-def open_session(
-    recipe: Recipe, *, source: str = "recipe", quiet: bool = False, resume: bool = False
-) -> Session:
-    """Checks the geometry, then loads the models and starts the engine.
+def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry, str]:
+    """Readies this rank and meets the others: all that is refused before anything heavy loads.
 
-    `resume` goes on from the run's newest checkpoint, if it has one.
+    The recipe as it runs here, with a note where that is not as it was asked for.
     """
     rank, local_rank, world = ranks()
-    quiet_libraries()
     check_accelerator(recipe, source)
     device = use_device(local_rank)
     check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
     trouble = kernels_trouble(recipe, device, source)
-    resume = resume and bool(committed(recipe.checkpoint_folder))
-    changes = check_changes(recipe, source) if resume else []
     use_threads(recipe, world)
     if recipe.run.deterministic:
         use_deterministic_kernels()
@@ -356,14 +355,34 @@ def open_session(
         check_folder(Path(recipe.run.folder), group)
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
-    kept = recipe  # as it was asked for: what the run's folder has, and a resume compares
-    recipe, kernels_note = with_kernels_that_run(recipe, group, trouble)
+    runs, note = with_kernels_that_run(recipe, group, trouble)
+    return runs, device, plan, note
+
+
+def open_session(
+    asked: Recipe, *, source: str = "recipe", quiet: bool = False, resume: bool = False
+) -> Session:
+    """Checks the geometry, then loads the models and starts the engine.
+
+    `resume` goes on from the run's newest checkpoint, if it has one.
+    """
+    quiet_libraries()
+    resume = resume and bool(committed(asked.checkpoint_folder))
+    changes = check_changes(asked, source) if resume else []
+    recipe, device, plan, note = prepare(asked, source)
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
-    progress = Progress(recipe.run.steps, enabled=rank == 0 and not quiet, history=history)
+    first = ranks()[0] == 0
+    progress = Progress(
+        recipe.run.steps,
+        enabled=first and not quiet,
+        history=history,
+        memory=PeakMemory(device),
+    )
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
+    progress.memory.take()
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(
@@ -381,13 +400,13 @@ def open_session(
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
-    for note in filter(None, (engine.gather_note, kernels_note)):
-        progress.message(note)
+    for said in filter(None, (engine.gather_note, note)):
+        progress.message(said)
     if resume:
         session.resume()
         for change in changes:
             progress.message(f"changed since the run started: {change}")
-    if rank == 0:
-        session.log = open_log(kept, progress, session.first_step)
+    if first:
+        session.log = open_log(asked, progress, session.first_step)
     engine.barrier()
     return session

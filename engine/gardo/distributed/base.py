@@ -109,7 +109,7 @@ class RolloutSettings(Strict):
     gather: Literal["auto", "iteration", "step"] = Field(
         "auto",
         description="stage 3: gather the weights once a phase (iteration), or at every forward "
-        "(step); auto: once if they fit in three quarters of the free memory",
+        "(step); auto: once if the plan sees room for it",
     )
     batch: int | None = Field(
         None,

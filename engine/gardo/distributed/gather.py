@@ -1,31 +1,59 @@
-"""Gather once: ZeRO-3's weights whole for as long as many forward passes run.
+"""How passes without gradients get ZeRO-3's weights: gathered once for many, or at every forward.
 
-Inside, every parameter is gathered and DeepSpeed's module hooks are off; otherwise each module
-would release what it used, and gather it again for the next forward pass. Afterwards the very same
-hooks are back in the very same order, so that training goes on bit for bit, with its trace of what
-to prefetch.
+DeepSpeed keeps a trace of the order in which modules run, forward and backward, prefetches by it,
+and remembers for good what each place in it may release. A forward pass without its backward pass
+would leave a trace that ends in the middle of a training step: neither way leaves one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from gardo.distributed.base import DistributedSettings, RolloutSettings
+from gardo.distributed.base import DistributedSettings, Engine, RolloutSettings
 from gardo.distributed.zero_config import numel
 
-SHARE = 0.75  # of what is free when the engine has started; the rest is for activations
+SHARE = 0.75  # of what is free, where no plan says what else needs memory
+
+
+class GatherEach:
+    """Every forward pass gathers for itself, and prefetches by a trace of forward passes alone.
+
+    `offload` is the DeepSpeedZeRoOffload of an engine that has run nothing yet.
+    """
+
+    def __init__(self, offload: Any) -> None:
+        self._offload = offload
+        self._coordinator = copy.copy(offload.param_coordinator)
+        self._coordinator._clear_trace_structures()  # makes its own
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """No backward pass may run inside."""
+        offload = self._offload
+        offload.partition_all_parameters()
+        training, offload.param_coordinator = offload.param_coordinator, self._coordinator
+        try:
+            yield
+        finally:
+            offload.partition_all_parameters()
+            offload.param_coordinator = training
 
 
 class GatherOnce:
     """Gathers the weights of `module`, block by block, one collective each.
 
-    `offload` is DeepSpeed's DeepSpeedZeRoOffload, which owns the hooks.
+    Inside, every parameter is whole and DeepSpeed's module hooks are off; otherwise each module
+    would release what it used, and gather it again for the next forward pass. Afterwards the very
+    same hooks are back in the very same order, so that training goes on bit for bit. `offload` is
+    DeepSpeed's DeepSpeedZeRoOffload, which owns the hooks.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], offload: Any) -> None:
@@ -96,38 +124,91 @@ class GatherOnce:
         return {handle.id for handle in handles}
 
 
+def forget_forward(offload: Any) -> None:
+    """Drops a trace that has no backward pass yet, because none will come."""
+    coordinator = offload.get_param_coordinator()
+    if coordinator.is_record_trace():
+        coordinator._invalidate_trace()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What gathering once adds on a rank, at its most, to what is there when the engine starts.
+
+    `bytes` are 0 where nobody can tell; `why` names the phase, or why not.
+    """
+
+    bytes: int
+    why: str
+
+
 def choose_gather(
     module: nn.Module,
     blocks: Sequence[nn.Module],
     offload: Any,
     *,
+    engine: Engine,
     settings: DistributedSettings,
     rollout: RolloutSettings,
     free: int,
-    agree_max: Callable[[int], int],
-) -> tuple[GatherOnce | None, str]:
+    forecast: Callable[[], Forecast],
+) -> tuple[GatherOnce | GatherEach, str]:
     """Gather-once where a recipe asks for it and can have it, and a line that says why (stage 3).
 
-    `free` bytes are left on this rank; `agree_max` is the engine's, because all ranks choose alike.
+    `free` bytes are left on this rank of `engine`; all ranks choose alike. Rank 0 alone asks for
+    the `forecast`.
     """
     if rollout.gather == "step":
-        return None, "weights gathered at every forward (rollout.gather: step)"
+        return _each(offload, "rollout.gather: step")
     if settings.hpz > 1:
-        return None, "weights gathered at every forward (distributed.hpz has its own copies)"
-    parameters = list(module.parameters())
-    needed = numel(parameters) * parameters[0].element_size()
-    sizes = f"{needed / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free"
-    room = SHARE * free if rollout.gather == "auto" else free
-    if agree_max(int(needed > room)):
-        return None, f"weights gathered at every forward: no room on some rank (here {sizes})"
+        return _each(offload, "distributed.hpz has its own copies")
+    if engine.world == 1 and settings.offload != "parameters":
+        left, sizes = 0, "a rank alone has them whole"  # what it gathers is a view
+    else:
+        least = -engine.agree_max(-free)
+        left, sizes = _left(module, engine, rollout.gather, least, forecast)
+    if left < 0:
+        return _each(offload, f"no room: {sizes}")
     once = GatherOnce(module, blocks, offload)
     problem = once.probe()
-    if agree_max(int(problem is not None)):
-        return None, (
-            "weights gathered at every forward: gathering once does not work with deepspeed "
-            f"{version('deepspeed')} ({problem or 'on another rank'})"
+    if engine.agree_max(int(problem is not None)):
+        return _each(
+            offload,
+            "gathering once does not work with deepspeed "
+            f"{version('deepspeed')} ({problem or 'on another rank'})",
         )
     return once, f"weights gathered once a phase: {sizes}"
+
+
+def _each(offload: Any, why: str) -> tuple[GatherEach, str]:
+    return GatherEach(offload), f"weights gathered at every forward: {why}"
+
+
+def _left(
+    module: nn.Module, engine: Engine, gather: str, free: int, forecast: Callable[[], Forecast]
+) -> tuple[int, str]:
+    """What gathering once leaves of `free` bytes, the same on every rank, and how that is made up.
+
+    The plan knows it; where there is none, a quarter is kept for what else needs memory.
+    """
+    parameters = list(module.parameters())
+    weights = numel(parameters) * parameters[0].element_size()
+    if gather == "iteration":
+        return free - weights, f"{_gb(weights)} of weights, {_gb(free)} free"
+    said = forecast() if engine.rank == 0 else Forecast(0, "by rank 0's plan")
+    planned = engine.agree_max(said.bytes)
+    if planned:
+        sizes = f"{said.why} adds {_gb(planned)}, {_gb(weights)} of it weights; {_gb(free)} free"
+        return free - planned, sizes
+    room = int(SHARE * free)
+    return room - weights, (
+        f"{_gb(weights)} of weights, {_gb(room)} for them, three quarters of what is free "
+        f"({said.why})"
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _alone() -> bool:

@@ -30,7 +30,13 @@ from gardo.distributed.base import (
     host_memory,
 )
 from gardo.distributed.blocks import make_leaves
-from gardo.distributed.gather import GatherOnce, choose_gather
+from gardo.distributed.gather import (
+    Forecast,
+    GatherEach,
+    GatherOnce,
+    choose_gather,
+    forget_forward,
+)
 from gardo.distributed.group import Group
 from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
@@ -82,7 +88,7 @@ class ZeroEngine(Group):
 
     `load` gives the module its weights one at a time (`load(place=..., reads=...)`): at stage 3
     only rank 0 reads them, and each is partitioned before the next is read. `blocks` are the units
-    in which stage 3 gathers.
+    in which stage 3 gathers; `forecast` says what it takes to gather them all at once.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class ZeroEngine(Group):
         optimizer: OptimizerSettings,
         settings: DistributedSettings,
         rollout: RolloutSettings,
+        forecast: Callable[[], Forecast],
         accumulation: int,
         max_grad_norm: float,
         device: torch.device,
@@ -125,17 +132,19 @@ class ZeroEngine(Group):
         _wait_at_most(settings.timeout)
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         self.shards = self._make_shards(trainable)
-        self._gather: GatherOnce | None = None
+        self._gather: GatherOnce | GatherEach | None = None
+        self._has_trained = False
         self.gather_note = ""
         if self._stage == 3:
             self._gather, self.gather_note = choose_gather(
                 module,
                 blocks,
                 self._engine.optimizer.parameter_offload,
+                engine=self,
                 settings=settings,
                 rollout=rollout,
                 free=_free_memory(self.device, self.world),
-                agree_max=self.agree_max,
+                forecast=forecast,
             )
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
@@ -153,10 +162,13 @@ class ZeroEngine(Group):
 
     @contextmanager
     def reading(self, weights: str) -> Iterator[None]:
+        if self._gather and not self._has_trained:
+            forget_forward(self._engine.optimizer.parameter_offload)
         with self.slots.use(weights), self._gather() if self._gather else nullcontext():
             yield
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._has_trained = True
         # DeepSpeed does this in its engine's forward, which we do not call. Without it each
         # micro-batch overwrites the gradient of the one before it.
         if self._stage:
@@ -206,5 +218,6 @@ class _Partitioner:
 def _free_memory(device: torch.device, ranks: int) -> int:
     """Bytes that this rank may still use: of its GPU, or its share of the host."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return host_memory(ranks)

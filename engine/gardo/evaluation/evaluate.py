@@ -9,7 +9,7 @@ Shapes: E evaluation prompts, n images each, I = E n images, B images of one for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +89,7 @@ class Evaluator:
 
     def batch(self, image_B: Tensor) -> tuple[Tensor, list[Prompt]]:
         """Images and prompts of the evaluation images with these indices."""
-        which = (image_B // self.settings.images_per_prompt).tolist()
-        prompts = [self.prompts[i] for i in which]
+        prompts = self._prompts_of(image_B)
         distinct = list(dict.fromkeys(prompts))
         index_B = torch.tensor([distinct.index(p) for p in prompts], device=image_B.device)
         conditioning = rows_of(self.policy.encode(distinct), index_B)
@@ -99,19 +98,34 @@ class Evaluator:
         )
         return images, prompts
 
+    def _prompts_of(self, image_B: Tensor) -> list[Prompt]:
+        return [self.prompts[i] for i in (image_B // self.settings.images_per_prompt).tolist()]
+
+    @property
+    def _total(self) -> int:
+        return len(self.prompts) * self.settings.images_per_prompt
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Indices of this rank's images, equally many on every rank: some lie past the end."""
+        batch, engine = self.settings.batch, self.engine
+        for call in range(math.ceil(math.ceil(self._total / batch) / engine.world)):
+            start = (call * engine.world + engine.rank) * batch
+            yield torch.arange(start, start + batch, device=engine.device)
+
+    def encode(self) -> None:
+        """Has the prompts that this rank will evaluate encoded, which are then known."""
+        for image_B in self._batches():
+            self.policy.encode(list(dict.fromkeys(self._prompts_of(image_B % self._total))))
+
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, Any]:
-        images_per_prompt, batch = self.settings.images_per_prompt, self.settings.batch
-        total = len(self.prompts) * images_per_prompt
+        images_per_prompt, total = self.settings.images_per_prompt, self._total
         shown_I = torch.isin(torch.arange(total) // images_per_prompt, self.shown)
         slot_I = (shown_I.cumsum(0) - 1).where(shown_I, -1).to(self.engine.device)
-        device, world = self.engine.device, self.engine.world
+        device = self.engine.device
         columns: dict[str, list[Tensor]] = {"image": []}
         picture: Tensor | None = None
-        calls = math.ceil(math.ceil(total / batch) / world)
-        for call in range(calls):
-            start = (call * world + self.engine.rank) * batch
-            image_B = torch.arange(start, start + batch, device=device)
+        for image_B in self._batches():
             images, prompts = self.batch(image_B % total)  # past the end: repeats, dropped below
             for name, column in self._judge(images, prompts).items():
                 columns.setdefault(name, []).append(column)

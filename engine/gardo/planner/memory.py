@@ -35,6 +35,9 @@ class Part:
     assumed: bool = False
 
 
+CUDA = Part("CUDA, NCCL", CONTEXT, assumed=True)
+
+
 @dataclass(frozen=True)
 class Phase:
     """What a phase adds to what stays; `before`: it is over when the rest is loaded."""
@@ -97,28 +100,38 @@ class Counted:
     def memory(self, recipe: Recipe, plan: Geometry, world: int) -> Memory:
         scorers = self._scorers_of(recipe, plan)
         rewards = [Part(f"reward {n}", s.weights) for n, s in scorers.items() if s and s.weights]
-        context = Part("CUDA, NCCL", CONTEXT, assumed=True)
         device, host = self._split(recipe, self._trained(recipe, world))
-        stays = (*device, *self._around(recipe), *rewards, context)
+        stays = (*device, *self._around(recipe), *rewards, CUDA)
         scoring = max((s.activations for s in scorers.values() if s), default=0)
+        encode, sample, decode, teachers, evaluate = self._reading(recipe, plan, world)
         phases = (
-            self._encoding(recipe, context),
-            self._forward("sample", recipe, plan, "sampling", plan.sampled),
-            self._decoding(recipe, plan),
+            encode,
+            sample,
+            decode,
             Phase("reward", (self._recorded(recipe, plan), Part("activations", scoring))),
-            self._forward("teachers", recipe, plan, "sampling", plan.micro_batch),
-            self._training(recipe, plan, scorers),
+            teachers,
+            self._training(recipe, plan, scorers, world),
             self._updating(recipe, world),
-            self._forward("evaluate", recipe, None, "sampling", recipe.evaluate.batch),
+            evaluate,
         )
         if recipe.model.encoders == "offload":
-            host = (*host, self._text_encoders(recipe))
+            shared = replace(self._text_encoders(recipe), name="text encoders (ranks share them)")
+            host = (*host, shared)
         return Memory(
             stays,
             tuple(map(_with_fragments, phases)),
             host,
             tuple(f"rewards.{name}" for name, s in scorers.items() if s is None),
         )
+
+    def forecast(self, recipe: Recipe, plan: Geometry, world: int) -> Phase:
+        """The phase that adds most to what is there when the engine has started and slots have not
+        been made: of those that read weights which are gathered once."""
+        device, _ = self._split(recipe, self._trained(recipe, world))
+        slots = [part for part in device if part.name == "slots"]
+        _, *gathering = self._reading(recipe, plan, world)
+        largest = _with_fragments(max(gathering, key=lambda phase: phase.bytes))
+        return replace(largest, parts=(*slots, *largest.parts))
 
     def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
         found = {}
@@ -186,11 +199,12 @@ class Counted:
 
     # What comes and goes --------------------------------------------------------------------------
 
-    def _gathered(self, recipe: Recipe, *, once: bool) -> Part:
+    def _gathered(self, recipe: Recipe, world: int, *, once: bool) -> Part:
         """Weights of stage 3 that are whole at a time; and those of a block twice, while it is put
-        together from what the ranks sent."""
+        together from what the ranks sent. A rank alone has them whole."""
         settings, shadow = recipe.distributed, self.shadow
-        if settings.engine == "local" or settings.stage < 3:
+        alone = world == 1 and settings.offload != "parameters"
+        if settings.engine == "local" or settings.stage < 3 or alone:
             return Part("gathered weights", 0)
         whole = shadow.parameters
         blocks = [count for count, _ in shadow.block_parameters]
@@ -218,37 +232,40 @@ class Counted:
         of_sample = steps * latent * (4 + 4 + width) + latent * 4 + 3 * height * columns * 4
         return Part("rollout", plan.samples * of_sample)
 
-    def _encoding(self, recipe: Recipe, context: Part) -> Phase:
+    def _reading(self, recipe: Recipe, plan: Geometry, world: int) -> tuple[Phase, ...]:
+        """The phases without gradients: encode, sample, decode, teachers, evaluate."""
+        at_once = min(recipe.rollout.decode_batch or self.shadow.policy.decode_batch, plan.sampled)
+        common = (self._gathered(recipe, world, once=True), self._dequantised(recipe))
+        recorded = (*common, self._recorded(recipe, plan))
+
+        def phase(name: str, parts: tuple[Part, ...], kind: str, count: int) -> Phase:
+            return Phase(name, (*parts, Part("activations", self.cost(kind, count))))
+
+        return (
+            self._encoding(recipe),
+            phase("sample", recorded, "sampling", plan.sampled),
+            phase("decode", recorded, "decoding", at_once),
+            phase("teachers", recorded, "sampling", plan.micro_batch),
+            phase("evaluate", common, "sampling", recipe.evaluate.batch),
+        )
+
+    def _encoding(self, recipe: Recipe) -> Phase:
         """The text encoders; `free`: before anything else is there."""
         one = Part("activations", max(need for _, need in self.shadow.encoders.values()))
         residence, encoders = recipe.model.encoders, self._text_encoders(recipe)
         if residence == "free":
-            return Phase("encode", (encoders, self._vae(recipe), one, context), before=True)
+            return Phase("encode", (encoders, self._vae(recipe), one, CUDA), before=True)
         return Phase("encode", (encoders, one) if residence == "offload" else (one,))
 
-    def _forward(
-        self, name: str, recipe: Recipe, plan: Geometry | None, kind: str, count: int, *how: object
-    ) -> Phase:
-        """A phase without gradients, the weights gathered once."""
-        recorded = [self._recorded(recipe, plan)] if plan else []
-        return Phase(name, (
-            self._gathered(recipe, once=True), self._dequantised(recipe), *recorded,
-            Part("activations", self.cost(kind, count, *how)),
-        ))  # fmt: skip
-
-    def _decoding(self, recipe: Recipe, plan: Geometry) -> Phase:
-        at_once = recipe.rollout.decode_batch or self.shadow.policy.decode_batch
-        return self._forward("decode", recipe, plan, "decoding", min(at_once, plan.sampled))
-
     def _training(
-        self, recipe: Recipe, plan: Geometry, scorers: Mapping[str, Scorer | None]
+        self, recipe: Recipe, plan: Geometry, scorers: Mapping[str, Scorer | None], world: int
     ) -> Phase:
         checkpointing = recipe.train.activation_checkpointing
         settings = recipe.distributed
         at_once = 1 if settings.stage == 3 else 2  # there one of the two stays
         buckets = at_once * self._bucket(settings) if settings.engine == "zero" else 0
         parts = [
-            self._gathered(recipe, once=False), self._dequantised(recipe),
+            self._gathered(recipe, world, once=False), self._dequantised(recipe),
             self._recorded(recipe, plan),
             Part("activations", self.cost("training", plan.micro_batch, checkpointing)),
             Part("gradient buckets", buckets),

@@ -34,7 +34,14 @@ from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.quantised import BASES, placing, quantise
 from gardo.policies.targets import check_targets
-from gardo.policies.weights import Place, WeightFiles, build_empty, fill, set_parameter
+from gardo.policies.weights import (
+    Place,
+    WeightFiles,
+    build_empty,
+    fill,
+    set_parameter,
+    stored_dtype,
+)
 from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path
 
 Wait = Callable[[], None]
@@ -161,7 +168,7 @@ class Policy:
         self.height, self.width = settings.size
         check_size(settings.size, 2 * pipeline.vae_scale_factor)
         self.embeddings = Embeddings(
-            pipeline, self.encode_text, residence=settings.encoders, device=device
+            pipeline, self.encode_text, residence=settings.encoders, device=device, dtype=dtype
         )
         self.decode_batch = max(1, DECODED // (self.height * self.width))
         if self.height * self.width > DECODED:
@@ -184,13 +191,20 @@ class Policy:
             raise download_error(error, "model.path", path, revision) from error
 
     def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-        """The pipeline, frozen; its transformer on the meta device, the VAE on `device`."""
+        """The pipeline, frozen; its transformer on the meta device, the VAE on `device`.
+
+        For a GPU text encoders are read in the type of their files (`stored_dtype`): what happens
+        to them there is `embeddings`'.
+        """
         self.weight_files = WeightFiles(folder / "transformer")
         transformer = build_empty(self.transformer_class, folder / "transformer", dtype)
         if self._base:
             quantise(transformer, self.block_lists, self._base, dtype)
+        dtypes = {"default": dtype}
+        if device.type != "cpu":
+            dtypes |= {path.name: stored_dtype(path) or dtype for path in _encoder_folders(folder)}
         pipeline = self.pipeline_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, transformer=transformer
+            folder, dtype=dtypes, use_safetensors=True, transformer=transformer
         )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -415,6 +429,10 @@ class Policy:
     def checkpoint_activations(self, mode: Checkpointing) -> None:
         """What blocks keep for their backward pass: see checkpointing.py."""
         checkpoint_blocks(self.transformer, mode)
+
+
+def _encoder_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("text_encoder*") if path.is_dir())
 
 
 def _of_diffusers(name: str) -> Any:

@@ -43,9 +43,12 @@ class Embeddings:
         *,
         residence: Residence,
         device: torch.device,
+        dtype: torch.dtype,
         room: int = ROOM,
     ) -> None:
+        """The encoders have `dtype` where they encode; they may wait in the type of their files."""
         self._pipeline, self._encode, self._device, self._room = pipeline, encode, device, room
+        self._dtype = dtype
         self._encoders: dict[str, nn.Module] = {
             name: part
             for name, part in pipeline.components.items()
@@ -60,7 +63,7 @@ class Embeddings:
             self._show(False)
         else:
             for encoder in self._encoders.values():
-                encoder.to(device)
+                encoder.to(device, dtype)
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """Tensors [P, ...] of the model's dtype on the device."""
@@ -141,7 +144,8 @@ class Embeddings:
     def _on_device(self) -> Iterator[None]:
         """The encoders in the pipeline, on the device; those that move go back to where they were.
 
-        They are frozen, so the copy in host memory stays as it is.
+        They are frozen, so what is in host memory stays as it is: pages of their files, which the
+        ranks of a machine share.
         """
         if not self._moves:
             yield
@@ -155,7 +159,8 @@ class Embeddings:
         self._show(True)
         try:
             for tensor in tensors:
-                tensor.data = tensor.data.to(self._device, non_blocking=True)
+                there = tensor.data.to(self._device, non_blocking=True)
+                tensor.data = there.to(self._dtype) if there.is_floating_point() else there
             yield
         finally:
             for tensor, data in zip(tensors, home, strict=True):

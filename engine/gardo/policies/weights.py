@@ -6,6 +6,7 @@ safetensors files and handed to whoever owns parameters: one process, or ZeRO-3,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -64,6 +65,23 @@ class WeightFiles:
             raise ValueError(f"{self.folder} has no weights for {stored!r}")
         with safe_open(self.folder / self._file[stored], "pt") as file:
             return file.get_tensor(stored)
+
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The type that holds all floats of a folder's safetensors files exactly; None without any.
+
+    transformers maps files into memory where a model is read in their type, and the processes of a
+    machine share those pages; in another type each gets a copy of its own.
+    """
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    found = [dtype for name, dtype in FLOATS.items() if name in names]
+    return functools.reduce(torch.promote_types, found) if found else None
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

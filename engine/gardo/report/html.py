@@ -302,7 +302,7 @@ def _diversity_chart(evaluations: Sequence[Record], marks: Sequence[Mark]) -> st
 
 
 def _step_charts(steps: Sequence[Record], marks: Sequence[Mark]) -> str:
-    """Rewards while training, then every metric, then the time of each phase."""
+    """Rewards while training, then every metric, then time and memory of each phase."""
     if not steps:
         return _missing("No training step was logged.")
     x = [step["step"] for step in steps]
@@ -321,7 +321,17 @@ def _step_charts(steps: Sequence[Record], marks: Sequence[Mark]) -> str:
     phases = dict.fromkeys(name for step in steps for name in step.get("seconds", {}))
     layers = {name: [step.get("seconds", {}).get(name, 0.0) for step in steps] for name in phases}
     charts.append(stacked_chart(x, layers, "Time of a step", y_label="seconds, by phase"))
+    if any("memory" in step for step in steps):
+        charts.append(_memory_chart(steps, x))
     return _charts(charts)
+
+
+def _memory_chart(steps: Sequence[Record], x: Sequence[float]) -> str:
+    rows = [step.get("memory", {}) for step in steps]
+    phases = dict.fromkeys(name for row in rows for name in row)
+    series = [Series(name, x, [row.get(name, math.nan) / 1e9 for row in rows]) for name in phases]
+    unit = "GB allocated at a phase's peak, fullest rank"
+    return line_chart(series, "Memory of a step", y_label=unit, y_from_zero=True)
 
 
 def _noisy(

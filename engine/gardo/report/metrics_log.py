@@ -10,6 +10,9 @@ Two kinds of record:
      "change": {"count": {"mean": 0.0, "low": 0.0, "high": 0.0}}, "diversity": {"layout": 2.9},
      "images": "samples/step-00000.png", "prompts": ["two red circles"]}
 
+On a GPU both have `"memory": {"sample": 21000000000}`: bytes allocated at the peak of a phase, on
+the rank where they are most.
+
 `step` counts the training steps finished when the record was written, so step 0 is the untouched
 policy.
 

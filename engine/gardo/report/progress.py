@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gardo.report.memory import PeakMemory
 from gardo.report.metrics_log import Record
 
 _INDENT = " " * 13
@@ -36,6 +38,7 @@ class Progress:
         console: where to print; standard output by default.
         history: records of an earlier part of this run, so that changes count from its first step.
         clock: seconds, increasing.
+        memory: what counts each phase's peak, if anything does.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Progress:
         console: Console | None = None,
         history: Sequence[Record] = (),
         clock: Callable[[], float] = time.perf_counter,
+        memory: PeakMemory | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.enabled = enabled
         self.seconds: dict[str, float] = {}
         self.console = console or Console()
         self._clock = clock
+        self.memory = memory or PeakMemory(torch.device("cpu"))
         self._phase: tuple[str, float] | None = None
         self._finished: deque[float] = deque(maxlen=_ETA_STEPS + 1)
         self._live: Live | None = None
@@ -77,7 +82,8 @@ class Progress:
         self._phase = (name, started)
         self._show()
         try:
-            yield
+            with self.memory.phase(name):
+                yield
         finally:
             self._phase = None
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started

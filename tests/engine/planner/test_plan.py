@@ -99,7 +99,7 @@ def test_where_the_text_encoders_wait(flux):
     )
     bytes_ = 2 * sum(count for count, _ in counted.shadow.encoders.values())
     assert part(resident.stays, "text encoders") == bytes_
-    assert part(offload.host, "text encoders") == bytes_
+    assert part(offload.host, "text encoders (ranks share them)") == bytes_
     assert part(phase(offload, "encode").parts, "text encoders") == bytes_
     assert resident.resident - offload.resident == bytes_
     alone = phase(free, "encode")

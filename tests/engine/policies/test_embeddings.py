@@ -1,13 +1,21 @@
 """A prompt's conditioning is computed once, alone, and lasts longer than the text encoders."""
 
+import gc
+import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import T5Config, T5EncoderModel
 
 from gardo.config import load
 from gardo.policies.embeddings import Embeddings
+from gardo.policies.weights import stored_dtype
+from gardo.recipe import policy_plugin
 from gardo.session import build_policy
+from gardo.settings import model_path
 from tests import ROOT
 
 PROMPTS = ["one red circle", "two blue squares", "three green triangles"]
@@ -33,7 +41,8 @@ class Counting:
 
 def embeddings(policy, **more):
     counting = Counting(policy)
-    made = Embeddings(policy.pipeline, counting, residence="offload", device=CPU, **more)
+    more = {"residence": "offload", "device": CPU, "dtype": policy.dtype, **more}
+    made = Embeddings(policy.pipeline, counting, **more)
     return made, counting.asked
 
 
@@ -97,6 +106,72 @@ def test_another_encoder_has_other_files(policy, tmp_path):
         policy.embeddings._show(True)
         assert len(asked) == 1
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_encoders_wait_as_their_files_have_them(policy):
+    """Where they move (as to a GPU), they are cast there: the same numbers as if read so."""
+    expected = policy.encode_text([PROMPTS[0]])
+    known, _ = embeddings(policy)
+    parameters = [p for e in known._encoders.values() for p in e.parameters()]
+    for parameter in parameters:
+        parameter.data = parameter.data.double()
+    waiting, known._moves = [p.data_ptr() for p in parameters], True
+    same(known([PROMPTS[0]]), expected)
+    assert [p.data_ptr() for p in parameters] == waiting
+    assert {p.dtype for p in parameters} == {torch.float64}
+    policy.embeddings._show(True)
+
+
+def anonymous():
+    """Bytes of this process that are no pages of files."""
+    (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts as Linux does")
+def test_encoders_of_a_gpu_are_pages_of_their_files(tmp_path, monkeypatch):
+    """64 MB of an encoder in bf16, for a policy in fp32: no copy of them, as there is on a CPU."""
+    folder = tmp_path / "flux"
+    shutil.copytree(model_path("builtin:flux"), folder)
+    config = T5Config(d_model=512, d_ff=2048, num_layers=10, num_heads=8, vocab_size=64)
+    large = T5EncoderModel(config).to(torch.bfloat16)
+    size = sum(p.nbytes for p in large.parameters())
+    large.save_pretrained(folder / "text_encoder_2")
+    del large
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)  # no GPU to go to
+    read = load(ROOT / "recipes" / "tiny_flux_gardo.yaml", [f"model.path={folder}"])
+    grown = {}
+    for device in (CPU, torch.device("cuda")):
+        gc.collect()
+        before = anonymous()
+        policy = policy_plugin(read.model)(
+            read.model, dtype=torch.float32, device=device, defer=True
+        )
+        there = policy.embeddings._encoders["text_encoder_2"].state_dict().values()
+        assert all(t.isfinite().all() for t in there)  # every page is read
+        grown[device.type] = anonymous() - before
+        assert {t.dtype for t in there} == {torch.float32 if device == CPU else torch.bfloat16}
+    assert grown["cuda"] < size / 2 < 2 * size < grown["cpu"] * 1.1
+
+
+@pytest.mark.parametrize(
+    ("types", "wide"),
+    [
+        (["bfloat16"], "bfloat16"),
+        (["float16", "int64"], "float16"),
+        (["float16", "float32"], "float32"),
+        (["float16", "bfloat16"], "float32"),
+    ],
+)
+def test_the_type_of_files_holds_all_their_numbers(types, wide, tmp_path):
+    for number, name in enumerate(types):
+        tensor = torch.zeros(2, dtype=getattr(torch, name))
+        save_file({"weight": tensor}, tmp_path / f"model-{number}.safetensors")
+    assert stored_dtype(tmp_path) == getattr(torch, wide)
+
+
+def test_without_files_there_is_no_type(tmp_path):
+    assert stored_dtype(tmp_path) is None
 
 
 @pytest.mark.gpu

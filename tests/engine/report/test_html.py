@@ -49,6 +49,17 @@ def test_report_shows_the_run(run_folder: Path) -> None:
         ET.fromstring(chart)
 
 
+def test_a_run_on_a_gpu_shows_its_memory(tmp_path: Path) -> None:
+    """A phase that a step has not been through (a checkpoint) is a gap."""
+    peaks = [{"sample": 21_000_000_000}, {"sample": 22_000_000_000, "save": 9_000_000_000}]
+    records = [step_record(step, memory=peak) for step, peak in enumerate(peaks, start=1)]
+    write_log(tmp_path / "metrics.jsonl", records)
+    (chart,) = re.findall(r"<svg(?:(?!<svg).)*Memory of a step.*?</svg>",
+                          write_report(tmp_path).read_text(), re.DOTALL)  # fmt: skip
+    assert "GB allocated at a phase" in chart
+    assert "sample" in chart and "save" in chart
+
+
 def test_report_is_escaped_and_fetches_nothing(run_folder: Path) -> None:
     page = write_report(run_folder).read_text()
     assert "<script" not in page and "<i>flux" not in page
