@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # The oldest driver for each CUDA, on Linux: CUDA Toolkit Release Notes, table "CUDA Toolkit and
@@ -57,6 +58,18 @@ def unwanted(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("DS_ACCELERATOR") == "cpu" or not names_one
 
 
+def usable() -> int:
+    """How many GPUs CUDA can use. Nothing is set up by asking, the allocator's settings least."""
+    import torch
+
+    # What is_available() asks, until DeepSpeed is imported: then that asks the driver, whose GPUs
+    # CUDA may not be able to use. A build without CUDA does not have it.
+    count: Callable[[], int] = getattr(torch._C, "_cuda_getDeviceCount", int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what cuda_trouble says
+        return count()
+
+
 def cuda_trouble(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> str | None:
     """Why CUDA does not work though there is an NVIDIA GPU, and what to do; None where it works.
 
@@ -66,10 +79,11 @@ def cuda_trouble(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
         return None
     import torch
 
-    # Not is_available(): once DeepSpeed is imported it counts the driver's GPUs, usable or not.
+    if usable():
+        return None
+    words = "it counts none"
     try:
         torch.cuda.init()
-        return None
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         words = str(error).partition("\n")[0]
     driver, built = driver_version(root), torch.version.cuda

@@ -120,6 +120,7 @@ def test_what_does_not_go_together_is_said_with_its_mend(
 
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(nvidia, "usable", lambda: 0)
     assert cuda_trouble(root, {}) is None  # no GPU, no trouble
     install(root, PROPRIETARY.format(driver))
     assert cuda_trouble(root, {}) is None  # a container that was given none of its host's
@@ -137,7 +138,8 @@ def test_a_gpu_that_works_is_no_trouble_whatever_the_driver_says(
 ) -> None:
     """NVIDIA's compatibility package runs a newer CUDA on an older driver of a data centre."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(nvidia, "usable", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("sets the allocator up too early"))
     install(root, PROPRIETARY.format("535.183.01"))
     touch(root, "dev/nvidia0")
     assert cuda_trouble(root, {}) is None
