@@ -55,7 +55,7 @@ setup(
     },
     entry_points={"console_scripts": ["gardo = gardo.cli:main"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.10,<2.14",
         "triton>=3.6,<3.10; sys_platform == 'linux'",
         "deepspeed>=0.19,<0.20",
         "diffusers>=0.42",

@@ -120,10 +120,9 @@ def work(folder: Path, weights: str, way: str, out: Path) -> None:
     """One rank: starts the engine as a run does, and says what that took."""
     from gardo.config import check
     from gardo.distributed.base import leave_process_group
-    from gardo.distributed.zero import start_process_group
     from gardo.machine import ranks
     from gardo.planner import geometry
-    from gardo.session import build_engine, build_policy, quiet_libraries
+    from gardo.session import build_engine, build_policy, join_ranks, quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()
@@ -131,7 +130,7 @@ def work(folder: Path, weights: str, way: str, out: Path) -> None:
     recipe = check(recipe_for(folder, weights), "bench_load")
     device = torch.device("cpu")
     policy = build_policy(recipe, device)  # text encoders and VAE, and a transformer of no weights
-    start_process_group(device)
+    join_ranks(recipe, device)
     with Peak() as peak:
         start = time.perf_counter()
         if way == "whole":

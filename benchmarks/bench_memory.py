@@ -134,16 +134,16 @@ def work(source: str, sets: list[str], out: Path) -> None:
     """One rank of a run."""
     from gardo.config import load
     from gardo.distributed.base import leave_process_group
-    from gardo.distributed.zero import start_process_group
     from gardo.machine import ranks
-    from gardo.session import open_session, quiet_libraries
+    from gardo.session import join_ranks, open_session, quiet_libraries
     from gardo.train import train
 
     quiet_libraries()
     torch.set_num_threads(1)
-    start_process_group(torch.device("cpu"))
+    recipe = load(source, sets)
+    join_ranks(recipe, torch.device("cpu"))
     before = anonymous()
-    session = open_session(load(source, sets), source=source, quiet=True)
+    session = open_session(recipe, source=source, quiet=True)
     session.progress = watch = Watch(session.progress)
     with session:
         train(session)

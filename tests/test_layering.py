@@ -45,13 +45,15 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "recipe":        "types data algorithms distributed evaluation policies rewards |",
     "recipe_rules":  "recipe algorithms distributed policies |",
     "config":        "recipe recipe_rules recipe_errors algorithms distributed policies rewards |",
-    "machine":       "recipe recipe_errors distributed policies gardo_kernels | torch",
+    "nvidia":        "| torch",
+    "launch":        "distributed |",
+    "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow policies gardo_kernels | torch",
+    "doctor":        "flow nvidia policies gardo_kernels | torch",
     "export":        "recipe config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",

@@ -87,20 +87,41 @@ def test_wheel_has_the_command_and_the_licence(wheel: set[str]) -> None:
     assert any(name.endswith("LICENSE") for name in info)
 
 
-def test_tested_set_satisfies_the_requirements() -> None:
-    """Each requirement of setup.py that constraints.txt pins is met by that pin."""
+def pinned(name: str) -> dict[str, str]:
+    """What a constraints file pins, those that it takes in included."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / name).read_text().lower().splitlines():
+        if line.startswith("-c "):
+            pins |= pinned(line.removeprefix("-c "))
+        elif not line.startswith("#"):
+            package, version = line.split("==")
+            assert package not in pins, f"{name}: {package} is pinned twice"
+            pins[package] = version
+    return pins
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-cuda12.txt"])
+def test_tested_set_satisfies_the_requirements(name: str) -> None:
+    """Each requirement of setup.py that a set pins is met by that pin."""
     requirements = pytest.importorskip("packaging.requirements")
     with mock.patch("setuptools.setup") as setup:  # read the call instead of installing
         runpy.run_path(str(ROOT / "setup.py"))
     call = setup.call_args.kwargs
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.lower().split("==") for line in lines if "==" in line and line[0] != "#")
+    pins = pinned(name)
     wanted = [*call["install_requires"], *call["extras_require"]["dev"]]
     for requirement in map(requirements.Requirement, wanted):
         pin = pins.get(requirement.name.lower())
         assert pin is None or requirement.specifier.contains(pin), (str(requirement), pin)
-    for name in ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft"):
-        assert name in pins, f"constraints.txt does not pin {name}"
+    for package in ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft"):
+        assert package in pins, f"{name} does not pin {package}"
+
+
+def test_the_two_sets_differ_in_what_an_old_driver_needs() -> None:
+    """2.10 is PyPI's last torch for CUDA 12."""
+    new, old = pinned("constraints.txt"), pinned("constraints-cuda12.txt")
+    assert new.keys() == old.keys()
+    assert {name for name in new if new[name] != old[name]} == {"numpy", "torch", "triton"}
+    assert old["torch"] == "2.10.0"
 
 
 def seconds(code: str) -> float:

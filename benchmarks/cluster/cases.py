@@ -59,6 +59,7 @@ class Case:
         command = {
             "gardo.train": train,
             "cluster.resume": ("-m", "cluster.resume", "--out", FOLDER, *train[3:]),
+            "cluster.gradients": ("-m", "cluster.gradients", "--out", FOLDER, *train[3:]),
             "cluster.bandwidth": (*LAUNCH, "--num_gpus", ranks, "--master_port", port, "--module",
                                   "cluster.bandwidth", *(("--quick",) if plan.quick else ())),
         }[self.module]  # fmt: skip
@@ -77,6 +78,8 @@ def cases(gpus: int) -> list[Case]:
         *(Case(f"gpus-{n}", "throughput, ZeRO-3", n) for n in COUNTS if n <= gpus),
         Case("resume", "killed, and the same bits after going on", gpus,
              ("run.deterministic=true", "checkpoint.every=1"), "cluster.resume"),
+        Case("gradients", "ZeRO's stages in three buckets, overlapped or not: the same gradient",
+             gpus, (), "cluster.gradients"),
         *pair("gather", "weights once a phase, or at every forward", "rollout.gather",
               ("iteration", "step")),
         *pair("overlap", "gradients travel during the backward pass, or after it",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,44 +27,6 @@ SetOption = Annotated[
 ]
 
 
-def _launcher() -> list[str]:
-    """The deepspeed launcher of this very Python, wherever its script lies."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise typer.BadParameter("the launcher is missing: pip install deepspeed")
-    return [sys.executable, "-m", "deepspeed.launcher.runner"]
-
-
-def _ranks(gpus: int | None, hostfile: Path | None) -> int:
-    """How many ranks the options ask for. ValueError where they cannot be started."""
-    from gardo.distributed.nodes import read_hostfile
-
-    if hostfile is None:
-        return gpus or 1
-    if gpus:
-        raise ValueError(f"--gpus {gpus}: --hostfile says how many each machine has; drop --gpus")
-    hosts = read_hostfile(hostfile)
-    if shutil.which("pdsh") is None:
-        raise ValueError(
-            "--hostfile: the deepspeed launcher reaches other machines with pdsh, which is not on "
-            "the PATH; install it, or start the ranks with Slurm (recipes/cluster/slurm.sbatch)"
-        )
-    return sum(hosts.values())
-
-
-def _run(command: list[str]) -> int:
-    """Runs the command in a process group of its own; signals that reach us reach all of it."""
-    env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
-    process = subprocess.Popen(command, start_new_session=True, env=env)
-
-    def forward(number: int, _: Any) -> None:
-        os.killpg(process.pid, number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    code = process.wait()
-    return 128 - code if code < 0 else code
-
-
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -85,9 +43,16 @@ def train(
         Path | None,
         typer.Option(help="ranks on several machines, by ssh: a line `NAME slots=GPUS` each"),
     ] = None,
+    include: Annotated[
+        str | None,
+        typer.Option(help="which GPUs: localhost:4,5, or of a hostfile: node-1@node-2:0,1"),
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="where ranks meet, of a hostfile; else asked of the first")
+    ] = None,
     port: Annotated[
-        int, typer.Option(help="where ranks meet; runs that share a machine need one each")
-    ] = 29500,
+        int | None, typer.Option(help="where ranks meet; one that is free if left out")
+    ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="train even what will not fit, by the plan")
     ] = False,
@@ -96,45 +61,40 @@ def train(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
+    from gardo import launch
     from gardo.config import load
-    from gardo.distributed.nodes import for_pdsh
+    from gardo.machine import check_accelerator
     from gardo.planner import geometry
     from gardo.recipe_errors import RecipeError
 
     overrides = set_ or []
+    here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
     try:
-        world = _ranks(gpus, hostfile)
+        if master_addr and not hostfile:
+            raise ValueError(f"--master-addr {master_addr}: for a --hostfile; leave it out")
+        where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
         checked = load(recipe, overrides)
-        geometry(checked, rank=0, world=world, source=str(recipe))
-        here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
-        if not hostfile and 0 < here < world:
+        geometry(checked, rank=0, world=where.ranks, source=str(recipe))
+        if not hostfile:  # a login node may start what runs elsewhere
+            check_accelerator(checked, str(recipe))
+        zero = checked.distributed.engine == "zero"
+        if not zero and where.ranks > 1:
             raise RecipeError(
-                f"--gpus {world}: this machine has {here}; use --gpus {here}, or set "
-                "DS_ACCELERATOR=cpu to run on the CPU"
-            )
-        if checked.distributed.engine == "local" and world > 1:
-            drop = f"--hostfile {hostfile}" if hostfile else f"--gpus {world}"
-            raise RecipeError(
-                f"{recipe}: distributed.engine: local runs in one process; drop {drop}, "
+                f"{recipe}: distributed.engine: local runs in one process; drop {where.option}, "
                 "or use engine zero"
             )
-        _say_plan(checked, str(recipe), world, on_gpu=here > 0, ignore=ignore_plan)
+        _say_plan(checked, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
+        arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
+        arguments += ["--resume"] if resume else []
+        command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
         _refuse(error)
-    arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
-    arguments += ["--resume"] if resume else []
-    if checked.distributed.engine == "local":
-        raise typer.Exit(_run([sys.executable, "-m", "gardo.train", *arguments]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
-    launch = [*_launcher(), "--log_level", "error", "--master_port", str(port)]
-    if hostfile:
-        # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
-        launch += ["--hostfile", str(hostfile), "--force_multi"]
-        arguments = [for_pdsh(argument) for argument in arguments]
-    else:
-        launch += ["--num_gpus", str(world)]
-    raise typer.Exit(_run([*launch, "--module", "gardo.train", *arguments]))
+    if zero and not hostfile and launch.STRAY_HOSTFILE.is_file():
+        print(f"{launch.STRAY_HOSTFILE} is not used; give it as --hostfile to train on several "
+              "machines", file=sys.stderr)  # fmt: skip
+    raise typer.Exit(launch.run(where, command))
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:

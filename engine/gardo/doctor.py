@@ -1,4 +1,4 @@
-"""What this machine can do for a run: versions, GPUs, which kernels run, attention.
+"""What this machine can do for a run: versions, driver, GPUs, compiler, caches, attention, kernels.
 
 Every fused op's examples are run by the backend that a run here would take, and compared with plain
 torch: a kernel that is compiled wrongly on this machine is named before it trains.
@@ -9,19 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from gardo.nvidia import cuda_trouble, devices, driver_version, unwanted
 from gardo.policies.attention import BACKENDS, missing
-from gardo_kernels import Backend, kernels_run_on
+from gardo_kernels import Backend, kernels_run_on, triton_trouble
 from gardo_kernels._examples import Examples, On, op_modules
+from gardo_kernels._trial import cache_trouble, compiler_trouble
 
 State = Literal["ok", "note", "problem"]
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
+SHARED_MEMORY = 2**30  # bytes of /dev/shm; Docker's 64 MiB are too few for NCCL
 OPTIONAL = {"bitsandbytes": "model.base nf4 and int8, its optimizers:"}
 
 
@@ -36,10 +41,13 @@ class Finding:
 
 def examine(kernels: Backend = "auto") -> Iterator[Finding]:
     """All findings for this process's device; `kernels` is the recipe's setting."""
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    trouble = cuda_trouble()
+    cuda = not trouble and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     yield from _packages()
+    yield _driver(trouble)
     yield from _devices(device)
+    yield from _surroundings(torch.cuda.device_count() if cuda else 0)
     yield from _attention(device)
     yield from _kernels(device, kernels)
 
@@ -58,6 +66,21 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "ok", importlib.metadata.version(name))
 
 
+def _driver(trouble: str | None) -> Finding:
+    version, built = driver_version(), torch.version.cuda
+    torch_is = f"torch is built for CUDA {built}" if built else "torch is built without CUDA"
+    if trouble:
+        return Finding("driver", "problem", trouble)
+    if version is None:
+        return Finding("driver", "note", f"no NVIDIA driver; {torch_is}")
+    if unwanted():
+        return Finding("driver", "note", f"{version}; {torch_is}; the environment hides its GPUs")
+    if not devices():
+        mend = "none of its GPUs is here: in a container, docker run --gpus all"
+        return Finding("driver", "note", f"{version}; {torch_is}; {mend}")
+    return Finding("driver", "ok", f"{version}; {torch_is}")
+
+
 def _devices(device: torch.device) -> Iterator[Finding]:
     if device.type == "cpu":
         detail = f"none used; CPU with {len(os.sched_getaffinity(0))} cores"
@@ -68,8 +91,44 @@ def _devices(device: torch.device) -> Iterator[Finding]:
         size = properties.total_memory / 2**30
         capability = f"{properties.major}.{properties.minor}"
         yield Finding(f"gpu {index}", "ok", f"{properties.name}, {size:.0f} GiB, sm {capability}")
-    bf16 = torch.cuda.is_bf16_supported()
-    yield Finding("bfloat16", "ok" if bf16 else "problem", "yes" if bf16 else "not on this GPU")
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    lacks = "not on this GPU, which only emulates it; use distributed.precision: float32"
+    yield Finding("bfloat16", "ok" if bf16 else "problem", "yes" if bf16 else lacks)
+
+
+def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
+    """What else of the machine decides whether a run starts, on `gpus` GPUs (0: on a CPU)."""
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        every = max(gpus, len(devices(root)))  # Windows has one device file for all
+        detail = f"{seen!r} leaves {gpus} of the {every} GPUs here"
+        yield Finding("CUDA_VISIBLE_DEVICES", "note", detail)
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or "not set")
+    # notes: without Triton `kernels: auto` is plain torch, and only a hub id needs the hub's cache
+    compiler, cache, hub = compiler_trouble(), cache_trouble(), _hub_trouble()
+    yield Finding("C compiler", "note" if compiler else "ok", compiler or "works, with Python.h")
+    yield Finding("triton cache", "note" if cache else "ok", cache or "can be written")
+    yield Finding("hub cache", "note" if hub else "ok", hub or "can be written")
+    shared = root / "dev/shm"
+    size = shutil.disk_usage(shared).total if shared.is_dir() else 0
+    small = gpus > 1 and size < SHARED_MEMORY
+    mend = "; too little for NCCL between GPUs; in a container: docker run --shm-size=16g"
+    detail = f"{size / 2**20:.0f} MiB" + small * mend
+    yield Finding("/dev/shm", "problem" if small else "ok", detail)
+    if (root / "job/hostfile").exists():
+        detail = "is what DeepSpeed's launcher follows where it is given no --hostfile"
+        yield Finding("/job/hostfile", "note", detail)
+
+
+def _hub_trouble() -> str:
+    """Why downloads cannot be kept, and what to do; "" where they can."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return ""
+    return f"{folder} cannot be written; name a folder that can with HF_HOME"
 
 
 def _attention(device: torch.device) -> Iterator[Finding]:
@@ -85,6 +144,9 @@ def _kernels(device: torch.device, kernels: Backend) -> Iterator[Finding]:
         return
     on_gpu = device.type == "cuda" and kernels_run_on(device)
     takes = kernels == "triton" or (kernels == "auto" and on_gpu)
+    if takes and (trouble := triton_trouble(device)):
+        yield Finding("kernels", "problem" if kernels == "triton" else "note", trouble)
+        takes = False
     for name, op in op_modules().items():
         if not takes:
             yield Finding(f"kernel {name}", "ok", "plain torch")

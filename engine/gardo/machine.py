@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
-from gardo.distributed.base import ranks_here
+from gardo.distributed.base import Ranks, gather_text, ranks_here
 from gardo.distributed.optimizers import check_here
+from gardo.nvidia import cuda_trouble, devices, driver_version
 from gardo.policies.attention import missing
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
-from gardo.settings import FieldError, check_installed
-from gardo_kernels import kernels_run_on
+from gardo.settings import FieldError, check_installed, is_hub_id, model_path
+from gardo_kernels import kernels_run_on, triton_trouble
+
+FULL_SIZE = 10**9  # bytes of a transformer: a CPU would train it for weeks
 
 
 def ranks() -> tuple[int, int, int]:
@@ -22,8 +26,21 @@ def ranks() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
 
 
+def use_device(local_rank: int) -> torch.device:
+    """This rank's GPU, made the current one, or the CPU."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    # segments that grow: pictures, rows and gathered weights of many sizes leave no holes
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def use_threads(recipe: Recipe, world: int) -> None:
-    """CPU threads of this rank: the recipe's, or its share of the cores."""
+    """CPU threads of this rank: the recipe's, or its share of the cores. They also update weights
+    that a GPU offloads."""
     torch.set_num_threads(
         recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
     )
@@ -37,6 +54,32 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def check_accelerator(recipe: Recipe, source: str) -> None:
+    """RecipeError where a run would pass by the GPU that is here, or train a full-size model on a
+    CPU. DS_ACCELERATOR=cpu in the environment asks for either."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    if trouble := cuda_trouble():
+        raise RecipeError(f"{source}: {trouble}")
+    if not torch.cuda.is_available() and (size := full_size(recipe.model.path)):
+        absent = "no NVIDIA GPU is here"
+        if not devices() and driver_version():
+            absent += ", though the machine has the driver (a container? docker run --gpus all)"
+        raise RecipeError(
+            f"{source}: model.path: {recipe.model.path!r} ({size}) would train on the CPU: "
+            f"{absent}; train it where there is one, or set DS_ACCELERATOR=cpu if the CPU is meant"
+        )
+
+
+def full_size(path: str) -> str:
+    """How large a published model is, in words; "" of one that a CPU can train."""
+    if is_hub_id(path):
+        return "full size, from the hub"
+    files = (Path(model_path(path)) / "transformer").glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
+    return f"a transformer of {size / 1e9:.1f} GB" if size > FULL_SIZE else ""
 
 
 def check_machine(recipe: Recipe, world: int, device: torch.device, source: str) -> None:
@@ -62,3 +105,29 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             f"{source}: model.attention: {recipe.model.attention}: {lacks}; `gardo doctor` says "
             "which attention runs here"
         )
+
+
+def kernels_trouble(recipe: Recipe, device: torch.device, source: str) -> str:
+    """Why Triton does not start on a GPU where `kernels: auto` would take it; "" where it does.
+
+    RecipeError for `kernels: triton`. A kernel is launched to see, before anything heavy loads.
+    """
+    wanted = recipe.kernels == "triton" or (recipe.kernels == "auto" and device.type == "cuda")
+    if not wanted or not kernels_run_on(device) or not (trouble := triton_trouble(device)):
+        return ""
+    if recipe.kernels == "triton":
+        raise RecipeError(f"{source}: kernels: triton: {trouble}; or use auto or torch")
+    return trouble
+
+
+def with_kernels_that_run(recipe: Recipe, group: Ranks, trouble: str) -> tuple[Recipe, str]:
+    """The recipe as this run uses it, and a note where that is not as it was asked for.
+
+    One rank's trouble has all use plain torch: each decides from all ranks' samples what it
+    computes, gates for one, and may not differ from the others by a rounding.
+    """
+    said = [text for text in gather_text(group, trouble) if text]
+    if not said:
+        return recipe, ""
+    note = f"kernels: auto is plain torch here, not Triton: {said[0]}"
+    return recipe.model_copy(update={"kernels": "torch"}), note

@@ -251,22 +251,28 @@ def checkpoint(s: Session, step: int) -> None:
 
 
 def finish(s: Session) -> None:
-    """Exports the last checkpoint's weights for diffusers, writes the report, says where."""
-    last = s.recipe.run.steps
-    if s.checkpoints.last_step != last:
+    """OSError where the last weights are not saved."""
+    if s.checkpoints.last_step != s.recipe.run.steps:
         raise OSError(
-            f"the weights of step {last} could not be saved in {s.recipe.checkpoint_folder}; make "
-            "room there and run again with --resume"
+            f"the weights of step {s.recipe.run.steps} could not be saved in "
+            f"{s.recipe.checkpoint_folder}; make room there and run again with --resume"
         )
-    if s.engine.rank == 0:
-        folder = s.recipe.run_folder
-        averages = (False, True) if s.average else (False,)
-        exported = [
-            export_run(folder, average=average, policy=s.policy, verify=False)  # just written
-            for average in averages
-        ]
-        report = write_report(folder)
-        s.progress.message(f"report  {report}")
-        for path in exported:
-            s.progress.message(f"export  {path}")
-    s.engine.barrier()
+
+
+def publish(s: Session) -> None:
+    """Exports the last checkpoint's weights for diffusers, writes the report, says where.
+
+    Rank 0 alone: when the ranks have parted, because it may take longer than they would wait.
+    """
+    if s.engine.rank:
+        return
+    folder = s.recipe.run_folder
+    averages = (False, True) if s.average else (False,)
+    exported = [
+        export_run(folder, average=average, policy=s.policy, verify=False)  # just written
+        for average in averages
+    ]
+    report = write_report(folder)
+    s.progress.message(f"report  {report}")
+    for path in exported:
+        s.progress.message(f"export  {path}")

@@ -95,7 +95,8 @@ class Recipe(Strict):
     run: RunSettings
     kernels: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU",
+        description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU "
+        "where it starts",
     )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +20,21 @@ from gardo.data import run_prompts
 from gardo.distributed.average import Average
 from gardo.distributed.base import Engine, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
-from gardo.distributed.nodes import check_shared
+from gardo.distributed.group import Group
+from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.files import write_atomically
 from gardo.machine import (
+    check_accelerator,
     check_machine,
+    kernels_trouble,
     ranks,
     use_deterministic_kernels,
+    use_device,
     use_threads,
+    with_kernels_that_run,
 )
 from gardo.planner import Geometry, geometry
 from gardo.planner.forecast import forecast
@@ -126,6 +130,15 @@ class Session:
             self.engine.close()
 
 
+def join_ranks(recipe: Recipe, device: torch.device) -> Group:
+    """This rank among those that the launcher has started; engine local has one."""
+    if recipe.distributed.engine == "local":
+        return Group(device)
+    from gardo.distributed.zero import start_process_group
+
+    return start_process_group(device, recipe.distributed.timeout)
+
+
 def build_policy(recipe: Recipe, device: torch.device) -> Policy:
     """The model with what trains switched on, in the precision that the engine starts from.
 
@@ -156,19 +169,11 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
     """
     data, (_, local_rank, world) = recipe.data, ranks()
     used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
-
-    def wait() -> None:
-        if recipe.distributed.engine == "zero":
-            from gardo.distributed.zero import start_process_group
-
-            start_process_group(policy.device)
-            torch.distributed.barrier()
-
     policy.free_encoders(
         [*used, *recipe.evaluation_prompts()],
         Path(recipe.run.folder) / "embeddings",
         share=(local_rank, ranks_here(world)),
-        wait=wait,
+        wait=join_ranks(recipe, policy.device).barrier,
     )
 
 
@@ -289,6 +294,8 @@ def load_models(
         policy = build_policy(recipe, device)
         if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
             policy.start_from(open_lora(recipe.train.weights.path))
+        if ranks()[0] == 0:
+            policy.identify()  # asked for at the first checkpoint, while all other ranks wait
         if recipe.model.encoders == "free":
             free_encoders(recipe, policy)
         use_attention(
@@ -338,16 +345,23 @@ def open_session(
     """
     rank, local_rank, world = ranks()
     quiet_libraries()
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    check_accelerator(recipe, source)
+    device = use_device(local_rank)
     check_machine(recipe, world, device, source)
     plan = geometry(recipe, rank=rank, world=world, source=source)
+    trouble = kernels_trouble(recipe, device, source)
     resume = resume and bool(committed(recipe.checkpoint_folder))
     changes = check_changes(recipe, source) if resume else []
-    if not cuda:
-        use_threads(recipe, world)
+    use_threads(recipe, world)
     if recipe.run.deterministic:
         use_deterministic_kernels()
+    group = join_ranks(recipe, device)
+    try:
+        check_folder(Path(recipe.run.folder), group)
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from error
+    kept = recipe  # as it was asked for: what the run's folder has, and a resume compares
+    recipe, kernels_note = with_kernels_that_run(recipe, group, trouble)
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     progress = Progress(
@@ -360,10 +374,6 @@ def open_session(
         policy, panel, engine = load_models(recipe, plan, device, source)
     progress.take_seconds()
     progress.memory.take()
-    try:
-        check_shared(Path(recipe.run.folder), engine)
-    except ValueError as error:
-        raise RecipeError(f"{source}: {error}") from error
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(
@@ -381,13 +391,13 @@ def open_session(
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
-    if engine.gather_note:
-        progress.message(engine.gather_note)
+    for note in filter(None, (engine.gather_note, kernels_note)):
+        progress.message(note)
     if resume:
         session.resume()
         for change in changes:
             progress.message(f"changed since the run started: {change}")
     if rank == 0:
-        session.log = open_log(recipe, progress, session.first_step)
+        session.log = open_log(kept, progress, session.first_step)
     engine.barrier()
     return session

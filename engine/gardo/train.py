@@ -22,6 +22,7 @@ from gardo.phases import (
     finish,
     held_to_contract,
     log_step,
+    publish,
     sampled,
     scored,
     taught,
@@ -32,7 +33,7 @@ from gardo.types import Metrics, select
 
 
 def train(s: Session) -> None:
-    """Runs the session's remaining steps; leaves checkpoints, export and report in its folder."""
+    """Runs the session's remaining steps; leaves checkpoints and a log in its folder."""
     algorithm, engine, slots, phase = s.algorithm, s.engine, s.engine.slots, s.progress.phase
     if s.first_step == 0:
         evaluate(s, 0)
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     with session:
         train(session)
     leave_process_group()
+    publish(session)
     return 0
 
 

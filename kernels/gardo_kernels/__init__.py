@@ -6,6 +6,7 @@ library calls alone, which are right for a sort.
 """
 
 from gardo_kernels._launch import Backend, kernels_run_on
+from gardo_kernels._trial import triton_trouble
 from gardo_kernels.awm_loss import AwmLoss, awm_loss
 from gardo_kernels.nearest_cosine import nearest_cosine
 from gardo_kernels.nft_loss import NftLoss, nft_loss, nft_preference
@@ -41,5 +42,6 @@ __all__ = [
     "random_uniform",
     "sde_step",
     "seed_tensor",
+    "triton_trouble",
     "win_rate",
 ]

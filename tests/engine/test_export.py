@@ -16,6 +16,7 @@ from gardo import cli
 from gardo.config import check, read_yaml
 from gardo.distributed.saved import committed
 from gardo.export import export_run
+from gardo.phases import publish
 from gardo.policies.lora_files import open_lora
 from gardo.recipe_errors import RecipeError
 from gardo.session import Session, open_session
@@ -53,6 +54,7 @@ class Run:
 def run(case: Case, root: Path) -> Run:
     with open_session(check(recipe(case, root), case.name), quiet=True) as session:
         train(session)
+    publish(session)
     said = {}
     for average, name in WEIGHTS.items():
         if not average or case.has("ema"):

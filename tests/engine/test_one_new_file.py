@@ -10,6 +10,7 @@ import pytest
 
 from gardo import plugins
 from gardo.config import full_schema, load
+from gardo.phases import publish
 from gardo.report.metrics_log import read_metrics
 from gardo.session import open_session
 from gardo.train import train
@@ -115,6 +116,7 @@ def test_a_recipe_of_new_files_trains(folder):
     recipe = load(folder / "new.yaml", [f"run.folder={folder}"])
     with open_session(recipe, quiet=True) as session:
         train(session)
+    publish(session)
     (step,) = (r for r in read_metrics(folder / "new/metrics.jsonl") if r["kind"] == "step")
     assert step["metrics"]["calm"] == step["metrics"]["loss"] / 2
     assert 0 < step["rewards"]["brightness"]["mean"] < 1

@@ -1,6 +1,7 @@
 """What a session sets for its whole process, and what it refuses before anything loads."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from gardo.config import load
-from gardo.machine import check_machine, use_deterministic_kernels
+from gardo.machine import check_machine, use_deterministic_kernels, use_device, use_threads
 from gardo.recipe_errors import RecipeError
 from tests.engine.config.recipe import written
+from tests.integration.launch import environment
 
 
 def test_deterministic_kernels_leave_unwritten_memory_alone(monkeypatch):
@@ -49,3 +51,42 @@ def test_what_this_machine_lacks_is_refused(
     with pytest.raises(RecipeError) as raised:
         check_machine(recipe, 1, torch.device("cpu"), "here.yaml")
     assert str(raised.value) == f"here.yaml: {said}"
+
+
+def test_a_rank_takes_its_gpu_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what it puts on "cuda" lands on the first one; and memory in segments that grow."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("DS_ACCELERATOR", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert use_device(3) == torch.device("cuda", 3) and taken == [torch.device("cuda", 3)]
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # the name of old
+    use_device(0)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert use_device(3) == torch.device("cpu") and len(taken) == 2
+
+
+@pytest.mark.gpu
+def test_memory_grows_in_segments() -> None:
+    code = (
+        "import torch; from gardo.machine import use_device; device = use_device(0);"
+        "x = torch.empty(1 << 22, device=device); (s, *_) = torch.cuda.memory_snapshot();"
+        "assert s['is_expandable'], s"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment("cuda"), check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("fragment", "expected"), [("", 2), ("distributed: {threads: 5}", 5)])
+def test_ranks_share_the_cores(
+    fragment: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too, where AdamW updates offloaded weights on the CPU."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    said: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    use_threads(load(written(tmp_path, fragment)), 32)
+    assert said == [expected]

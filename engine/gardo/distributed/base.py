@@ -55,11 +55,16 @@ class DistributedSettings(Strict):
     hpz: int = Field(
         1, ge=1, description="ranks of a node that keep a second copy (ZeRO++ hpZ); 1 with slots"
     )
-    overlap: bool = Field(
-        True, description="gradients travel while the backward pass runs; stages 2 and 3"
+    overlap: bool | None = Field(
+        None,
+        description="gradients travel while the backward pass runs; if left out, at stage 3. Stage "
+        "2 can too, and has not been seen to on GPUs",
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads a rank; cores / ranks if left out"
+    )
+    timeout: float = Field(
+        3600, gt=0, description="seconds that a rank waits for the others before the run fails"
     )
 
     def check(self, slots: Sequence[str]) -> None:
@@ -119,12 +124,22 @@ class RolloutSettings(Strict):
     )
 
 
-class Engine(Protocol):
-    """One process or many: the loop does not know."""
+class Ranks(Protocol):
+    """What ranks tell each other: group.py."""
 
     rank: int
     world: int
     device: torch.device
+
+    def all_gather(self, tensor: Tensor) -> Tensor: ...
+    def agree_max(self, value: int) -> int: ...
+    def reduce(self, metrics: Metrics) -> Metrics: ...
+    def barrier(self) -> None: ...
+
+
+class Engine(Ranks, Protocol):
+    """One process or many: the loop does not know."""
+
     shards: Shards  # where this rank's pieces of the trained weights are
     slots: Slots
     grad_norm: float
@@ -149,31 +164,21 @@ class Engine(Protocol):
     def step(self) -> bool:
         """After the last micro-batch of an update clips, steps, and returns True."""
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks, concatenated along the first axis in rank order."""
-
-    def agree_max(self, value: int) -> int:
-        """The largest value of all ranks."""
-
-    def reduce(self, metrics: Metrics) -> Metrics:
-        """Sums, counts and maxima over all ranks; every rank must have the same names."""
-
-    def barrier(self) -> None: ...
     def close(self) -> None: ...
 
 
-def gather_text(engine: Engine, text: str) -> list[str]:
+def gather_text(ranks: Ranks, text: str) -> list[str]:
     """What every rank says, in rank order; as bytes in a tensor, never pickled."""
     data = text.encode()
-    size = engine.agree_max(len(data))
+    size = ranks.agree_max(len(data))
     padded = torch.frombuffer(bytearray(data.ljust(size, b" ") or b" "), dtype=torch.uint8)
-    rows = engine.all_gather(padded.to(engine.device)[None]).cpu()
+    rows = ranks.all_gather(padded.to(ranks.device)[None]).cpu()
     return [bytes(row.tolist()).decode().rstrip(" ") for row in rows]
 
 
-def gather_record(engine: Engine, record: Record) -> Record:
+def gather_record(ranks: Ranks, record: Record) -> Record:
     """A dataclass of [B, ...] tensors with the samples of all ranks, in rank order."""
-    return mapped(record, engine.all_gather)
+    return mapped(record, ranks.all_gather)
 
 
 def ranks_here(world: int) -> int:

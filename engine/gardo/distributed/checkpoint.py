@@ -154,6 +154,7 @@ class Checkpoints:
         self.last_step: int | None = None  # the last one that is committed
         self._begun: _Begun | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._sweeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sweep")
 
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str | None:
         """Commits the engine's tensors and `state` (JSON, rank 0's counts) as step `step`.
@@ -225,8 +226,9 @@ class Checkpoints:
         return f"step {begun.step}: {problem}"
 
     def close(self) -> None:
-        """Ends the writing thread; what it has not committed is swept by the next save."""
+        """Ends the threads; what is written and not committed is swept by the next save."""
         self._writer.shutdown(wait=True)
+        self._sweeper.shutdown(wait=True)
 
     def _together(self, work: Callable[[], str | None]) -> tuple[list[str], str | None]:
         """What each rank's `work` returned, and the first error of any rank."""
@@ -254,10 +256,11 @@ class Checkpoints:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             _flush(self.folder.parent)
-        for stale in self.folder.glob("step-*.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free
+        swept = self._sweep()
         needed = int(ROOM * self._bytes() * self.engine.world)
+        if shutil.disk_usage(self.folder).free < needed:
+            swept.result()
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(f"{self.folder}: {free} bytes free, a checkpoint may need {needed}")
 
@@ -290,8 +293,17 @@ class Checkpoints:
             if old not in kept:
                 with contextlib.suppress(OSError):
                     old.rename(old.with_name(f"{old.name}.tmp-{secrets.token_hex(4)}"))
-        for stale in self.folder.glob("step-*.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        self._sweep()
+
+    def _sweep(self) -> Future[None]:
+        """Removes what no save is writing, in a thread: the other ranks do not wait for a disk."""
+        stale = list(self.folder.glob("step-*.tmp-*"))
+
+        def remove() -> None:
+            for folder in stale:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        return self._sweeper.submit(remove)
 
     # ---- loading ---------------------------------------------------------------------------------
 

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gardo.distributed.base import check_step
+from gardo.distributed.group import Group
 from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import Shards, WholeShards
 from gardo.distributed.slots import Slots
-from gardo.types import Metrics
 
 
-class LocalEngine:
+class LocalEngine(Group):
     """Trains `trainable` of a module in this process, in fp32."""
 
-    rank = 0
-    world = 1
     gather_note = ""
 
     def __init__(
@@ -32,6 +30,7 @@ class LocalEngine:
         device: torch.device,
         host_slots: bool = False,
     ) -> None:
+        super().__init__(device)
         self._parameters = list(trainable.values())
         self.shards: Shards = WholeShards(trainable)
         self._host_slots = host_slots
@@ -39,7 +38,6 @@ class LocalEngine:
         self._accumulation = accumulation
         self._max_grad_norm = max_grad_norm
         self._last = False
-        self.device = device
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
 
@@ -65,18 +63,6 @@ class LocalEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def agree_max(self, value: int) -> int:
-        return value
-
-    def reduce(self, metrics: Metrics) -> Metrics:
-        return metrics
-
-    def barrier(self) -> None:
-        pass
 
     def close(self) -> None:
         pass

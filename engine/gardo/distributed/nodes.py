@@ -7,10 +7,14 @@ import secrets
 import shlex
 import socket
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from gardo.distributed.base import Engine, gather_text, ranks_here
+from gardo.distributed.base import Ranks, gather_text
 
+ESCAPED = r"\\\g<0>"
+UNSAFE = re.compile(r'[\\"$`]')  # between double quotes, to a shell
 PATIENCE = 20.0  # seconds that a network file system may take to show a new file everywhere
 
 
@@ -38,6 +42,57 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
+def included(hosts: Mapping[str, int], text: str) -> dict[str, int]:
+    """Ranks of each machine that `NAME[:GPU[,GPU ...]][@NAME ...]` leaves, as DeepSpeed reads it.
+
+    ValueError where it names what `hosts` has not.
+    """
+    chosen: dict[str, set[int]] = {}
+    for part in text.split("@"):
+        found = re.fullmatch(r"([^:]+)(?::(\d+(?:,\d+)*))?", part)
+        if not found:
+            raise ValueError(f"--include {text}: {part!r} is not NAME or NAME:GPU,GPU")
+        name, gpus = found.groups()
+        if name not in hosts:
+            raise ValueError(f"--include {text}: no {name!r}; there is {', '.join(hosts)}")
+        numbers = [int(n) for n in gpus.split(",")] if gpus else range(hosts[name])
+        if beyond := [n for n in numbers if n >= hosts[name]]:
+            raise ValueError(f"--include {text}: {name} has GPUs 0 to {hosts[name] - 1}, no "
+                             f"{beyond[0]}")  # fmt: skip
+        chosen.setdefault(name, set()).update(numbers)
+    return {name: len(chosen[name]) for name in hosts if name in chosen}
+
+
+# ---- on the way to other machines ----------------------------------------------------------------
+
+# of the environment: what a run reads, where libraries look for models and how they compute
+SENT_ON = re.compile(
+    r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|TOKENIZERS|NCCL|GLOO|TORCH|PYTORCH|TRITON|CUDA|CUBLAS|"
+    r"DS|DEEPSPEED|OMP|MKL|UCX)_.+|(HTTPS?|NO)_PROXY|XDG_CACHE_HOME",
+    re.IGNORECASE,
+)
+# each machine has its own GPUs; what is secret would stand in the command, for everyone to read
+NOT_SENT_ON = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|.*_(TOKEN|SECRET|PASSWORD|KEY)")
+
+
+def sent_on(env: Mapping[str, str]) -> str:
+    """DeepSpeed's environment file: the variables that go with the command to other machines.
+
+    What the user's own `.deepspeed_env` says, at home or here, comes last and counts.
+    """
+    lines = [
+        f"{name}={re.sub(UNSAFE, ESCAPED, value)}"
+        for name, value in sorted(env.items())
+        if SENT_ON.fullmatch(name) and not NOT_SENT_ON.fullmatch(name) and "\n" not in value
+    ]
+    own = env.get("DS_ENV_FILE", ".deepspeed_env")
+    for folder in (Path.home(), Path()):
+        if (folder / own).is_file():
+            text = (folder / own).read_text(encoding="utf-8")
+            lines += [line for line in text.splitlines() if line.strip()]
+    return "\n".join(lines)
+
+
 def for_pdsh(argument: str) -> str:
     """The argument as DeepSpeed's pdsh launcher must be given it, to arrive whole.
 
@@ -46,27 +101,50 @@ def for_pdsh(argument: str) -> str:
     """
     if " " not in argument:
         return shlex.quote(argument)
-    return re.sub(r"[\\$`]", r"\\\g<0>", argument)
+    return re.sub(r"[\\$`]", ESCAPED, argument)
 
 
-def check_shared(folder: Path, engine: Engine) -> None:
-    """ValueError on every rank unless all of them see one folder. Does nothing on one machine."""
-    if ranks_here(engine.world) == engine.world:
-        return
-    mark = ""
-    if engine.rank == 0:
+def check_folder(folder: Path, ranks: Ranks) -> None:
+    """ValueError on every rank unless all of them can write to one folder; leaves nothing there."""
+    made = ranks.rank == 0 and not folder.exists()
+    token = gather_text(ranks, secrets.token_hex(4))[0]
+    mark = folder / f".written-by-{token}-{ranks.rank}"
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        mark = f".seen-by-all-{secrets.token_hex(4)}"
-        (folder / mark).touch()
-    mark = gather_text(engine, mark)[0]
-    end = time.monotonic() + PATIENCE
-    while not (seen := (folder / mark).exists()) and time.monotonic() < end:
-        time.sleep(0.5)
-    blind = [name for name in gather_text(engine, "" if seen else socket.gethostname()) if name]
-    if engine.rank == 0:
-        (folder / mark).unlink()
-    if blind:
-        raise ValueError(
-            f"run.folder: {folder} on {blind[0]} is not the folder that rank 0 writes to; give one "
-            "on a file system that all machines share"
+        mark.touch()
+        problem = ""
+    except OSError as error:
+        problem = (
+            f"run.folder: {folder} on {socket.gethostname()} cannot be written to: "
+            f"{error.strerror}; give a folder that this user may write to"
         )
+    try:
+        _refuse_together(ranks, problem)
+        blind = "" if _sees(folder, token, ranks.world) else socket.gethostname()
+        _refuse_together(ranks, blind and (
+            f"run.folder: {folder} on {blind} is not the folder that the other ranks write to; "
+            "give one on a file system that all machines share"
+        ))  # fmt: skip
+    finally:
+        with suppress(OSError):
+            mark.unlink()
+    ranks.barrier()
+    if made:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _refuse_together(ranks: Ranks, problem: str) -> None:
+    """ValueError on every rank where one has a problem: that of the first."""
+    if problems := [text for text in gather_text(ranks, problem) if text]:
+        raise ValueError(problems[0])
+
+
+def _sees(folder: Path, token: str, world: int) -> bool:
+    """Whether the marks of all ranks are in the folder, soon."""
+    end = time.monotonic() + PATIENCE
+    while len(list(folder.glob(f".written-by-{token}-*"))) < world:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -36,19 +37,23 @@ from gardo.distributed.gather import (
     choose_gather,
     forget_forward,
 )
+from gardo.distributed.group import Group
 from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
 from gardo.distributed.slots import Slots
 from gardo.distributed.zero_config import zero_config
-from gardo.types import Metrics
 
 Load = Callable[..., None]  # load(place=..., reads=...)
 
 
-def start_process_group(device: torch.device) -> None:
-    """Joins the launcher's process group, or makes one of a single rank."""
-    # The shared-memory op is compiled with g++ at start; gloo does without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def start_process_group(device: torch.device, timeout: float) -> Group:
+    """Joins the launcher's process group, or makes one of a single rank.
+
+    A rank waits `timeout` seconds for the others before it fails.
+    """
+    # Said before DeepSpeed asks: its own answer runs gcc and nvcc for every op it has, and then
+    # compiles the shared-memory one, which gloo does without.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name, value in (
@@ -64,11 +69,21 @@ def start_process_group(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+            "nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout),
         )
+    return Group(device, rank=dist.get_rank(), world=dist.get_world_size())
 
 
-class ZeroEngine:
+def _wait_at_most(timeout: float) -> None:
+    """Of the groups that DeepSpeed has made too, where torch gives NCCL ten minutes."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+class ZeroEngine(Group):
     """Trains the parameters of `module` that require gradients.
 
     `load` gives the module its weights one at a time (`load(place=..., reads=...)`): at stage 3
@@ -90,9 +105,8 @@ class ZeroEngine:
         max_grad_norm: float,
         device: torch.device,
     ) -> None:
-        start_process_group(device)
-        self.device = device
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        start_process_group(device, settings.timeout)
+        super().__init__(device, rank=dist.get_rank(), world=dist.get_world_size())
         self._stage, self._settings = settings.stage, settings
         self._max_grad_norm = max_grad_norm
         config = zero_config(
@@ -115,6 +129,7 @@ class ZeroEngine:
             config=config,
             dist_init_required=False,
         )
+        _wait_at_most(settings.timeout)
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         self.shards = self._make_shards(trainable)
         self._gather: GatherOnce | GatherEach | None = None
@@ -172,39 +187,6 @@ class ZeroEngine:
         if boundary and self._stage:
             self.grad_norm = float(self._engine.get_global_grad_norm())
         return boundary
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        if self.world == 1:
-            return tensor
-        tensor = tensor.contiguous()
-        boolean = tensor.dtype == torch.bool
-        sent = tensor.to(torch.uint8) if boolean else tensor
-        parts = [torch.empty_like(sent) for _ in range(self.world)]
-        dist.all_gather(parts, sent)
-        gathered = torch.cat(parts)
-        return gathered.bool() if boolean else gathered
-
-    def agree_max(self, value: int) -> int:
-        agreed = torch.tensor(value, dtype=torch.float64)
-        return int(self._all_reduce({"value": agreed}, dist.ReduceOp.MAX)["value"])
-
-    def reduce(self, metrics: Metrics) -> Metrics:
-        reduced = Metrics()
-        reduced.sums = self._all_reduce(metrics.sums, dist.ReduceOp.SUM)
-        reduced.maxima = self._all_reduce(metrics.maxima, dist.ReduceOp.MAX)
-        return reduced
-
-    def _all_reduce(self, values: Mapping[str, Tensor], operation: Any) -> dict[str, Tensor]:
-        """fp64 tensors of one shape by name, over all ranks; on the host."""
-        if not values:
-            return {}
-        names = sorted(values)
-        stacked = torch.stack([values[n] for n in names]).to(self.device)
-        dist.all_reduce(stacked, operation)
-        return dict(zip(names, stacked.cpu(), strict=True))
-
-    def barrier(self) -> None:
-        dist.barrier()
 
     def close(self) -> None:
         self._engine.destroy()

@@ -8,11 +8,10 @@ Shapes: B images, P prompts, R rows, X one latent (`latent_shape`), H x W pixels
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -176,6 +175,7 @@ class Policy:
             pipeline.vae.enable_tiling()
         self.lora: Any = None  # the adapter's LoraConfig
         self.start: LoraFile | None = None  # the LoRA that training goes on from
+        self._identity: Future[dict[str, str]] | None = None
         if not defer:
             self.load_transformer()
 
@@ -212,19 +212,27 @@ class Policy:
         pipeline.vae.to(device)
         return pipeline
 
-    @functools.cached_property
+    def identify(self) -> None:
+        """Begins to read what `identity` says, in a thread of its own; nobody waits for it here."""
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="identity")
+        self._identity = thread.submit(self._identify)
+        thread.shutdown(wait=False)
+
+    @property
     def identity(self) -> dict[str, str]:
         """What training starts from: the base model's id with its revision or its transformer's
         digest, and the digest of the LoRA that training goes on from."""
+        if self._identity is None:
+            self.identify()
+        assert self._identity is not None
+        return self._identity.result()
+
+    def _identify(self) -> dict[str, str]:
         lora = {"lora": self.start.digest} if self.start else {}
         path = self.settings.path
         if is_hub_id(path) and not Path(model_path(path)).is_dir():
             return {"id": path, "revision": self.folder.name, **lora}
-        digest = hashlib.sha256()
-        for file in self.weight_files.paths:
-            with open(file, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return {"id": path, "sha256": digest.hexdigest(), **lora}
+        return {"id": path, "sha256": self.weight_files.sha256(), **lora}
 
     def load_transformer(self, place: Place = set_parameter, *, reads: bool = True) -> None:
         """Reads the transformer's weights, one at a time; `place` says what becomes of each."""

@@ -7,6 +7,7 @@ safetensors files and handed to whoever owns parameters: one process, or ZeRO-3,
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,14 @@ class WeightFiles:
     @property
     def paths(self) -> list[Path]:
         return [self.folder / name for name in sorted(set(self._file.values()))]
+
+    def sha256(self) -> str:
+        """Of the digests of all files. Minutes for a large model on a slow disk."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def check(self, module: nn.Module) -> None:
         """ValueError where a parameter of `module` has no weights of its shape; reads headers."""

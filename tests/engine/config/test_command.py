@@ -88,7 +88,7 @@ def test_a_hostfile_says_how_many_ranks_there_are(
     hosts.write_text("a slots=2\nb slots=2\n")
     assert f"drop --hostfile {hosts}," in refused(capsys, *several, "--set", local)
     message = refused(capsys, *several, "--gpus", "4")
-    assert message == "--gpus 4: --hostfile says how many each machine has; drop --gpus"
+    assert message == "--gpus 4: --hostfile says how many there are; drop --gpus"
 
 
 def test_folders_without_a_run_are_refused(

@@ -319,6 +319,25 @@ def test_room_is_looked_for_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.save() is None
 
 
+def test_a_slow_disk_does_not_hold_up_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old checkpoints are removed in a thread: only where the room is needed does a save wait."""
+    removes = threading.Event()
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: removes.wait(30) and remove(*a, **k))
+    run = Run(tmp_path, keep=1).train_and_save(3)
+    assert len(list(tmp_path.glob("*.tmp-*"))) == 2 and not removes.is_set()
+    free = iter([0, 1 << 30])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(free)))
+    threading.Timer(0.2, removes.set).start()
+    run.train_and_save(1)
+    assert removes.is_set()
+    run.checkpoints.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
 CALLS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"), (checkpoint, "save_file"),
          (checkpoint.shutil, "rmtree")]  # fmt: skip
 
@@ -347,6 +366,7 @@ def test_killed_at_any_step_of_a_save_a_whole_checkpoint_remains(tmp_path: Path)
     counted = Run(shutil.copytree(template, tmp_path / "counted"), keep=1).train(2)
     undo = instrumented(lambda name, _: steps.append(name))
     assert counted.save() is None
+    counted.checkpoints.close()
     undo()
     two = counted.bits()
     assert {"fsync", "rename", "mkdir", "save_file", "rmtree"} <= set(steps)
@@ -360,6 +380,7 @@ def test_killed_at_any_step_of_a_save_a_whole_checkpoint_remains(tmp_path: Path)
             left = iter(range(k, -1, -1))
             instrumented(lambda name, _, left=left: os._exit(9) if next(left) == 0 else None)
             dying.save()
+            dying.checkpoints.close()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, f"{k}: {steps[k]}"
         survivor = Run(folder, keep=1)
@@ -367,7 +388,7 @@ def test_killed_at_any_step_of_a_save_a_whole_checkpoint_remains(tmp_path: Path)
         assert saved and not wrong, (k, steps[k])
         seen.add(saved.step)
         assert equal(survivor.bits(), {1: one, 2: two}[saved.step]), (k, steps[k])
-        survivor.train_and_save(1)  # whatever was left over is swept
+        survivor.train_and_save(1).checkpoints.close()  # whatever was left over is swept
         assert not list(folder.glob("*.tmp-*"))
     assert seen == {1, 2}
 

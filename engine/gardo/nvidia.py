@@ -1,0 +1,99 @@
+"""The NVIDIA GPU, its driver and the CUDA that torch was built for: do they go together?
+
+A driver that is too old looks to torch like no GPU at all, and a run would go on, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+# The oldest driver for each CUDA, on Linux: CUDA Toolkit Release Notes, table "CUDA Toolkit and
+# Minimum Required Driver Version for CUDA Minor Version Compatibility".
+OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
+INSTEAD = "; DS_ACCELERATOR=cpu says that the CPU is meant"
+
+
+def devices(root: Path = Path("/")) -> list[Path]:
+    """The device files of the GPUs that this process may see; WSL has one for all of them."""
+    found = sorted(root.glob("dev/nvidia[0-9]*"))
+    windows = root / "dev/dxg"  # of any vendor's GPU: NVIDIA's driver is what tells
+    if windows.exists() and (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+        found.append(windows)
+    control = root / "dev/nvidiactl"  # alone until the first program asks for a GPU
+    return found or ([control] if control.exists() else [])
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """The driver's version, such as "580.65.06", as the kernel or nvidia-smi says; None: neither.
+
+    In a container this is the host's, whether or not its GPUs were handed in.
+    """
+    try:
+        said = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        said = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    found = re.search(r"(?:^|\s)(\d+\.\d+(?:\.\d+)?)\s", said.partition("\n")[0] + "\n")
+    return found[1] if found else None
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def unwanted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment says that GPUs, if there are any, are not to be used."""
+    first = environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    names_one = re.match(r"\d|GPU-|MIG-", first)  # what stands behind any other word is hidden too
+    return environ.get("DS_ACCELERATOR") == "cpu" or not names_one
+
+
+def cuda_trouble(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why CUDA does not work though there is an NVIDIA GPU, and what to do; None where it works.
+
+    None also where there is no such GPU, or the environment says that it is not to be used.
+    """
+    if not devices(root) or unwanted(environ):
+        return None
+    import torch
+
+    # Not is_available(): once DeepSpeed is imported it counts the driver's GPUs, usable or not.
+    try:
+        torch.cuda.init()
+        return None
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        words = str(error).partition("\n")[0]
+    driver, built = driver_version(root), torch.version.cuda
+    here = f"an NVIDIA GPU is here (driver {driver or 'unknown'}), but torch {torch.__version__}"
+    if built is None:
+        return (
+            f"{here} is built without CUDA; install torch again without the index for CPUs in "
+            f"pip's configuration{INSTEAD}"
+        )
+    needed = OLDEST_DRIVER.get(int(built.split(".")[0]))
+    if driver and needed and _number(driver) < _number(needed):
+        mend = f"install driver {needed} or newer"
+        if _number(OLDEST_DRIVER[12]) <= _number(driver):
+            mend += ", or torch for CUDA 12: pip install -c constraints-cuda12.txt torch"
+        return f"{here} is built for CUDA {built}, which needs driver {needed}; {mend}{INSTEAD}"
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    among = f", CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    return (
+        f"{here} (CUDA {built}{among}) cannot use it: {words}. In a container: docker run "
+        "--gpus all, with the NVIDIA Container Toolkit on the host; else see that `nvidia-smi` "
+        "works, /dev/nvidia* can be read and written, and with NVSwitch that "
+        f"nvidia-fabricmanager runs{INSTEAD}"
+    )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

@@ -1,0 +1,151 @@
+"""What a run is refused for on this machine, or does without."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gardo import cli, machine, train
+from gardo.config import load
+from gardo.distributed.local import LocalEngine
+from gardo.distributed.optimizers import OptimizerSettings
+from gardo.machine import (
+    check_accelerator,
+    kernels_trouble,
+    with_kernels_that_run,
+)
+from gardo.recipe import Recipe
+from gardo.recipe_errors import RecipeError
+from gardo_kernels import triton_trouble
+from tests.engine.config.recipe import written
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "devices", list)
+    monkeypatch.setattr(machine, "driver_version", lambda: None)
+    monkeypatch.setattr(machine, "cuda_trouble", lambda: None)
+
+
+def folder_of(tmp_path: Path, size: int) -> Path:
+    """A diffusers folder whose transformer takes `size` bytes in two files; of holes."""
+    folder = tmp_path / "flux"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    for part in (1, 2):
+        with open(folder / "transformer" / f"{part}.safetensors", "wb") as file:
+            file.truncate(size // 2)
+    return folder
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command and by every rank; the demo's model too, or it would seem to work."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(machine, "cuda_trouble", lambda: "the driver is from 2019")
+    path = written(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["train", str(path)])
+    assert ended.value.code == train.main([str(path)]) == 2
+    assert capsys.readouterr().err == 2 * f"{path}: the driver is from 2019\n"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_accelerator(load(path), "here.yaml")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_full_size_model_is_not_trained_on_a_cpu_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path, 2_400_000_000)
+    recipe = load(written(tmp_path, f"model: {{path: {folder}}}"))
+    with pytest.raises(RecipeError) as raised:
+        check_accelerator(recipe, "here.yaml")
+    assert str(raised.value) == (
+        f"here.yaml: model.path: '{folder}' (a transformer of 2.4 GB) would train on the CPU: no "
+        "NVIDIA GPU is here; train it where there is one, or set DS_ACCELERATOR=cpu if the CPU is "
+        "meant"
+    )
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.65.06")
+    with pytest.raises(RecipeError, match=r"has the driver \(a container\? docker run --gpus all"):
+        check_accelerator(recipe, "here.yaml")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_accelerator(recipe, "here.yaml")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_command_refuses_before_it_says_cpu_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "model: {path: black-forest-labs/FLUX.1-dev}")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["train", str(path)])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "'black-forest-labs/FLUX.1-dev' (full size, from the hub) would" in err
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_small_folder_trains_on_a_cpu(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 900_000_000)
+    check_accelerator(load(written(tmp_path, f"model: {{path: {folder}}}")), "here.yaml")
+    check_accelerator(load(written(tmp_path)), "here.yaml")
+
+
+def triton_recipe(tmp_path: Path, kernels: str) -> Recipe:
+    return load(written(tmp_path, f"kernels: {kernels}"))
+
+
+def test_triton_that_does_not_start_is_refused_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = triton_recipe(tmp_path, "triton")
+    assert kernels_trouble(recipe, CPU, "here.yaml") == ""  # the interpreter starts
+    monkeypatch.setattr(machine, "triton_trouble", lambda device: "no C compiler")
+    with pytest.raises(RecipeError) as raised:
+        kernels_trouble(recipe, CPU, "here.yaml")
+    assert str(raised.value) == "here.yaml: kernels: triton: no C compiler; or use auto or torch"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "said"),
+    [("auto", "cuda", "no C compiler"), ("torch", "cuda", ""), ("auto", "cpu", "")],
+)
+def test_triton_is_tried_where_it_would_be_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, device: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(machine, "triton_trouble", lambda device: "no C compiler")
+    recipe = triton_recipe(tmp_path, kernels)
+    assert kernels_trouble(recipe, torch.device(device), "here.yaml") == said
+
+
+def test_a_gpu_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing replaced: the trial fails on a GPU that is not here, and is asked why."""
+    if torch.cuda.is_available():
+        pytest.skip("a kernel starts here")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    recipe = triton_recipe(tmp_path, "auto")
+    said = kernels_trouble(recipe, torch.device("cuda", 0), "here.yaml")
+    assert said == triton_trouble(torch.device("cuda", 0)) and said.startswith("Triton needs ")
+    assert f"python{sys.version_info.major}.{sys.version_info.minor}-dev" in said
+
+
+def test_a_run_without_triton_takes_plain_torch_and_says_why(tmp_path: Path) -> None:
+    engine = LocalEngine(
+        {"w": torch.nn.Parameter(torch.zeros(1))}, optimizer=OptimizerSettings(), accumulation=1,
+        max_grad_norm=1.0, device=CPU,
+    )  # fmt: skip
+    recipe = triton_recipe(tmp_path, "auto")
+    assert with_kernels_that_run(recipe, engine, "") == (recipe, "")
+    used, note = with_kernels_that_run(recipe, engine, "no C compiler")
+    assert used == recipe.model_copy(update={"kernels": "torch"}) != recipe
+    assert note == "kernels: auto is plain torch here, not Triton: no C compiler"
