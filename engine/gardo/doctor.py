@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from gardo.nvidia import cuda_trouble, devices, driver_version, unwanted
+from gardo.nvidia import ALLOCATOR, cuda_trouble, devices, driver_version, unwanted
 from gardo.policies.attention import BACKENDS, missing
 from gardo_kernels import Backend, kernels_run_on, triton_trouble
 from gardo_kernels._examples import Examples, On, op_modules
@@ -103,7 +103,7 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
         detail = f"{seen!r} leaves {gpus} of the {every} GPUs here"
         yield Finding("CUDA_VISIBLE_DEVICES", "note", detail)
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or "not set")
+    yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or f"not set; a run takes {ALLOCATOR}")
     # notes: without Triton `kernels: auto` is plain torch, and only a hub id needs the hub's cache
     compiler, cache, hub = compiler_trouble(), cache_trouble(), _hub_trouble()
     yield Finding("C compiler", "note" if compiler else "ok", compiler or "works, with Python.h")
@@ -116,7 +116,7 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
     detail = f"{size / 2**20:.0f} MiB" + small * mend
     yield Finding("/dev/shm", "problem" if small else "ok", detail)
     if (root / "job/hostfile").exists():
-        detail = "is what DeepSpeed's launcher follows where it is given no --hostfile"
+        detail = "a deepspeed without --hostfile follows it; gardo train does not"
         yield Finding("/job/hostfile", "note", detail)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from gardo.distributed.base import Ranks, gather_text, ranks_here
 from gardo.distributed.optimizers import check_here
-from gardo.nvidia import cuda_trouble, devices, driver_version
+from gardo.nvidia import ALLOCATOR, cuda_trouble, devices, driver_version
 from gardo.policies.attention import missing
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe
@@ -32,7 +32,7 @@ def use_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     # segments that grow: pictures, rows and gathered weights of many sizes leave no holes
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -15,6 +15,7 @@ from pathlib import Path
 # The oldest driver for each CUDA, on Linux: CUDA Toolkit Release Notes, table "CUDA Toolkit and
 # Minimum Required Driver Version for CUDA Minor Version Compatibility".
 OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
+ALLOCATOR = "expandable_segments:True"  # of torch, unless the environment says another
 INSTEAD = "; DS_ACCELERATOR=cpu says that the CPU is meant"
 
 

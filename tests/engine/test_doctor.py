@@ -129,7 +129,7 @@ def test_what_the_environment_says_is_shown(
         monkeypatch.delenv(name, raising=False)
     found = surroundings(2, tmp_path)
     assert "CUDA_VISIBLE_DEVICES" not in found and "/job/hostfile" not in found
-    assert found["PYTORCH_ALLOC_CONF"].detail == "not set"
+    assert found["PYTORCH_ALLOC_CONF"].detail == "not set; a run takes expandable_segments:True"
     for name in ("dev/nvidia0", "dev/nvidia1", "dev/nvidia7", "job/hostfile"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -14,5 +14,7 @@ def test_a_rank_holds_its_part_of_the_model_and_no_more() -> None:
     size = rows[0]["model_mib"]
     assert rows[0]["parameters"] > 3e8
     peaks = {(r["way"], r["rank"]): r["peak_above_mib"] for r in rows}
-    assert max(peaks["streamed", 0], peaks["streamed", 1]) < 0.85 * size
+    assert (
+        max(peaks["streamed", 0], peaks["streamed", 1]) < 0.95 * size
+    )  # half of it, and what malloc keeps
     assert max(peaks["whole", 0], peaks["whole", 1]) > size  # what the first line rules out

@@ -102,13 +102,18 @@ class Counted:
         rewards = [Part(f"reward {n}", s.weights) for n, s in scorers.items() if s and s.weights]
         device, host = self._split(recipe, self._trained(recipe, world))
         stays = (*device, *self._around(recipe), *rewards, CUDA)
-        scoring = max((s.activations for s in scorers.values() if s), default=0)
         encode, sample, decode, teachers, evaluate = self._reading(recipe, plan, world)
         phases = (
             encode,
             sample,
             decode,
-            Phase("reward", (self._recorded(recipe, plan), Part("activations", scoring))),
+            Phase(
+                "reward",
+                (
+                    self._recorded(recipe, plan),
+                    Part("activations", self._scoring(recipe, plan)),
+                ),
+            ),
             teachers,
             self._training(recipe, plan, scorers, world),
             self._updating(recipe, world),
@@ -132,6 +137,22 @@ class Counted:
         _, *gathering = self._reading(recipe, plan, world)
         largest = _with_fragments(max(gathering, key=lambda phase: phase.bytes))
         return replace(largest, parts=(*slots, *largest.parts))
+
+    def settled(self, recipe: Recipe, plan: Geometry, world: int, room: int) -> Recipe:
+        """The recipe with `rollout.gather: auto` as a run settles it where `room` bytes of each
+        GPU are not enough to gather once."""
+        settings = recipe.distributed
+        if recipe.rollout.gather != "auto" or settings.engine == "local" or settings.stage < 3:
+            return recipe
+        rollout = recipe.rollout.model_copy(update={"gather": "step"})
+        each = recipe.model_copy(update={"rollout": rollout})
+        once, at_every = (self.memory(r, plan, world).peak for r in (recipe, each))
+        return each if at_every <= room < once else recipe
+
+    def _scoring(self, recipe: Recipe, plan: Geometry) -> int:
+        """Activations of the reward that takes most."""
+        scorers = self._scorers_of(recipe, plan).values()
+        return max((s.activations for s in scorers if s), default=0)
 
     def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
         found = {}
@@ -238,15 +259,21 @@ class Counted:
         common = (self._gathered(recipe, world, once=True), self._dequantised(recipe))
         recorded = (*common, self._recorded(recipe, plan))
 
-        def phase(name: str, parts: tuple[Part, ...], kind: str, count: int) -> Phase:
-            return Phase(name, (*parts, Part("activations", self.cost(kind, count))))
+        def phase(
+            name: str, parts: tuple[Part, ...], kind: str, count: int, least: int = 0
+        ) -> Phase:
+            need = max(least, self.cost(kind, count))
+            return Phase(name, (*parts, Part("activations", need)))
 
         return (
             self._encoding(recipe),
             phase("sample", recorded, "sampling", plan.sampled),
             phase("decode", recorded, "decoding", at_once),
             phase("teachers", recorded, "sampling", plan.micro_batch),
-            phase("evaluate", common, "sampling", recipe.evaluate.batch),
+            # images are scored where they are drawn
+            phase(
+                "evaluate", common, "sampling", recipe.evaluate.batch, self._scoring(recipe, plan)
+            ),
         )
 
     def _encoding(self, recipe: Recipe) -> Phase:

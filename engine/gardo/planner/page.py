@@ -54,9 +54,10 @@ def plan_page(
     plan = geometry(recipe, rank=0, world=world, source=source)
     shadow = Shadow(recipe)
     counted = Counted(shadow)
-    memory = counted.memory(recipe, plan, world)
+    settled = counted.settled(recipe, plan, world, room)
+    memory = counted.memory(settled, plan, world)
     fits = memory.peak <= room
-    time = seconds(recipe, shadow, plan, world, nodes)
+    time = seconds(settled, shadow, plan, world, nodes)
     data, steps = recipe.data, recipe.run.steps
     lines = [
         f"{source} on {world} GPU{'s' * (world > 1)} of {gigabytes(room)} GB",
@@ -70,7 +71,7 @@ def plan_page(
         "Memory of a GPU in GB, counted on tensors without data, but for what is assumed",
         *_memory(memory),
         "",
-        verdict_line(memory, room),
+        verdict_line(memory, room, settled),
     ]
     if not fits:
         lines.append(advice_line(recipe, advise(counted, recipe, world, room)))
@@ -91,10 +92,13 @@ def plan_page(
     return lines, fits
 
 
-def verdict_line(memory: Memory, room: int) -> str:
+def verdict_line(memory: Memory, room: int, recipe: Recipe) -> str:
+    """`recipe` as it was settled for that room."""
+    each = recipe.distributed.stage == 3 and recipe.rollout.gather == "step"
     return (
         f"peak {gigabytes(memory.peak)} GB of {gigabytes(room)}, in phase "
-        f"{memory.peak_phase.name}: {'fits' if memory.peak <= room else 'does not fit'}"
+        f"{memory.peak_phase.name}{', weights gathered at every forward' * each}: "
+        f"{'fits' if memory.peak <= room else 'does not fit'}"
     )
 
 

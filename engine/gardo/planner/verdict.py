@@ -16,8 +16,9 @@ def verdict(recipe: Recipe, *, world: int, room: int, source: str = "recipe") ->
     GPU are not enough."""
     plan = geometry(recipe, rank=0, world=world, source=source)
     counted = Counted(Shadow(recipe))
-    memory = counted.memory(recipe, plan, world)
-    line = verdict_line(memory, room)
+    settled = counted.settled(recipe, plan, world, room)
+    memory = counted.memory(settled, plan, world)
+    line = verdict_line(memory, room, settled)
     if memory.peak <= room:
         return line
     advice = advice_line(recipe, advise(counted, recipe, world, room))

@@ -12,7 +12,7 @@ import sys, torch
 started = []
 sys.addaudithook(lambda event, given: event == "subprocess.Popen" and started.append(given[1]))
 from gardo.distributed.zero import start_process_group
-start_process_group(torch.device("cpu"))
+start_process_group(torch.device("cpu"), 60.0)
 torch.distributed.barrier()
 print([command for command in started if command[0] in ("gcc", "g++", "cc", "c++", "nvcc")])
 """

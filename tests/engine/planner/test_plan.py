@@ -141,6 +141,9 @@ def test_rewards_activations_are_counted_a_batch_at_a_time(flux):
             fewer = changed(fewer, Change(f"rewards.{name}.batch", 1))
     less = part(phase(memory_of(counted, fewer), "reward").parts, "activations")
     assert 0 < less < now / 2
+    # an evaluation scores with its weights whole
+    evaluated = part(phase(memory_of(counted, recipe), "evaluate").parts, "activations")
+    assert evaluated == max(now, counted.cost("sampling", recipe.evaluate.batch))
 
 
 def test_gathering_at_every_forward_keeps_three_blocks_and_one_on_its_way(flux):
@@ -153,6 +156,20 @@ def test_gathering_at_every_forward_keeps_three_blocks_and_one_on_its_way(flux):
     blocks = [count for count, _ in shadow.block_parameters]
     outside = shadow.parameters - sum(blocks)
     assert part(sample.parts, "gathered weights") == 2 * (outside + 4 * max(blocks))
+
+
+def test_where_gathering_once_does_not_fit_a_run_does_without(flux):
+    """`rollout.gather: auto`, whatever the plan said of it, must not keep a recipe from running."""
+    recipe, counted = flux
+    recipe = changed(recipe, Change("train.micro_batch", 1))
+    plan = geometry(recipe, rank=0, world=GPUS)
+    once = memory_of(counted, recipe).peak
+    each = memory_of(counted, changed(recipe, Change("rollout.gather", "step"))).peak
+    assert each < once - 1
+    for room, taken in ((once, "auto"), (once - 1, "step"), (each, "step"), (each - 1, "auto")):
+        assert counted.settled(recipe, plan, GPUS, room).rollout.gather == taken
+    wanted = changed(recipe, Change("rollout.gather", "iteration"))
+    assert counted.settled(wanted, plan, GPUS, once - 1) is wanted
 
 
 @pytest.mark.parametrize(
