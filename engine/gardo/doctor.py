@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from gardo.nvidia import ALLOCATOR, cuda_trouble, devices, driver_version, unwanted
@@ -115,6 +116,9 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
     mend = "; too little for NCCL between GPUs; in a container: docker run --shm-size=16g"
     detail = f"{size / 2**20:.0f} MiB" + small * mend
     yield Finding("/dev/shm", "problem" if small else "ok", detail)
+    yield Finding("memory", "ok", f"{psutil.virtual_memory().total / 2**30:.0f} GiB of the host")
+    pdsh = shutil.which("pdsh")
+    yield Finding("pdsh", "ok" if pdsh else "note", pdsh or "not on the PATH; --hostfile needs it")
     if (root / "job/hostfile").exists():
         detail = "a deepspeed without --hostfile follows it; gardo train does not"
         yield Finding("/job/hostfile", "note", detail)

@@ -127,7 +127,10 @@ def test_what_the_environment_says_is_shown(
 ) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
     found = surroundings(2, tmp_path)
+    assert found["pdsh"].detail == "not on the PATH; --hostfile needs it"
+    (tmp_path / "pdsh").touch(mode=0o755)
     assert "CUDA_VISIBLE_DEVICES" not in found and "/job/hostfile" not in found
     assert found["PYTORCH_ALLOC_CONF"].detail == "not set; a run takes expandable_segments:True"
     for name in ("dev/nvidia0", "dev/nvidia1", "dev/nvidia7", "job/hostfile"):
@@ -139,6 +142,7 @@ def test_what_the_environment_says_is_shown(
     assert found["CUDA_VISIBLE_DEVICES"].detail == "'0,7' leaves 2 of the 3 GPUs here"
     assert found["PYTORCH_ALLOC_CONF"].detail == "expandable_segments:True"
     assert found["/job/hostfile"].state == "note"
+    assert found["pdsh"].state == "ok"
 
 
 @pytest.mark.parametrize(("kernels", "state"), [("auto", "note"), ("triton", "problem")])

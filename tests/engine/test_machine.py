@@ -61,6 +61,23 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(
     check_accelerator(load(path), "here.yaml")
 
 
+def test_a_rank_that_does_not_see_its_gpu_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm may show each task its own GPU alone; the ranks count on seeing all."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(machine, "cuda_trouble", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "11")
+    recipe = load(written(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_accelerator(recipe, "here.yaml")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(RecipeError, match="rank 11 is to use GPU 3 of its machine and sees 1; let"):
+        check_accelerator(recipe, "here.yaml")
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_a_full_size_model_is_not_trained_on_a_cpu_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
