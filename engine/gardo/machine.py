@@ -66,8 +66,8 @@ def check_accelerator(recipe: Recipe, source: str) -> None:
     rank, local_rank, _ = ranks()
     if 0 < (there := torch.cuda.device_count()) <= local_rank:
         raise RecipeError(
-            f"{source}: rank {rank} is to use GPU {local_rank} of its machine and sees {there}; let "
-            "every rank see all of them (Slurm: srun --gpu-bind=none), or start fewer"
+            f"{source}: rank {rank} is to use GPU {local_rank} of its machine and sees {there}; "
+            "let every rank see all of them (Slurm: srun --gpu-bind=none), or start fewer"
         )
     if not torch.cuda.is_available() and (size := full_size(recipe.model.path)):
         absent = "no NVIDIA GPU is here"
