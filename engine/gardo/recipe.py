@@ -16,8 +16,8 @@ from gardo.distributed.checkpoint import CheckpointSettings
 from gardo.distributed.optimizers import OptimizerSettings
 from gardo.distributed.slots import LIVE
 from gardo.evaluation.evaluate import EvaluateSettings
-from gardo.policies.base import PolicySettings
 from gardo.policies.checkpointing import Checkpointing
+from gardo.policies.settings import PolicySettings
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
 from gardo.types import Prompt

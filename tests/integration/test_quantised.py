@@ -14,7 +14,7 @@ from gardo.config import check
 from gardo.distributed.saved import Saved, committed
 from gardo.export import export_run
 from gardo.recipe_errors import RecipeError
-from gardo.session import check_changes
+from gardo.run_folder import check_changes
 from gardo.settings import model_path
 from tests.integration.cases import Case
 from tests.integration.checks import check_slots, check_teachers, steps_of

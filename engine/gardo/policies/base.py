@@ -13,26 +13,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
 from torch import Tensor, nn
 
 from gardo.hub import download_error
-from gardo.policies.attention import BACKENDS, check_name
 from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
-from gardo.policies.embeddings import Embeddings, Residence
+from gardo.policies.embeddings import Embeddings
 from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.quantised import BASES, placing, quantise
+from gardo.policies.settings import PolicySettings, check_size
 from gardo.policies.targets import check_targets
 from gardo.policies.weights import (
     Place,
@@ -42,87 +34,9 @@ from gardo.policies.weights import (
     set_parameter,
     stored_dtype,
 )
-from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path
+from gardo.settings import FieldError, is_hub_id, model_path
 
 Wait = Callable[[], None]
-
-
-class PolicySettings(Strict):
-    """What every family needs to be told. A local folder is looked into before anything loads."""
-
-    pipeline_name: ClassVar[str]  # `_class_name` in model_index.json
-
-    family: str
-    path: str = Field(description="hub id, local folder in diffusers format, or builtin:NAME")
-    revision: str | None = Field(
-        None, description="commit, tag or branch of a hub id; its main branch if left out"
-    )
-    base: Literal["nf4", "int8", "bf16"] | None = Field(
-        None,
-        description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
-        "distributed.precision if left out",
-    )
-    size: Pair[PositiveInt] = Field(description="height and width in pixels")
-    guidance: float = Field(3.5, ge=0, description="guidance scale")
-    text_tokens: int = Field(
-        512, ge=1, le=512, description="T5 tokens a prompt is cut or padded to"
-    )
-    encoders: Residence = Field(
-        "offload",
-        description="where the text encoders wait: resident on the GPU; offload: in host memory, "
-        "but while a new prompt is encoded; free: nowhere, all prompts are encoded beforehand",
-    )
-    attention: Annotated[str, AfterValidator(check_name)] = Field(
-        "native",
-        description="what computes attention",
-        json_schema_extra={"enum": [name for name, b in BACKENDS.items() if b.backward]},
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _exists(cls, value: str) -> str:
-        path = Path(model_path(value))
-        if not path.is_dir():
-            if not is_hub_id(value):
-                raise ValueError(
-                    f"no such folder: {value!r}; give a diffusers folder or a hub id owner/name"
-                )
-            return value
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"{value!r} has no model_index.json: not a folder in diffusers format")
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        if found != cls.pipeline_name:
-            raise ValueError(
-                f"{value!r} holds a {found}, this family needs a {cls.pipeline_name}; change "
-                "model.family or model.path"
-            )
-        return value
-
-    @field_validator("revision")
-    @classmethod
-    def _of_a_hub_id(cls, value: str | None, info: ValidationInfo) -> str | None:
-        path = info.data.get("path", "")
-        if value is not None and path and not is_hub_id(path):
-            raise ValueError(f"a folder, model.path: {path!r}, has no revisions; leave it out")
-        return value
-
-    @model_validator(mode="after")
-    def _size_fits(self) -> Self:
-        config = Path(model_path(self.path)) / "vae" / "config.json"
-        if config.is_file():
-            levels = len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"])
-            check_size(self.size, 2**levels)
-        return self
-
-
-def check_size(size: tuple[int, int], multiple: int) -> None:
-    """ValueError where the pixels do not make whole latent patches; names sizes that do."""
-    if any(side % multiple for side in size):
-        near = [max(multiple, round(side / multiple) * multiple) for side in size]
-        raise ValueError(
-            f"size {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
-        )
 
 
 DECODED = 2 * 2**20  # pixels; decoding takes about 1.6 kB each in bf16, counted by `gardo plan`

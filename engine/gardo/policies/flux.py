@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gardo.flow import flux_sigmas
 from gardo.policies import kohya
-from gardo.policies.base import Policy, PolicySettings
+from gardo.policies.base import Policy
+from gardo.policies.settings import PolicySettings
 
 
 class FluxSettings(PolicySettings):

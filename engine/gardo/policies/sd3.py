@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gardo.flow import sd3_sigmas
 from gardo.policies import kohya
-from gardo.policies.base import Policy, PolicySettings
+from gardo.policies.base import Policy
+from gardo.policies.settings import PolicySettings
 from gardo.settings import config_folder
 
 
