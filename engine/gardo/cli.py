@@ -83,18 +83,14 @@ def train(
                 f"{recipe}: distributed.engine: local runs in one process; drop {where.option}, "
                 "or use engine zero"
             )
-        _say_plan(checked, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
+        if here or not hostfile:  # else the GPUs are elsewhere: `gardo plan` can be told of them
+            _say_plan(checked, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
         arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
         arguments += ["--resume"] if resume else []
         command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
         _refuse(error)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
-    if zero and not hostfile and launch.STRAY_HOSTFILE.is_file():
-        print(f"{launch.STRAY_HOSTFILE} is not used; give it as --hostfile to train on several "
-              "machines", file=sys.stderr)  # fmt: skip
-    raise typer.Exit(launch.run(where, command))
+    raise typer.Exit(launch.run(where, command, on_cpu=not here))
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:

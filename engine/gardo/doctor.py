@@ -19,7 +19,14 @@ from typing import Literal
 import psutil
 import torch
 
-from gardo.nvidia import ALLOCATOR, cuda_trouble, devices, driver_version, unwanted
+from gardo.nvidia import (
+    ALLOCATOR,
+    cuda_trouble,
+    devices,
+    driver_version,
+    kernels_lacking,
+    unwanted,
+)
 from gardo.policies.attention import BACKENDS, missing
 from gardo_kernels import Backend, kernels_run_on, triton_trouble
 from gardo_kernels._examples import Examples, On, op_modules
@@ -91,7 +98,9 @@ def _devices(device: torch.device) -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         size = properties.total_memory / 2**30
         capability = f"{properties.major}.{properties.minor}"
-        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {size:.0f} GiB, sm {capability}")
+        lacking = kernels_lacking(index)
+        detail = f"{properties.name}, {size:.0f} GiB, sm {capability}"
+        yield Finding(f"gpu {index}", "problem" if lacking else "ok", lacking or detail)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     lacks = "not on this GPU, which only emulates it; use distributed.precision: float32"
     yield Finding("bfloat16", "ok" if bf16 else "problem", "yes" if bf16 else lacks)
@@ -104,7 +113,7 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
         detail = f"{seen!r} leaves {gpus} of the {every} GPUs here"
         yield Finding("CUDA_VISIBLE_DEVICES", "note", detail)
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or f"not set; a run takes {ALLOCATOR}")
+    yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or _allocator())
     # notes: without Triton `kernels: auto` is plain torch, and only a hub id needs the hub's cache
     compiler, cache, hub = compiler_trouble(), cache_trouble(), _hub_trouble()
     yield Finding("C compiler", "note" if compiler else "ok", compiler or "works, with Python.h")
@@ -122,6 +131,10 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
     if (root / "job/hostfile").exists():
         detail = "a deepspeed without --hostfile follows it; gardo train does not"
         yield Finding("/job/hostfile", "note", detail)
+
+
+def _allocator() -> str:
+    return f"not set; a run takes {ALLOCATOR}" if ALLOCATOR else "not set"
 
 
 def _hub_trouble() -> str:

@@ -57,10 +57,8 @@ def places(
         other = "--hostfile" if hostfile else "--include"
         raise ValueError(f"--gpus {gpus}: {other} says how many there are; drop --gpus")
     visible = env.get(VISIBLE) if here else None
-    if visible and (hostfile or include):
-        raise ValueError(
-            f"{VISIBLE}={visible}: --hostfile and --include choose the GPUs themselves; unset it"
-        )
+    if visible and include and not hostfile:
+        raise ValueError(f"{VISIBLE}={visible}: --include chooses the GPUs itself; unset it")
     if hostfile:
         hosts = read_hostfile(hostfile)
         if shutil.which("pdsh") is None:
@@ -132,11 +130,23 @@ def command(places: Places, arguments: Sequence[str], *, master: str | None, por
     return [*launch, "--module", *train]
 
 
-def run(places: Places, typed: Sequence[str]) -> int:
-    """Runs a command in a process group of its own; signals that reach us reach all of it."""
+def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
+    """Runs a command in a process group of its own; signals that reach us reach all of it.
+
+    `on_cpu`: there is no GPU here, and without a hostfile none is meant.
+    """
     env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
-    if places.gpus and "deepspeed.launcher.runner" in typed:
+    launched = "deepspeed.launcher.runner" in typed
+    if places.gpus and launched:
         del env[VISIBLE]  # the command says it; the launcher would remark on both
+    if on_cpu and not places.hostfile:
+        env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
+    if launched and not places.hostfile and STRAY_HOSTFILE.is_file():
+        print(f"{STRAY_HOSTFILE} is not used; give it as --hostfile to train on several machines",
+              file=sys.stderr)  # fmt: skip
+    if places.hostfile and VISIBLE in env:
+        print(f"{VISIBLE}={env[VISIBLE]} does not reach a hostfile's machines; --include does",
+              file=sys.stderr)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="gardo-") as folder:
         if places.hostfile:
             file = Path(folder) / "environment"

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import torch
 
 from gardo.distributed.base import Ranks, gather_text, ranks_here
 from gardo.distributed.optimizers import check_here
-from gardo.nvidia import ALLOCATOR, cuda_trouble, devices, driver_version
+from gardo.nvidia import (
+    ALLOCATOR,
+    cuda_trouble,
+    devices,
+    driver_version,
+    kernels_lacking,
+    unwanted,
+)
 from gardo.policies.attention import missing
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe
-from gardo.recipe_errors import RecipeError
+from gardo.recipe_errors import RankError, RecipeError
 from gardo.settings import FieldError, check_installed, is_hub_id, model_path
 from gardo_kernels import kernels_run_on, triton_trouble
 
@@ -26,13 +34,17 @@ def ranks() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
 
 
+def use_allocator() -> None:
+    """Before CUDA is asked anything: memory in segments that grow, so that pictures, rows and
+    gathered weights of many sizes leave no holes. Not where the environment says something else."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() and ALLOCATOR:
+        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR
+
+
 def use_device(local_rank: int) -> torch.device:
     """This rank's GPU, made the current one, or the CPU."""
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
-    # segments that grow: pictures, rows and gathered weights of many sizes leave no holes
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -65,13 +77,18 @@ def check_accelerator(recipe: Recipe, source: str) -> None:
         raise RecipeError(f"{source}: {trouble}")
     rank, local_rank, _ = ranks()
     if 0 < (there := torch.cuda.device_count()) <= local_rank:
-        raise RecipeError(
+        raise RankError(
             f"{source}: rank {rank} is to use GPU {local_rank} of its machine and sees {there}; "
             "let every rank see all of them (Slurm: srun --gpu-bind=none), or start fewer"
         )
+    if there and (trouble := kernels_lacking(local_rank)):
+        raise RecipeError(f"{source}: {trouble}")
     if not torch.cuda.is_available() and (size := full_size(recipe.model.path)):
         absent = "no NVIDIA GPU is here"
-        if not devices() and driver_version():
+        if devices() and unwanted():
+            hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+            absent = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the NVIDIA GPU"
+        elif not devices() and driver_version():
             absent += ", though the machine has the driver (a container? docker run --gpus all)"
         raise RecipeError(
             f"{source}: model.path: {recipe.model.path!r} ({size}) would train on the CPU: "
@@ -132,7 +149,8 @@ def with_kernels_that_run(recipe: Recipe, group: Ranks, trouble: str) -> tuple[R
     One rank's trouble has all use plain torch: each decides from all ranks' samples what it
     computes, gates for one, and may not differ from the others by a rounding.
     """
-    said = [text for text in gather_text(group, trouble) if text]
+    here = trouble and f"{trouble} ({socket.gethostname()})"
+    said = [text for text in gather_text(group, here) if text]
     if not said:
         return recipe, ""
     note = f"kernels: auto is plain torch here, not Triton: {said[0]}"

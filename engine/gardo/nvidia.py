@@ -15,7 +15,8 @@ from pathlib import Path
 # The oldest driver for each CUDA, on Linux: CUDA Toolkit Release Notes, table "CUDA Toolkit and
 # Minimum Required Driver Version for CUDA Minor Version Compatibility".
 OLDEST_DRIVER = {12: "525.60.13", 13: "580.65.06"}
-ALLOCATOR = "expandable_segments:True"  # of torch, unless the environment says another
+# of torch, unless the environment says another; WSL's driver has been seen to fail with it
+ALLOCATOR = "" if Path("/dev/dxg").exists() else "expandable_segments:True"
 INSTEAD = "; DS_ACCELERATOR=cpu says that the CPU is meant"
 
 
@@ -98,7 +99,7 @@ def cuda_trouble(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
     if driver and needed and _number(driver) < _number(needed):
         mend = f"install driver {needed} or newer"
         if _number(OLDEST_DRIVER[12]) <= _number(driver):
-            mend += ", or torch for CUDA 12: pip install -c constraints-cuda12.txt torch"
+            mend += ", or torch for CUDA 12: pip install 'torch==2.10.*'"
         return f"{here} is built for CUDA {built}, which needs driver {needed}; {mend}{INSTEAD}"
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     among = f", CUDA_VISIBLE_DEVICES={visible}" if visible else ""
@@ -108,6 +109,35 @@ def cuda_trouble(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
         "works, /dev/nvidia* can be read and written, and with NVSwitch that "
         f"nvidia-fabricmanager runs{INSTEAD}"
     )
+
+
+def kernels_lacking(index: int) -> str | None:
+    """Why torch has no kernels for a GPU that CUDA can use, and what to do; None where it has."""
+    import torch
+
+    names = torch.cuda.get_arch_list()
+    major, minor = torch.cuda.get_device_capability(index)
+    if any(_runs_on(name, major, minor) for name in names):
+        return None
+    return (
+        f"GPU {index} is of compute capability {major}.{minor}, and torch {torch.__version__} has "
+        f"kernels for {', '.join(names)}; use a newer GPU, or a torch that has them (of an old GPU "
+        "the one for CUDA 12: pip install 'torch==2.10.*')"
+    )
+
+
+def _runs_on(name: str, major: int, minor: int) -> bool:
+    """Whether code for `sm_90`, `sm_90a` or `compute_90` runs on a GPU of that capability."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name)
+    if not found:
+        return False
+    kind, number, exact = found.groups()
+    its_major, its_minor = divmod(int(number), 10)
+    if exact == "a":
+        return (its_major, its_minor) == (major, minor)
+    if kind == "compute" and not exact:
+        return (its_major, its_minor) <= (major, minor)
+    return its_major == major and its_minor <= minor
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -15,6 +15,10 @@ class RecipeError(Exception):
     """A recipe that cannot be used; the message is for the user."""
 
 
+class RankError(RecipeError):
+    """What keeps a rank from running that is not the first of its machine; it must say so itself"""
+
+
 def where(location: tuple[str, ...], source: str, origin: Origin) -> str:
     """The --set that a field came from, or the file and the field."""
     field = ".".join(location)

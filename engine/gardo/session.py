@@ -27,6 +27,7 @@ from gardo.machine import (
     check_machine,
     kernels_trouble,
     ranks,
+    use_allocator,
     use_deterministic_kernels,
     use_device,
     use_threads,
@@ -281,6 +282,7 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
     The recipe as it runs here, with a note where that is not as it was asked for.
     """
     rank, local_rank, world = ranks()
+    use_allocator()
     check_accelerator(recipe, source)
     device = use_device(local_rank)
     check_machine(recipe, world, device, source)

@@ -27,7 +27,7 @@ from gardo.phases import (
     scored,
     taught,
 )
-from gardo.recipe_errors import RecipeError
+from gardo.recipe_errors import RankError, RecipeError
 from gardo.session import Session, open_session
 from gardo.types import Metrics, select
 
@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load(options.recipe, options.sets)
         session = open_session(recipe, source=options.recipe, resume=options.resume)
     except RecipeError as error:
-        if ranks()[1] == 0:  # the others of the machine say the same
+        # the others of the machine say the same
+        if ranks()[1] == 0 or isinstance(error, RankError):
             print(error, file=sys.stderr)
         return 2
     with session:

@@ -67,7 +67,7 @@ def test_a_gpu_without_a_number_is_used_without_the_launcher(
     # what it then sees is CUDA's business: the variable must arrive
     where = launch.places(gpus=1, hostfile=None, include=None, here=1, env={launch.VISIBLE: name})
     monkeypatch.setenv(launch.VISIBLE, name)
-    assert launch.run(where, ["sh", "-c", f'test "${launch.VISIBLE}" = {name}']) == 0
+    assert launch.run(where, ["sh", "-c", f'test "${launch.VISIBLE}" = {name}'], on_cpu=False) == 0
     with pytest.raises(ValueError, match=f"knows GPUs by number, not {name}; give the numbers"):
         command(2, 2, f"{name},{name}x")
 
@@ -84,7 +84,7 @@ def test_a_gpu_without_a_number_is_used_without_the_launcher(
         ({"include": "localhost:a", "here": 1}, "'localhost:a' is not NAME or NAME:GPU,GPU"),
         ({"include": "localhost:0", "here": 0}, "no GPU here to choose from; give --gpus"),
         ({"include": "localhost:1", "here": 2, "env": {launch.VISIBLE: "4,5"}},
-         "CUDA_VISIBLE_DEVICES=4,5: --hostfile and --include choose the GPUs themselves; unset"),
+         "CUDA_VISIBLE_DEVICES=4,5: --include chooses the GPUs itself; unset"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_started_is_refused(options: dict[str, object], said: str) -> None:
@@ -140,7 +140,8 @@ def test_what_other_machines_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
         "HF_HOME": "/theirs", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO", "DS_ACCELERATOR": "cpu",
         "TRITON_CACHE_DIR": "/a b/$c`d`\"e\"", "https_proxy": "http://p:1", "OMP_NUM_THREADS": "3",
         "HF_TOKEN": "secret", "WANDB_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "4,5",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "EDITOR": "vi",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "EDITOR": "vi", "hf_token": "secret",
+        "HTTP_PROXY": "http://me:secret@p:1",
     }  # fmt: skip
     text = sent_on(env)
     assert "secret" not in text and "4,5" not in text and "EDITOR" not in text
@@ -153,3 +154,16 @@ def test_what_other_machines_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "HF_HOME=/mine" in said and "LD_LIBRARY_PATH=/opt/lib" in said
     for name in ("TRITON_CACHE_DIR", "https_proxy", "NCCL_DEBUG", "DS_ACCELERATOR"):
         assert f"{name}={env[name]}" in said
+
+
+@pytest.mark.parametrize(("hostfile", "said"), [(None, "cpu"), ("hosts", "unset")])
+def test_only_ranks_of_this_machine_are_told_that_it_has_no_gpu(
+    hostfile: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node starts what runs on the GPUs of others."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    where = launch.Places(2, hostfile=tmp_path / hostfile if hostfile else None)
+    out = tmp_path / "said"
+    sent = f'echo "${{DS_ACCELERATOR:-unset}}" > {out}; grep -c DS_ACC "$DS_ENV_FILE" >> {out}'
+    launch.run(where, ["sh", "-c", sent], on_cpu=True)
+    assert out.read_text().split() == ([said] if hostfile is None else [said, "0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import torch
 
 from gardo import cli, machine, train
 from gardo.config import load
-from gardo.distributed.local import LocalEngine
-from gardo.distributed.optimizers import OptimizerSettings
+from gardo.distributed.group import Group
 from gardo.machine import (
     check_accelerator,
     kernels_trouble,
@@ -62,19 +62,33 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(
 
 
 def test_a_rank_that_does_not_see_its_gpu_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Slurm may show each task its own GPU alone; the ranks count on seeing all."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(machine, "cuda_trouble", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "kernels_lacking", lambda index: None)
     monkeypatch.setenv("RANK", "11")
     recipe = load(written(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_accelerator(recipe, "here.yaml")
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(RecipeError, match="rank 11 is to use GPU 3 of its machine and sees 1; let"):
+        check_accelerator(recipe, "here.yaml")
+    assert train.main([str(tmp_path / "recipe.yaml")]) == 2  # by the rank itself: no other knows
+    assert "rank 11 is to use GPU 3" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_gpu_that_is_hidden_is_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(written(tmp_path, f"model: {{path: {folder_of(tmp_path, 2_400_000_000)}}}"))
+    monkeypatch.setattr(machine, "devices", lambda: [Path("/dev/nvidia0")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RecipeError, match="CPU: CUDA_VISIBLE_DEVICES='' hides the NVIDIA GPU; "):
         check_accelerator(recipe, "here.yaml")
 
 
@@ -157,12 +171,10 @@ def test_a_gpu_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_without_triton_takes_plain_torch_and_says_why(tmp_path: Path) -> None:
-    engine = LocalEngine(
-        {"w": torch.nn.Parameter(torch.zeros(1))}, optimizer=OptimizerSettings(), accumulation=1,
-        max_grad_norm=1.0, device=CPU,
-    )  # fmt: skip
     recipe = triton_recipe(tmp_path, "auto")
-    assert with_kernels_that_run(recipe, engine, "") == (recipe, "")
-    used, note = with_kernels_that_run(recipe, engine, "no C compiler")
+    assert with_kernels_that_run(recipe, Group(CPU), "") == (recipe, "")
+    used, note = with_kernels_that_run(recipe, Group(CPU), "no C compiler")
     assert used == recipe.model_copy(update={"kernels": "torch"}) != recipe
-    assert note == "kernels: auto is plain torch here, not Triton: no C compiler"
+    assert note == (
+        f"kernels: auto is plain torch here, not Triton: no C compiler ({socket.gethostname()})"
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gardo import nvidia
-from gardo.nvidia import cuda_trouble, devices, driver_version, unwanted
+from gardo.nvidia import cuda_trouble, devices, driver_version, kernels_lacking, unwanted
 
 PROPRIETARY = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Jun 13 20:36:11 UTC 2024
 GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)
@@ -99,7 +99,7 @@ def test_what_says_that_gpus_are_not_wanted(environ: dict[str, str], expected: b
     [
         ("13.0", "535.183.01", "The NVIDIA driver on your system is too old (found version 12020).",
          "is built for CUDA 13.0, which needs driver 580.65.06; install driver 580.65.06 or newer, "
-         "or torch for CUDA 12: pip install -c constraints-cuda12.txt torch; DS_ACCELERATOR=cpu"),
+         "or torch for CUDA 12: pip install 'torch==2.10.*'; DS_ACCELERATOR=cpu"),
         ("13.0", "470.256.02", "The NVIDIA driver on your system is too old (found version 11040).",
          "which needs driver 580.65.06; install driver 580.65.06 or newer; DS_ACCELERATOR=cpu"),
         ("12.8", "470.256.02", "The NVIDIA driver on your system is too old (found version 11040).",
@@ -155,3 +155,26 @@ def test_this_torch_says_itself_why(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert trouble.startswith("an NVIDIA GPU is here (driver unknown), but torch ")
     assert ("built without CUDA" in trouble) is (torch.version.cuda is None)
     assert trouble.endswith(nvidia.INSTEAD)
+
+
+@pytest.mark.parametrize(
+    ("capability", "names", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 6), ["sm_80", "sm_90"], True),  # code for 8.0
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], False),  # a V100 and CUDA 13
+        ((12, 0), ["sm_90", "compute_90"], True),  # compiled from PTX when it is loaded
+        ((10, 0), ["sm_90a", "compute_90a"], False),
+        ((10, 3), ["sm_100f"], True),
+    ],
+)
+def test_a_gpu_without_kernels_is_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], names: list[str], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: names)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    said = kernels_lacking(1)
+    assert (said is None) is runs
+    if said:
+        major, minor = capability
+        assert f"GPU 1 is of compute capability {major}.{minor}, and torch" in said

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from gardo import machine
 from gardo.config import load
-from gardo.machine import check_machine, use_deterministic_kernels, use_device, use_threads
+from gardo.machine import (
+    check_machine,
+    use_allocator,
+    use_deterministic_kernels,
+    use_device,
+    use_threads,
+)
 from gardo.recipe_errors import RecipeError
 from tests.engine.config.recipe import written
 from tests.integration.launch import environment
@@ -54,25 +61,37 @@ def test_what_this_machine_lacks_is_refused(
 
 
 def test_a_rank_takes_its_gpu_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else what it puts on "cuda" lands on the first one; and memory in segments that grow."""
+    """Else what it puts on "cuda" lands on the first one."""
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name in ("DS_ACCELERATOR", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     assert use_device(3) == torch.device("cuda", 3) and taken == [torch.device("cuda", 3)]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert use_device(3) == torch.device("cpu") and len(taken) == 1
+
+
+def test_memory_that_grows_is_asked_for_unless_another_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "ALLOCATOR", "")  # under WSL, whose driver has failed with it
+    use_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.undo()
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    use_allocator()
     assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # the name of old
-    use_device(0)
+    use_allocator()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert use_device(3) == torch.device("cpu") and len(taken) == 2
 
 
 @pytest.mark.gpu
 def test_memory_grows_in_segments() -> None:
     code = (
-        "import torch; from gardo.machine import use_device; device = use_device(0);"
+        "import torch; from gardo.machine import use_allocator, use_device;"
+        "use_allocator(); device = use_device(0);"
         "x = torch.empty(1 << 22, device=device); (s, *_) = torch.cuda.memory_snapshot();"
         "assert s['is_expandable'], s"
     )

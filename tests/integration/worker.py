@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from gardo.config import check
 from gardo.distributed.base import leave_process_group
 from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
+from gardo.phases import publish
 from gardo.rollout import noise_id
 from gardo.session import Session, open_session
 from gardo.streams import Stream
@@ -71,6 +72,7 @@ def look(session: Session, case: Case, phases: PhaseGathers) -> tuple[dict[str, 
         "noise": first_noise(session),
     }
     train(session)
+    publish(session)
     if panel.images is not None:
         seen["images"] = session.engine.all_gather(panel.images)
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shlex
@@ -72,7 +73,10 @@ SENT_ON = re.compile(
     re.IGNORECASE,
 )
 # each machine has its own GPUs; what is secret would stand in the command, for everyone to read
-NOT_SENT_ON = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|.*_(TOKEN|SECRET|PASSWORD|KEY)")
+NOT_SENT_ON = re.compile(
+    r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|.*_(TOKEN|SECRET|PASSWORD|KEY)", re.IGNORECASE
+)
+OF_A_USER = re.compile(r"://[^/@]+@")  # a proxy's password
 
 
 def sent_on(env: Mapping[str, str]) -> str:
@@ -83,7 +87,10 @@ def sent_on(env: Mapping[str, str]) -> str:
     lines = [
         f"{name}={re.sub(UNSAFE, ESCAPED, value)}"
         for name, value in sorted(env.items())
-        if SENT_ON.fullmatch(name) and not NOT_SENT_ON.fullmatch(name) and "\n" not in value
+        if SENT_ON.fullmatch(name)
+        and not NOT_SENT_ON.fullmatch(name)
+        and not OF_A_USER.search(value)
+        and "\n" not in value
     ]
     own = env.get("DS_ENV_FILE", ".deepspeed_env")
     for folder in (Path.home(), Path()):
@@ -106,7 +113,7 @@ def for_pdsh(argument: str) -> str:
 
 def check_folder(folder: Path, ranks: Ranks) -> None:
     """ValueError on every rank unless all of them can write to one folder; leaves nothing there."""
-    made = ranks.rank == 0 and not folder.exists()
+    made = ranks.rank == 0 and not os.path.exists(folder)  # False too where it cannot be seen
     token = gather_text(ranks, secrets.token_hex(4))[0]
     mark = folder / f".written-by-{token}-{ranks.rank}"
     try:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,10 +128,16 @@ class Policy:
         return pipeline
 
     def identify(self) -> None:
-        """Begins to read what `identity` says, in a thread of its own; nobody waits for it here."""
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="identity")
-        self._identity = thread.submit(self._identify)
-        thread.shutdown(wait=False)
+        """Begins to read what `identity` says, in a thread that keeps no process from ending."""
+        found = self._identity = Future[dict[str, str]]()
+
+        def read() -> None:
+            try:
+                found.set_result(self._identify())
+            except Exception as error:  # for whoever asks
+                found.set_exception(error)
+
+        threading.Thread(target=read, name="identity", daemon=True).start()
 
     @property
     def identity(self) -> dict[str, str]:
