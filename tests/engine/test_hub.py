@@ -93,9 +93,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_that_is_not_to_be_had_ends_the_command(
-    cache: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line and exit code 2, before anything is loaded or written."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     settings = (f"model.path={ID}", "model.revision=v1", f"run.folder={cache / 'runs'}",
                 "distributed.engine=local", "distributed.threads=1")  # fmt: skip
     recipe = ROOT / "recipes/tiny_flux_gardo.yaml"
