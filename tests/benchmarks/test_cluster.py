@@ -60,7 +60,8 @@ def test_collectives_are_timed(tmp_path: Path) -> None:
 def test_training_and_a_resume_after_a_kill(tmp_path: Path) -> None:
     rows = rehearsed(tmp_path, "gpus-2", "resume", "gradients", "hpz-2", "overlap-false")
     assert {row["result"] for row in rows.values()} == {"passed"} and len(rows) == 5
-    assert rows["gradients"]["detail"].startswith("stage-3-overlap: 0.0e+00 from one bucket")
+    stage, error, *_ = rows["gradients"]["detail"].split()
+    assert stage == "stage-3-overlap:" and float(error) < 1e-5
     for row in (rows[name] for name in rows if name != "gradients"):
         seconds, rate = float(row["seconds_per_iteration"]), float(row["images_per_second"])
         assert seconds > 0 and rate == pytest.approx(8 / seconds, rel=0.01)
