@@ -125,6 +125,7 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
     mend = "; too little for NCCL between GPUs; in a container: docker run --shm-size=16g"
     detail = f"{size / 2**20:.0f} MiB" + small * mend
     yield Finding("/dev/shm", "problem" if small else "ok", detail)
+    yield _environment()
     yield Finding("memory", "ok", f"{psutil.virtual_memory().total / 2**30:.0f} GiB of the host")
     pdsh = shutil.which("pdsh")
     yield Finding("pdsh", "ok" if pdsh else "note", pdsh or "not on the PATH; --hostfile needs it")
@@ -135,6 +136,16 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
 
 def _allocator() -> str:
     return f"not set; a run takes {ALLOCATOR}" if ALLOCATOR else "not set"
+
+
+def _environment() -> Finding:
+    """Whose Python this is, and whether its user has a home for caches."""
+    made_by = "conda" if (Path(sys.prefix) / "conda-meta").is_dir() else "Python"
+    where, home = f"{made_by}, {sys.prefix}", Path.home()
+    if os.access(home, os.W_OK | os.X_OK):
+        return Finding("environment", "ok", where)
+    mend = "set HOME, or TRITON_CACHE_DIR and HF_HOME"
+    return Finding("environment", "note", f"{where}; the home {home} cannot be written; {mend}")
 
 
 def _hub_trouble() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -120,6 +121,19 @@ def test_little_shared_memory_is_named_where_gpus_need_it(
     finding = surroundings(gpus, tmp_path)["/dev/shm"]
     assert finding.state == state and finding.detail.startswith(f"{mebibytes} MiB")
     assert ("--shm-size=16g" in finding.detail) is (state == "problem")
+
+
+def test_conda_and_a_home_that_cannot_be_written_are_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert surroundings(0, tmp_path)["environment"].state == "ok"
+    (tmp_path / "conda-meta").mkdir()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    finding = surroundings(0, tmp_path)["environment"]
+    assert finding.state == "note" and finding.detail.startswith(f"conda, {tmp_path}; the home")
+    assert finding.detail.endswith("set HOME, or TRITON_CACHE_DIR and HF_HOME")
 
 
 def test_what_the_environment_says_is_shown(
