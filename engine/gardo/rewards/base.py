@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.settings import Strict
-from gardo.types import Prompt, Scores
+from gardo.types import Phase, Prompt, Scores, no_phase
 
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
@@ -132,6 +132,7 @@ class Panel:
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         self.rewards = dict(rewards)
+        self.phase: Phase = no_phase  # what measures them
 
     def names(self, role: Role) -> tuple[str, ...]:
         return tuple(n for n, r in self.rewards.items() if r.settings.role == role)
@@ -154,7 +155,9 @@ class Panel:
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, reward in self.rewards.items():
-            value = reward.score_together(images_B3HW, prompts, place)
+            kind = "features" if reward.gives_features else "reward"
+            with self.phase(kind, rows=len(prompts)):
+                value = reward.score_together(images_B3HW, prompts, place)
             _check_shape(value, len(prompts), reward)
             if reward.gives_features:
                 features_valid_B = value.isfinite().all(-1)
