@@ -14,9 +14,10 @@ from gardo.train import main
 from tests import ROOT
 
 SETS = (
-    "distributed.engine=local", "run.name=run", "run.steps=3", "data.prompts_per_step=2",
-    "data.images_per_prompt=4", "train.micro_batch=6", "evaluate.every=3",
-    "evaluate.prompt_count=2", "evaluate.images_per_prompt=2", "evaluate.steps=2",
+    "distributed.engine=local", "run.name=run", "run.steps=3", "data.prompts_per_step=1",
+    "data.images_per_prompt=4", "sampler.steps=4", "sampler.train_steps=3", "train.micro_batch=2",
+    "evaluate.every=3", "evaluate.prompt_count=2", "evaluate.images_per_prompt=1",
+    "evaluate.steps=1", "evaluate.batch=2",
 )  # fmt: skip
 
 
@@ -34,11 +35,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 def test_phases_account_for_a_step(run: tuple[Path, float]) -> None:
     folder, took = run
     first, second, _ = step_records(folder)
-    images, rows = 8, 24  # 3 of 8 steps are trained
-    assert first["rows"]["sample"] == 8 * images == second["rows"]["sample"]
+    images, rows = 4, 12  # 3 of 4 steps are trained
+    assert first["rows"]["sample"] == 4 * images == second["rows"]["sample"]
     assert first["rows"]["decode"] == images == first["rows"]["features"]
     assert first["rows"]["probe"] + first["rows"]["train"] == rows
-    assert first["calls"]["train"] == 3  # of four micro-batches: the probe made the first call
+    assert first["calls"]["train"] == 5  # of six micro-batches: the probe made the first call
     seconds = second["seconds"]
     assert 0 < sum(seconds.values()) < took
     assert {"encode", "sample", "decode", "reward", "features", "probe", "train", "optimizer",
@@ -59,6 +60,6 @@ def test_the_trace_has_the_phases_of_one_step(run: tuple[Path, float]) -> None:
     with gzip.open(folder / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert ranges.count("optimizer") == 4  # asked for after every micro-batch
+    assert ranges.count("optimizer") == 6  # asked for after every micro-batch
     assert {"sample", "teachers", "train"} <= set(ranges)
     assert "aten::mm" in (folder / "operators.txt").read_text()
