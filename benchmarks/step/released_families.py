@@ -129,9 +129,7 @@ class Flux(Family):
             config.max_shift,
         )
         sigmas = np.linspace(1.0, 1 / self.steps, self.steps)
-        retrieve_timesteps(
-            self.pipeline.scheduler, self.steps, self.device, sigmas=sigmas, mu=mu
-        )
+        retrieve_timesteps(self.pipeline.scheduler, self.steps, self.device, sigmas=sigmas, mu=mu)
 
     def looked_up(self, t: Tensor, count: int) -> Tensor:
         return t.unsqueeze(0).repeat(count)
@@ -155,7 +153,9 @@ class Flux(Family):
             return None
         return torch.tensor([self.guidance], device=self.device).expand(count)
 
-    def _velocity(self, model: Callable[..., Any], x: Tensor, time: Tensor, told: Samples) -> Tensor:
+    def _velocity(
+        self, model: Callable[..., Any], x: Tensor, time: Tensor, told: Samples
+    ) -> Tensor:
         return model(
             hidden_states=x,
             timestep=time,
