@@ -37,7 +37,7 @@ from torch import Tensor
 from core_ops.released import policy_loss
 from gardo.config import load
 from gardo.data import step_prompts
-from gardo.machine import ranks
+from gardo.machine import ranks, use_threads
 from gardo.planner import geometry
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
@@ -110,20 +110,19 @@ class Released:
         if self.skips:
             kept = rows_kept(samples["advantages"], self.batches)
             samples = {name: value[kept] for name, value in samples.items()}
-        shares = {name: samples[name].flatten() for name in ("advantages", "gate")}
         self.clock.lap("other")
         trained = self.trained(samples)
         seconds, phases = self.clock.stop()
-        steps, count = self.recipe.sampler.train_steps, len(samples["gate"])
+        steps, advantages = self.recipe.sampler.train_steps, samples["advantages"]
         return {
             "iteration": epoch,
             "seconds": seconds,
             "phases": phases,
             **self.calls.take(),
             "samples": self.batches * self.batch,
-            "trained_rows": count * steps,
-            "gated_rows": int(shares["gate"].sum()) * steps,
-            "zero_advantage_rows": int((shares["advantages"] == 0).sum()),
+            "trained_rows": advantages.numel(),
+            "gated_rows": int(samples["gate"].sum()) * steps,
+            "zero_advantage_rows": int((advantages == 0).sum()),
             "zero_std_ratio": zero_std_ratio(prompts, rewards[self.proxy]),
             "reset": reset,
             **trained,
@@ -199,7 +198,7 @@ class Released:
         rewards["steps"] = rewards["steps"].repeat(1, self.recipe.sampler.train_steps)
         everyone = {n: self.accelerator.gather(value) for n, value in rewards.items()}
         on_host = {n.removeprefix("reward "): v.cpu().numpy() for n, v in everyone.items()}
-        features = self.accelerator.gather(samples.pop("features")).cpu()
+        features = self.accelerator.gather(samples.pop("features")).cpu().numpy()
         prompt_ids = self.accelerator.gather(samples.pop("prompt_ids")).cpu().numpy()
         prompts = self.pipeline.tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
         return prompts, on_host, np.nan_to_num(features)
@@ -240,8 +239,8 @@ class Released:
             if self.average:
                 self.average.step(self.updates)
         self.clock.lap("train")
-        names = {"loss": "loss", "kl_loss": "kl_loss", "ratio_error": "ratio_error"}
-        return {name: [update[key] for update in updates] for name, key in names.items()}
+        shown = ("loss", "kl_loss", "ratio_error")
+        return {name: [update[name] for update in updates] for name in shown}
 
     def train_step(self, told: Samples, j: int, info: dict[str, list[Tensor]]) -> None:
         """A time step of a micro-batch: both forward passes, the backward pass, perhaps the step"""
@@ -296,7 +295,7 @@ def run(recipe: Recipe, *, engine: str, batch: int, iterations: int, source: str
     images = recipe.data.prompts_per_step * recipe.data.images_per_prompt
     batches = images // (batch * world)
     accumulation = batches // recipe.train.updates_per_step * recipe.sampler.train_steps
-    loaded = prepare(recipe, engine=engine, batch=batch, accumulation=accumulation, source=source)
+    loaded = prepare(recipe, engine=engine, batch=batch, accumulation=accumulation)
     released = Released(recipe, loaded, batch)
     return {
         "engine": engine,
@@ -326,6 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load(options.recipe, options.sets)
         rank, _, world = ranks()
+        use_threads(recipe, world)
+        torch.backends.cuda.matmul.allow_tf32 = True
         batch = options.batch or geometry(recipe, rank=rank, world=world, source=source).sampled
         engine = options.engine or recipe.distributed.engine
         record = run(

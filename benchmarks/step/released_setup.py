@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gardo.machine import ranks, use_device, use_threads
+from gardo.machine import ranks, use_device
 from gardo.policies.lora_files import lora_config
 from gardo.recipe import Recipe, policy_plugin
 from gardo.recipe_errors import RecipeError
@@ -84,16 +84,16 @@ def check(recipe: Recipe, batch: int, world: int, source: str) -> None:
         )
 
 
-def prepare(recipe: Recipe, *, engine: str, batch: int, accumulation: int, source: str) -> Loaded:
-    """Loads all that a run needs. `engine` is local or zero; ValueError for a reward that does not
-    load."""
+def prepare(recipe: Recipe, *, engine: str, batch: int, accumulation: int) -> Loaded:
+    """Loads all that a run needs, for an `engine` local or zero.
+
+    `batch` is the samples of a micro-batch, `accumulation` the backward passes of an update.
+    ValueError, opening with its field, for a reward that does not load.
+    """
     quiet_libraries()
-    rank, local_rank, world = ranks()
-    device = use_device(local_rank)
-    use_threads(recipe, world)
-    accelerator = _accelerator(recipe, engine, device, accumulation)
+    _, local_rank, _ = ranks()
+    accelerator = _accelerator(recipe, engine, use_device(local_rank), accumulation)
     set_seed(recipe.run.seed, device_specific=True)
-    torch.backends.cuda.matmul.allow_tf32 = True
     find_rewards(recipe)
     pipeline = _pipeline(recipe, accelerator)
     model = pipeline.transformer
