@@ -20,6 +20,12 @@ class Geometry:
     micro_batch: int  # rows of a forward and backward
     accumulation: int  # micro-batches of an update
 
+    @property
+    def sampled_rows(self) -> int:
+        """Images that go through the model at each denoise step, those that fill up included."""
+        calls = -(-self.samples // self.sampled)
+        return calls * self.sampled if self.fill else self.samples
+
 
 def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -> Geometry:
     """How the recipe splits over `world` ranks. RecipeError says which numbers would."""
