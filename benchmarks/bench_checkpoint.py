@@ -45,8 +45,8 @@ def measure(recipe: Path, steps: int, background: bool) -> dict[str, Any]:
     # a save's seconds stand in the record of the iteration after it
     seconds = [r["seconds"] for r in records if r["kind"] == "step"][1:]
     return {
-        "save_seconds": mean(s["save"] for s in seconds),
-        "iteration_seconds": mean(sum(s.values()) - s["save"] for s in seconds),
+        "save_seconds": mean(s["checkpoint"] for s in seconds),
+        "iteration_seconds": mean(sum(s.values()) - s["checkpoint"] for s in seconds),
         "bytes": size,
     }
 

@@ -111,10 +111,10 @@ class Watch:
         return getattr(self._progress, name)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
         outer, self._now = self._now, name
         try:
-            with self._progress.phase(name):
+            with self._progress.phase(name, rows=rows):
                 yield
         finally:
             self._now = outer

@@ -45,15 +45,15 @@ def make(hub_id: str, folder: Path, blocks: Sequence[int], *, seed: int = 0) -> 
         config |= dict(zip(depths, blocks, strict=True))
         if dual := config.get("dual_attention_layers"):
             config["dual_attention_layers"] = [i for i in dual if i < config["num_layers"]]
-        _write(transformer_class.from_config, config, folder / "transformer")
+        write(transformer_class.from_config, config, folder / "transformer")
         vae = diffusers.AutoencoderKL
-        _write(vae.from_config, vae.load_config(published / "vae"), folder / "vae")
+        write(vae.from_config, vae.load_config(published / "vae"), folder / "vae")
         for encoder in sorted(folder.glob("text_encoder*")):
             _write_encoder(encoder, tokenized / encoder.name)
     return folder
 
 
-def _write(build: Any, config: Any, folder: Path) -> None:
+def write(build: Any, config: Any, folder: Path) -> None:
     """Matrices of variance 1 / fan-in, so that activations stay of order 1."""
     with torch.device("meta"):
         model: Any = build(config)

@@ -38,7 +38,7 @@ def measured(folder: Path) -> Row:
         return {}
     data = read_yaml((logs[-1].parent / "recipe.yaml").read_text("utf-8"), "recipe.yaml")["data"]
     seconds = mean(sum(step["seconds"].values()) for step in steps)
-    peaks = [step["metrics"]["peak_bytes"] for step in steps if "peak_bytes" in step["metrics"]]
+    peaks = [step["peak_bytes"] for step in steps if "peak_bytes" in step]
     return {
         "seconds_per_iteration": round(seconds, 3),
         "images_per_second": round(

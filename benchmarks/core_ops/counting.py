@@ -89,9 +89,12 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._in_kernel:  # the interpreter's own copies
             return func(*args, **kwargs)
+        given = tensors(args, kwargs)
+        if func.namespace != "aten" and not given:  # a range of the profiler
+            return func(*args, **kwargs)
         if func.namespace != "aten":
             # Straight to the op's implementation, with this mode on again for what it does.
-            device = next(t.device.type for t in tensors(args, kwargs))
+            device = given[0].device.type
             key = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[device.upper()])
             with self:
                 return func.redispatch(key, *args, **kwargs)
@@ -99,7 +102,7 @@ class Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view or name in NOTHING:
             return out
-        before, after = tensors(args, kwargs), tensors(out)
+        before, after = given, tensors(out)
         known = memory(before)
         self.allocated += sum(size for at, size in memory(after).items() if at not in known)
         masked = name in MASKABLE and any(

@@ -35,6 +35,13 @@ def train(
         bool,
         typer.Option("--resume", help="go on from the run's newest checkpoint; without one, start"),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="a torch.profiler trace of one step, in the run's folder, for Perfetto",
+        ),
+    ] = False,
     gpus: Annotated[
         int | None,
         typer.Option(min=1, help="ranks here: GPUs, or CPU processes where there is none; 1"),
@@ -87,6 +94,7 @@ def train(
             _say_plan(checked, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
         arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
         arguments += ["--resume"] if resume else []
+        arguments += ["--profile"] if profile else []
         command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
         _refuse(error)

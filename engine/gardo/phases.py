@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,8 @@ from gardo.data import step_prompts
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
+from gardo.report.metrics_log import step_records
+from gardo.report.phase_table import as_text
 from gardo.rollout import (
     Part,
     batch_of,
@@ -56,7 +57,8 @@ def sampled(s: Session, step: int) -> Rollout:
             seed_1=s.algorithm.world.seed_on(s.engine.device),
             kernels=recipe.kernels,
         )
-    return taught_before_credit(s, rollout, plan.teachers)
+    with s.progress.phase("teachers"):
+        return taught_before_credit(s, rollout, plan.teachers)
 
 
 def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) -> Rollout:
@@ -139,7 +141,8 @@ def held_to_contract(
     def probe(now: Points) -> float:
         batch = batch_of(now, credit, work[0], rollout)
         if not ahead:
-            ahead.append(s.ctx.velocity(batch))
+            with s.progress.phase("probe"):
+                ahead.append(s.ctx.velocity(batch))
         log_ratio_R = s.algorithm.log_ratio(batch, ahead[0].detach())
         seen = Metrics().maximum("error", log_ratio_R.expm1().abs())
         return s.engine.reduce(seen)["error"]
@@ -167,13 +170,13 @@ def average(s: Session) -> None:
 
 def evaluate(s: Session, step: int) -> None:
     """Evaluates, logs and shows the weights after `step` iterations, or their average."""
-    start = time.monotonic()
+    s.progress.take()
     with s.progress.phase("evaluate"):
         s.evaluator.encode()  # while no weights are gathered
         with s.engine.reading(s.recipe.evaluated):
             record = s.evaluator(step)
-    s.progress.take_seconds()
-    record |= {"seconds": time.monotonic() - start, **_memory(s)}
+    spent = s.progress.take()
+    record |= {"seconds": sum(phase.seconds for phase in spent.values()), **_memory(s)}
     s.write(record)
     s.progress.evaluation(record)
 
@@ -196,12 +199,17 @@ def log_step(
     metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
-    if peak := s.progress.memory.reserved:
-        metrics["peak_bytes"] = s.engine.agree_max(peak)  # of a rank, since the start
+    peak = s.engine.agree_max(s.progress.phases.memory.reserved)
+    spent = s.progress.take()
+    images = s.geometry.samples * s.engine.world
     record = {
         "kind": "step",
         "step": step,
-        "seconds": s.progress.take_seconds(),
+        "seconds": {name: phase.seconds for name, phase in spent.items()},
+        "calls": {name: phase.calls for name, phase in spent.items() if phase.calls},
+        "rows": {name: phase.rows for name, phase in spent.items() if phase.calls},
+        "images_per_second": images / sum(phase.seconds for phase in spent.values()),
+        "peak_bytes": peak,  # of the rank with most, since the start
         "rewards": {name: _summary(s, scores, name) for name in scores.rewards},
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
@@ -209,11 +217,14 @@ def log_step(
     }
     s.write(record)
     s.progress.step(record)
+    if s.profile:
+        s.profile.step()
+        s.progress.take()  # writing a trace takes seconds, which are not the next step's
 
 
 def _memory(s: Session) -> dict[str, dict[str, int]]:
     """Bytes that each phase has allocated at its peak, on the rank where they are most."""
-    peaks = s.progress.memory.take()
+    peaks = s.progress.phases.memory.take()
     fullest = {name: s.engine.agree_max(peak) for name, peak in peaks.items()}
     return {"memory": fullest} if fullest else {}
 
@@ -230,7 +241,7 @@ def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
 
 def commit_checkpoint(s: Session) -> None:
     """Commits a checkpoint that was being written, if it is written by now."""
-    with s.progress.phase("save"):
+    with s.progress.phase("checkpoint"):
         problem = s.checkpoints.settle(wait=False)
     if problem:
         s.progress.message(f"checkpoint not saved: {problem}")
@@ -247,7 +258,7 @@ def checkpoint(s: Session, step: int) -> None:
     if not wanted and not due(step, last, s.recipe.checkpoint.every):
         commit_checkpoint(s)
         return
-    with s.progress.phase("save"):
+    with s.progress.phase("checkpoint"):
         problem = s.checkpoints.save(step, s.state(), wait=bool(wanted) or step == last)
     if problem:
         s.progress.message(f"checkpoint not saved: {problem}")
@@ -279,6 +290,9 @@ def publish(s: Session) -> None:
         for average in averages
     ]
     report = write_report(folder)
+    s.progress.message(as_text(step_records(folder)))
+    if s.profile:
+        s.progress.message(f"profile {s.profile.folder}")
     s.progress.message(f"report  {report}")
     for path in exported:
         s.progress.message(f"export  {path}")

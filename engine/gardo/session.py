@@ -40,8 +40,9 @@ from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
-from gardo.report.memory import PeakMemory
 from gardo.report.metrics_log import MetricsLog, read_metrics
+from gardo.report.phase_clock import PhaseClock
+from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
@@ -68,6 +69,7 @@ class Session:
     log: MetricsLog | None
     progress: Progress
     average: Average | None = None  # of the weights, where the recipe asks for one
+    profile: StepProfile | None = None  # where one was asked for, on the first rank
     first_step: int = 0
 
     def write(self, record: dict[str, Any]) -> None:
@@ -120,6 +122,8 @@ class Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.profile:
+            self.profile.close()
         self.progress.close()
         self.checkpoints.close()
         if self.log:
@@ -301,11 +305,16 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
 
 
 def open_session(
-    asked: Recipe, *, source: str = "recipe", quiet: bool = False, resume: bool = False
+    asked: Recipe,
+    *,
+    source: str = "recipe",
+    quiet: bool = False,
+    resume: bool = False,
+    profile: bool = False,
 ) -> Session:
     """Checks the geometry, then loads the models and starts the engine.
 
-    `resume` goes on from the run's newest checkpoint, if it has one.
+    `resume` goes on from the run's newest checkpoint, if it has one; `profile` records a step.
     """
     quiet_libraries()
     resume = resume and bool(committed(asked.checkpoint_folder))
@@ -318,12 +327,16 @@ def open_session(
         recipe.run.steps,
         enabled=first and not quiet,
         history=history,
-        memory=PeakMemory(device),
+        phases=PhaseClock(device),
     )
     with progress.phase("load"):
         policy, panel, engine = load_models(recipe, plan, device, source)
-    progress.take_seconds()
-    progress.memory.take()
+    measured: list[Policy | Panel | Engine] = [policy, panel, engine]
+    for part in measured:
+        part.phase = progress.phase
+    progress.phases.watch(policy.transformer)
+    progress.take()
+    progress.phases.memory.take()
     algorithm = build(recipe.algorithm, world_of(recipe, policy))
     engine.make_slots(recipe.slots)
     session = Session(
@@ -349,5 +362,8 @@ def open_session(
             progress.message(f"changed since the run started: {change}")
     if first:
         session.log = open_log(asked, progress, session.first_step)
+        left = recipe.run.steps - session.first_step
+        if profile and left:
+            session.profile = StepProfile(recipe.run_folder / "profile", device, left=left)
     engine.barrier()
     return session

@@ -56,7 +56,9 @@ def train(s: Session) -> None:
                 loss, metrics = algorithm.loss(s.ctx, batch)
                 totals.add(metrics)
                 engine.backward(loss, last=batch.last)
-                if engine.step():
+                with phase("optimizer"):
+                    stepped = engine.step()
+                if stepped:
                     norms.append(engine.grad_norm)
                     algorithm.after_update(slots)
                     average(s)
@@ -78,11 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="sets")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--profile", action="store_true", help="a trace of one step")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
         recipe = load(options.recipe, options.sets)
-        session = open_session(recipe, source=options.recipe, resume=options.resume)
+        session = open_session(
+            recipe, source=options.recipe, resume=options.resume, profile=options.profile
+        )
     except RecipeError as error:
         # the others of the machine say the same
         if ranks()[1] == 0 or isinstance(error, RankError):

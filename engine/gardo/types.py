@@ -12,14 +12,26 @@ waits for the device. What a row holds (latents, velocities, images, a batch) is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Record = TypeVar("Record")
+
+
+class Phase(Protocol):
+    """Says that what follows belongs to a phase of an iteration; with rows it is a model's call."""
+
+    def __call__(self, name: str, *, rows: int = 0) -> AbstractContextManager[None]: ...
+
+
+def no_phase(name: str, *, rows: int = 0) -> AbstractContextManager[None]:
+    """Where nobody measures."""
+    return nullcontext()
 
 
 def mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:

@@ -44,11 +44,11 @@ class HostWaits(TorchFunctionMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._phase = name
+        outer, self._phase = self._phase, name
         try:
             yield
         finally:
-            self._phase = ""
+            self._phase = outer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

@@ -45,9 +45,9 @@ class PhaseGathers(Around):
         self.seen: list[tuple[str, int]] = []
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
         before = self._gathers.count
-        with self.inner.phase(name):
+        with self.inner.phase(name, rows=rows):
             yield
         self.seen.append((name, self._gathers.count - before))
 

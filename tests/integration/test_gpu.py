@@ -132,7 +132,7 @@ class SecondIteration(Around):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.iteration += name == "sample"
-        watched = self.iteration == 2 and name not in ("save", "evaluate")
+        watched = self.iteration == 2 and name not in ("checkpoint", "evaluate")
         torch.cuda.set_sync_debug_mode("error" if watched else "default")
         with self.inner.phase(name):
             yield

@@ -22,7 +22,7 @@ from tests.integration.recipes import recipe
 
 SCORES = "reward: cpu in types.py:together"
 RATIO = "teachers: cpu in distributed/group.py:reduce"
-NORM = "train: __float__ in distributed/local.py:step"
+NORM = "optimizer: __float__ in distributed/local.py:step"
 METRICS = "train: cpu in distributed/group.py:reduce"
 UPDATE = [NORM, NORM, METRICS]  # two updates
 BUDGET = {
@@ -64,7 +64,7 @@ def of_the_loop(seen: Sequence[str]) -> list[str]:
     return [
         call
         for call in seen
-        if not call.startswith(("evaluate", "save"))
+        if not call.startswith(("evaluate", "checkpoint"))
         and (places[call].startswith("rewards/base.py") or not places[call].startswith(others))
     ]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Annotated, Literal, Protocol
 
 import psutil
@@ -15,7 +15,7 @@ from torch import Tensor
 from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
 from gardo.settings import Strict
-from gardo.types import Metrics
+from gardo.types import Metrics, Phase
 
 
 class DistributedSettings(Strict):
@@ -148,6 +148,7 @@ class Engine(Ranks, Protocol):
         str  # how forward-only phases get the weights, and why; "" where that is no question
     )
 
+    phase: Phase  # what measures exchanges of weights and gathers that are made once
     optimizer: torch.optim.Optimizer
 
     def make_slots(self, names: Sequence[str]) -> Slots: ...
@@ -193,6 +194,20 @@ def leave_process_group() -> None:
     """The end of a launched process; nothing to do where there was no group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def held(phase: Phase, *weights: AbstractContextManager[None]) -> Iterator[None]:
+    """Inside, weights are there; getting them and putting them back is the phase `gather`."""
+    with ExitStack() as there:
+        with phase("gather"):
+            for one in weights:
+                there.enter_context(one)
+        try:
+            yield
+        finally:
+            with phase("gather"):
+                there.close()
 
 
 def check_step(slots: Slots) -> None:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gardo.distributed.base import check_step
+from gardo.distributed.base import check_step, held
 from gardo.distributed.group import Group
 from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import Shards, WholeShards
 from gardo.distributed.slots import Slots
+from gardo.types import Phase, no_phase
 
 
 class LocalEngine(Group):
@@ -33,6 +34,7 @@ class LocalEngine(Group):
         super().__init__(device)
         self._parameters = list(trainable.values())
         self.shards: Shards = WholeShards(trainable)
+        self.phase: Phase = no_phase
         self._host_slots = host_slots
         self.optimizer = build_optimizer(self._parameters, optimizer)
         self._accumulation = accumulation
@@ -47,7 +49,7 @@ class LocalEngine(Group):
 
     @contextmanager
     def reading(self, weights: str) -> Iterator[None]:
-        with self.slots.use(weights):
+        with held(self.phase, self.slots.use(weights)):
             yield
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -27,6 +27,7 @@ from gardo.distributed.base import (
     DistributedSettings,
     RolloutSettings,
     check_step,
+    held,
     host_memory,
 )
 from gardo.distributed.blocks import make_leaves
@@ -42,6 +43,7 @@ from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import FlatShards, PartitionShards, Shards, WholeShards
 from gardo.distributed.slots import Slots
 from gardo.distributed.zero_config import zero_config
+from gardo.types import Phase, no_phase
 
 Load = Callable[..., None]  # load(place=..., reads=...)
 
@@ -146,6 +148,7 @@ class ZeroEngine(Group):
                 free=_free_memory(self.device, self.world),
                 forecast=forecast,
             )
+        self.phase: Phase = no_phase
         self.grad_norm = float("nan")
         self.slots = self.make_slots(())
 
@@ -164,7 +167,8 @@ class ZeroEngine(Group):
     def reading(self, weights: str) -> Iterator[None]:
         if self._gather and not self._has_trained:
             forget_forward(self._engine.optimizer.parameter_offload)
-        with self.slots.use(weights), self._gather() if self._gather else nullcontext():
+        gathered = self._gather() if self._gather else nullcontext()
+        with held(self.phase, self.slots.use(weights), gathered):
             yield
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -151,7 +151,8 @@ class Evaluator:
         for name, reward in self.panel.rewards.items():
             if not reward.scores_alone:
                 continue
-            value = reward.score(images, prompts)
+            with reward.precision():
+                value = reward.score(images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":
                     columns["features"] = value

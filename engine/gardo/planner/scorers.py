@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gardo.planner.live import LiveBytes, forget_fakes, make_fake
 from gardo.recipe import reward_plugin
+from gardo.rewards.base import weights_dtype
 from gardo.settings import config_folder
 
 BATCH = 16  # assumed of a reward that has no `batch`
@@ -55,7 +56,7 @@ def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | 
     if folder is None:
         return None
     model_class = getattr(transformers, class_name)
-    dtype = getattr(torch, getattr(settings, "dtype", "float32"))
+    dtype = weights_dtype(getattr(settings, "dtype", "float32"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with torch.device("meta"):

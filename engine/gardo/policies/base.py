@@ -36,6 +36,7 @@ from gardo.policies.weights import (
     stored_dtype,
 )
 from gardo.settings import FieldError, is_hub_id, model_path
+from gardo.types import Phase, no_phase
 
 Wait = Callable[[], None]
 
@@ -85,6 +86,7 @@ class Policy:
         self.embeddings = Embeddings(
             pipeline, self.encode_text, residence=settings.encoders, device=device, dtype=dtype
         )
+        self.phase: Phase = no_phase  # what measures encoding and decoding
         self.decode_batch = max(1, DECODED // (self.height * self.width))
         if self.height * self.width > DECODED:
             pipeline.vae.enable_tiling()
@@ -220,7 +222,8 @@ class Policy:
 
         Every prompt goes through the text encoders once (embeddings.py).
         """
-        return self.embeddings(prompts)
+        with self.phase("encode", rows=len(prompts)):
+            return self.embeddings(prompts)
 
     def free_encoders(
         self, prompts: Iterable[str], folder: Path, *, share: tuple[int, int], wait: Wait
@@ -259,7 +262,9 @@ class Policy:
 
         `decode_batch` of them at a time, pictures of more than DECODED pixels in tiles.
         """
-        return torch.cat([self._decode(part) for part in latents_BX.split(self.decode_batch)])
+        parts = latents_BX.split(self.decode_batch)
+        with self.phase("decode", rows=len(latents_BX)):
+            return torch.cat([self._decode(part) for part in parts])
 
     def _decode(self, latents_BX: Tensor) -> Tensor:
         vae = self.pipeline.vae

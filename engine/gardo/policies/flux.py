@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gardo.flow import flux_sigmas
 from gardo.policies import kohya
@@ -18,6 +18,24 @@ from gardo.policies.settings import PolicySettings
 class FluxSettings(PolicySettings):
     pipeline_name: ClassVar[str] = "FluxPipeline"
     family: Literal["flux"] = "flux"
+
+
+class RememberedPositions(nn.Module):
+    """Rotary tables of positions: made once, for a model whose positions are always the same.
+
+    A policy has one size and one length of text: positions of one shape are the same ones.
+    """
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self._known: dict[Any, Any] = {}
+
+    def forward(self, ids: Tensor) -> Any:
+        key = ids.shape, ids.device, ids.dtype, type(ids)
+        if key not in self._known:
+            self._known = {key: self.embed(ids)}
+        return self._known[key]
 
 
 class FluxPolicy(Policy):
@@ -39,6 +57,10 @@ class FluxPolicy(Policy):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
+
+    def __init__(self, settings: FluxSettings, **options: Any) -> None:
+        super().__init__(settings, **options)
+        self.transformer.pos_embed = RememberedPositions(self.transformer.pos_embed)
 
     @cached_property
     def _image_ids(self) -> Tensor:

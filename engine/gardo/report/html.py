@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from gardo.files import write_atomically
+from gardo.report import phase_table
 from gardo.report.chart import CHART_CSS, Mark, Series, line_chart, smoothed, stacked_chart
 from gardo.report.metrics_log import Record, read_metrics
 from gardo.report.progress import format_duration, format_interval, format_number
@@ -116,6 +117,7 @@ def write_report(run_folder: Path) -> Path:
         _section("Pictures over time", _pictures(run_folder, evaluations)),
         _section("Evaluation curves", _evaluation_charts(evaluations, _marks(steps))),
         _section("Training curves", _step_charts(steps, _marks(steps))),
+        _section("Where the time went", phase_table.as_html(steps) if steps else _no_steps()),
         _section("Events", _events(steps)),
         _section("Recipe", _recipe(recipe)),
     ]
@@ -304,7 +306,7 @@ def _diversity_chart(evaluations: Sequence[Record], marks: Sequence[Mark]) -> st
 def _step_charts(steps: Sequence[Record], marks: Sequence[Mark]) -> str:
     """Rewards while training, then every metric, then time and memory of each phase."""
     if not steps:
-        return _missing("No training step was logged.")
+        return _no_steps()
     x = [step["step"] for step in steps]
     charts = []
     for name, role in _reward_names(steps).items():
@@ -321,6 +323,9 @@ def _step_charts(steps: Sequence[Record], marks: Sequence[Mark]) -> str:
     phases = dict.fromkeys(name for step in steps for name in step.get("seconds", {}))
     layers = {name: [step.get("seconds", {}).get(name, 0.0) for step in steps] for name in phases}
     charts.append(stacked_chart(x, layers, "Time of a step", y_label="seconds, by phase"))
+    if any("images_per_second" in step for step in steps):
+        rate = [step.get("images_per_second") for step in steps]
+        charts.append(_noisy(x, rate, "Throughput", "images a second, all ranks", marks, 5, True))
     if any("memory" in step for step in steps):
         charts.append(_memory_chart(steps, x))
     return _charts(charts)
@@ -394,6 +399,10 @@ def _section(title: str, body: str) -> str:
 
 def _missing(text: str) -> str:
     return f'<p class="soft">{_text(text)}</p>'
+
+
+def _no_steps() -> str:
+    return _missing("No training step was logged.")
 
 
 def _charts(charts: Iterable[str]) -> str:

@@ -1,15 +1,14 @@
-"""The most memory that each phase of a run takes of a GPU, as torch's allocator counts it."""
+"""The most memory that a run takes: of a GPU by phase, or of a host, by what the system counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import resource
 
 import torch
 
 
 class PeakMemory:
-    """Bytes of this process on its GPU; on a CPU nothing is counted and nothing is asked."""
+    """Bytes of this process on its GPU; on a CPU phases have none, and the process's own counts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -19,25 +18,28 @@ class PeakMemory:
         if self._counts:
             torch.cuda.init()  # which the first question takes for granted
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Counts the block as a phase: the most that is allocated at a time inside it."""
+    def note(self, phase: str) -> None:
+        """The most that was allocated since the last call of this or of `forget` is the phase's."""
         if not self._counts:
-            yield
             return
-        self._reserved = self.reserved
-        torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            yield
-        finally:
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._phases[name] = max(self._phases.get(name, 0), peak)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self._phases[phase] = max(self._phases.get(phase, 0), peak)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was allocated until now is no phase's."""
+        if self._counts:
+            self._reserved = self.reserved
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
     def reserved(self) -> int:
-        """The most that the allocator has held at a time since the start."""
+        """The most that the allocator, or on a CPU the process, has held at a time since the start.
+
+        Of a process that is what lies in memory of it, files that it reads there too.
+        """
         if not self._counts:
-            return 0
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return max(self._reserved, torch.cuda.max_memory_reserved(self._device))
 
     def take(self) -> dict[str, int]:

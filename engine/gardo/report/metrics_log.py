@@ -2,16 +2,22 @@
 
 Two kinds of record:
 
-    {"kind": "step", "step": 12, "seconds": {"sample": 1.2, "train": 2.0},
+    {"kind": "step", "step": 12, "seconds": {"sample": 1.2, "train": 2.0, "other": 0.01},
+     "calls": {"sample": 48, "train": 32}, "rows": {"sample": 576, "train": 384},
      "rewards": {"count": {"mean": 0.67, "std": 0.3, "role": "proxy", "valid": 96}},
-     "metrics": {"loss": 0.1, "kl": 2e-4}, "events": ["reference reset (kl)"]}
+     "metrics": {"loss": 0.1, "kl": 2e-4}, "events": ["reference reset (kl)"],
+     "images_per_second": 30.6, "peak_bytes": 1710000000}
     {"kind": "evaluation", "step": 0, "seconds": 4.1, "image_count": 288, "prompt_count": 36,
      "rewards": {"count": {"mean": 0.67, "low": 0.61, "high": 0.72, "role": "proxy"}},
      "change": {"count": {"mean": 0.0, "low": 0.0, "high": 0.0}}, "diversity": {"layout": 2.9},
      "images": "samples/step-00000.png", "prompts": ["two red circles"]}
 
-On a GPU both have `"memory": {"sample": 21000000000}`: bytes allocated at the peak of a phase, on
-the rank where they are most.
+`seconds`, `calls` (of models) and `rows` (that these took) are of the first rank's phases; the
+seconds add up to the step's wall clock (phase_clock.py). Images are those of all ranks; the peak is
+of the rank with most since the start, what torch's allocator held or what lay in memory of a
+process. On a GPU both kinds of record have
+`"memory": {"sample": 21000000000}`: bytes allocated at the peak of a phase, on the rank where they
+are most.
 
 `step` counts the training steps finished when the record was written, so step 0 is the untouched
 policy.
@@ -99,6 +105,12 @@ def read_metrics(path: str | Path) -> list[Record]:
         ValueError: a line other than the last is not a record; the message has its number.
     """
     return [record for _, record in _parse(Path(path))]
+
+
+def step_records(run_folder: Path) -> list[Record]:
+    """The training steps of a run, as `read_metrics` reads them."""
+    records = read_metrics(run_folder / "metrics.jsonl")
+    return [record for record in records if record["kind"] == "step"]
 
 
 def _parse(path: Path) -> list[tuple[bytes, Record]]:

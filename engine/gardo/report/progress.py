@@ -8,25 +8,24 @@ steps scroll above it. Into a pipe or a file only the finished steps are printed
 """
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gardo.report.memory import PeakMemory
 from gardo.report.metrics_log import Record
+from gardo.report.phase_clock import PhaseClock, Spent
 
 _INDENT = " " * 13
 _ETA_STEPS = 20  # steps whose mean duration, evaluations included, gives the time left
 _HELD_OUT = " (held out)"
+_SHOWN = 0.01  # of a step's seconds: phases that took less are in the log and in the report
 
 
 class Progress:
@@ -37,8 +36,7 @@ class Progress:
         enabled: False (ranks other than the first) measures and prints nothing.
         console: where to print; standard output by default.
         history: records of an earlier part of this run, so that changes count from its first step.
-        clock: seconds, increasing.
-        memory: what counts each phase's peak, if anything does.
+        phases: the stopwatch.
     """
 
     def __init__(
@@ -48,50 +46,40 @@ class Progress:
         enabled: bool = True,
         console: Console | None = None,
         history: Sequence[Record] = (),
-        clock: Callable[[], float] = time.perf_counter,
-        memory: PeakMemory | None = None,
+        phases: PhaseClock | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.enabled = enabled
-        self.seconds: dict[str, float] = {}
         self.console = console or Console()
-        self._clock = clock
-        self.memory = memory or PeakMemory(torch.device("cpu"))
+        self.phases = phases or PhaseClock()
+        self._clock = self.phases.clock
         self._phase: tuple[str, float] | None = None
         self._finished: deque[float] = deque(maxlen=_ETA_STEPS + 1)
+        self._taken = True  # nothing was measured since
         self._live: Live | None = None
         earlier = [record for record in history if record["kind"] == "step"]
         self._first = _means(earlier[0]) if earlier else {}
         self._step = earlier[-1]["step"] if earlier else 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block as a phase; a phase entered again in the same step adds up. Phases do not
-        nest.
-
-        This is the host's time: work left running on a device when the block ends counts where it
-        is waited for.
-        """
-        if self._phase is not None:
-            raise RuntimeError(
-                f"phase {name!r} inside phase {self._phase[0]!r}: phases do not nest"
-            )
+    def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
+        """Measure the block as a phase (phase_clock.py), and show it."""
         started = self._clock()
-        if len(self._finished) < 2 and not self.seconds:
+        if len(self._finished) < 2 and self._taken:
             self._finished = deque([started], maxlen=_ETA_STEPS + 1)  # loading is not a step
-        self._phase = (name, started)
+        self._taken = False
+        outer, self._phase = self._phase, (name, started)
         self._show()
         try:
-            with self.memory.phase(name):
+            with self.phases.phase(name, rows=rows):
                 yield
         finally:
-            self._phase = None
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started
+            self._phase = outer
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, and clear them: a record's `seconds`."""
-        taken, self.seconds = self.seconds, {}
-        return taken
+    def take(self) -> dict[str, Spent]:
+        """What each phase has spent since the last call."""
+        self._taken = True
+        return self.phases.take()
 
     def step(self, record: Record) -> None:
         """Print a finished training step."""
@@ -211,7 +199,9 @@ def _means(record: Record) -> dict[str, float]:
 
 def _step_lines(record: Record, first: Mapping[str, float], total: int, left: float) -> str:
     """The two lines of a step, and one for each of its events."""
-    seconds = [f"{name} {value:.1f}s" for name, value in record.get("seconds", {}).items()]
+    spent = record.get("seconds", {})
+    shown = _SHOWN * sum(spent.values())
+    seconds = [f"{name} {value:.1f}s" for name, value in spent.items() if value >= shown]
     rewards = []
     for name, reward in record.get("rewards", {}).items():
         if reward.get("role") == "auxiliary":
@@ -223,6 +213,8 @@ def _step_lines(record: Record, first: Mapping[str, float], total: int, left: fl
     head = "  ".join([f"step {record['step']}/{total}", *seconds])
     lines = ["  |  ".join([head, "  ".join(rewards)]) if rewards else head]
     tail = [] if math.isnan(left) else [f"ETA {format_duration(left)}"]
+    if "images_per_second" in record:
+        tail.insert(0, f"{format_number(record['images_per_second'], 3)} images/s")
     if measures := _measures(record.get("metrics", {})):
         tail.insert(0, "  ".join(measures))
     if tail:

@@ -89,8 +89,10 @@ class ModelRewardSettings(RewardSettings):
         None, description="commit or tag of a hub id `path`; its newest if left out"
     )
     batch: int = Field(32, ge=1, description="images, or prompts, that the model sees at once")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the model; what it gives is float32"
+    dtype: Literal["tf32", "float32", "bfloat16", "float16"] = Field(
+        "tf32",
+        description="of the model; what it gives is float32. tf32: float32 whose matrix products a "
+        "GPU takes in TF32 (a CPU has none)",
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
+from gardo.rewards.base import weights_dtype
 from gardo.settings import model_path
 
 
@@ -118,5 +119,5 @@ def filled_model(
 
 
 def frozen(model: nn.Module, dtype: str, device: torch.device) -> Any:
-    """The model for use alone; `dtype` is the name of a torch type."""
-    return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    """The model for use alone; `dtype` as in ModelRewardSettings."""
+    return model.to(device, weights_dtype(dtype)).eval().requires_grad_(False)

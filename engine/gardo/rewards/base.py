@@ -12,16 +12,17 @@ Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gardo.settings import Strict
-from gardo.types import Prompt, Scores
+from gardo.types import Phase, Prompt, Scores, no_phase
 
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
@@ -32,6 +33,18 @@ class RewardSettings(Strict):
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")
+    every: int = Field(
+        1, ge=1, description="iterations between two scorings while training, of a held-out reward"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_is_reported_waits(self) -> Self:
+        if self.every > 1 and self.role != "held_out":
+            raise ValueError(
+                f"every: {self.every}: a reward of role {self.role} is needed in every iteration; "
+                "use 1, or role: held_out"
+            )
+        return self
 
     def error_at(self, place: str, error: Exception) -> ValueError:
         """An error of this reward behind its place in the recipe; it may open with a field."""
@@ -90,6 +103,20 @@ class Reward:
         """As `score`, in training; for rewards that look at whole groups. All ranks call it."""
         return self.score(images_B3HW, prompts)
 
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Inside, matrix products of float32 are what `dtype` says: in TF32 or not, on a GPU."""
+        products = torch.backends.cuda.matmul
+        before, products.allow_tf32 = products.allow_tf32, self.in_tf32
+        try:
+            yield
+        finally:
+            products.allow_tf32 = before
+
+    @property
+    def in_tf32(self) -> bool:
+        return getattr(self.settings, "dtype", None) == "tf32"
+
     @classmethod
     def check(cls, settings: Any, images_per_prompt: int) -> None:
         """ValueError, opening with the field, where the settings cannot serve such groups."""
@@ -122,6 +149,12 @@ class Reward:
         """
 
 
+def weights_dtype(dtype: str) -> torch.dtype:
+    """Of the weights of a reward's model, by its `dtype`."""
+    found: torch.dtype = getattr(torch, "float32" if dtype == "tf32" else dtype)
+    return found
+
+
 def provides(plugin: type[Reward], method: str) -> bool:
     """Whether a reward has its own `score` or `compare`."""
     return getattr(plugin, method) is not getattr(Reward, method)
@@ -132,6 +165,7 @@ class Panel:
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         self.rewards = dict(rewards)
+        self.phase: Phase = no_phase  # what measures them
 
     def names(self, role: Role) -> tuple[str, ...]:
         return tuple(n for n, r in self.rewards.items() if r.settings.role == role)
@@ -148,13 +182,20 @@ class Panel:
         step: int = 0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Scores:
-        """Scores of this rank's images; non-finite values are masked. All ranks call it."""
+        """Scores of this rank's images; non-finite values are masked. All ranks call it.
+
+        Held-out rewards are scored in the steps that their `every` divides.
+        """
         place = Gathering(sample_B, group_B, seed, step, gather)
         values: dict[str, Tensor] = {}
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, reward in self.rewards.items():
-            value = reward.score_together(images_B3HW, prompts, place)
+            if step % reward.settings.every:
+                continue
+            kind = "features" if reward.gives_features else "reward"
+            with self.phase(kind, rows=len(prompts)), reward.precision():
+                value = reward.score_together(images_B3HW, prompts, place)
             _check_shape(value, len(prompts), reward)
             if reward.gives_features:
                 features_valid_B = value.isfinite().all(-1)
@@ -183,7 +224,9 @@ class Panel:
         total = images_B3HW.new_zeros(len(images_B3HW))
         for name in self.names("proxy"):
             reward = self.rewards[name]
-            total = total + reward.settings.weight * reward.score(images_B3HW, prompts)
+            with reward.precision():
+                value = reward.score(images_B3HW, prompts)
+            total = total + reward.settings.weight * value
         return total
 
 

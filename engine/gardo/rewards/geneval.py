@@ -53,8 +53,8 @@ class GenevalSettings(ModelRewardSettings):
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
     size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
     batch: int = Field(8, ge=1, description="images, or cut-out objects, that a model sees at once")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the models; Mask2Former is not for float16"
+    dtype: Literal["tf32", "float32", "bfloat16"] = Field(
+        "tf32", description="of the models; Mask2Former is not for float16"
     )
 
 

@@ -242,6 +242,10 @@ class Preference(Reward):
         )
         self.scores_alone = provides(plugin, "score")
 
+    @property
+    def in_tf32(self) -> bool:
+        return self.reward.in_tf32
+
     @classmethod
     def holds(cls, settings: PreferenceSettings) -> list[tuple[str, str]] | None:
         judge: Any = settings.judge

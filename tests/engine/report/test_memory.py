@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gardo.phases import _memory
 from gardo.report.memory import PeakMemory
+from gardo.report.phase_clock import PhaseClock
 from gardo.report.progress import Progress
 
 
@@ -55,8 +56,9 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
 
 @pytest.fixture
 def progress(allocator: Allocator) -> Progress:
-    memory = PeakMemory(torch.device("cuda", 0))
-    return Progress(10, console=Console(file=io.StringIO()), memory=memory)
+    phases = PhaseClock()
+    phases.memory = PeakMemory(torch.device("cuda", 0))
+    return Progress(10, console=Console(file=io.StringIO()), phases=phases)
 
 
 def test_a_phase_has_its_own_peak(progress: Progress, allocator: Allocator) -> None:
@@ -68,8 +70,8 @@ def test_a_phase_has_its_own_peak(progress: Progress, allocator: Allocator) -> N
         allocator.take(5)
     with progress.phase("save"):
         allocator.take(1)
-    assert progress.memory.take() == {"load": 100, "sample": 60, "save": 45}
-    assert progress.memory.take() == {}
+    assert progress.phases.memory.take() == {"load": 100, "sample": 60, "save": 45}
+    assert progress.phases.memory.take() == {}
 
 
 def test_what_the_allocator_held_is_counted_since_the_start(
@@ -81,7 +83,7 @@ def test_what_the_allocator_held_is_counted_since_the_start(
     allocator.give_back()
     with progress.phase("train"):
         allocator.take(7)
-    assert progress.memory.reserved == 300
+    assert progress.phases.memory.reserved == 300
 
 
 def test_a_record_has_the_fullest_rank(progress: Progress, allocator: Allocator) -> None:
@@ -95,11 +97,21 @@ def test_a_record_has_the_fullest_rank(progress: Progress, allocator: Allocator)
     assert _memory(session) == {}
 
 
-def test_on_a_cpu_nothing_is_asked_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inner_phase_has_its_own_peak(progress: Progress, allocator: Allocator) -> None:
+    with progress.phase("sample"):
+        allocator.take(50)
+        with progress.phase("decode"):
+            allocator.take(90)
+        allocator.take(20)
+    assert progress.phases.memory.take() == {"sample": 50, "decode": 90}
+
+
+def test_on_a_cpu_no_gpu_is_asked_and_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init", "reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
         monkeypatch.delattr(torch.cuda, name)
-    progress = Progress(10, enabled=False, memory=PeakMemory(torch.device("cpu")))
+    progress = Progress(10, enabled=False)
+    before = progress.phases.memory.reserved
     with progress.phase("sample"):
-        pass
-    assert progress.memory.reserved == 0
-    assert progress.memory.take() == {}
+        torch.ones(before // 4 + (64 << 20) // 4)  # fp32: 64 MiB more than was ever there
+    assert progress.phases.memory.reserved - before > 60 << 20
+    assert progress.phases.memory.take() == {}

@@ -140,3 +140,20 @@ def test_differentiable_score_sums_proxies_with_gradient() -> None:
     assert torch.allclose(total, expected)
     assert torch.allclose(gradient, wanted, atol=1e-7)
     assert math.isclose(float(gradient.sum()), float(wanted.sum()), rel_tol=1e-4, abs_tol=1e-4)
+
+
+def test_a_held_out_reward_is_scored_where_it_is_reported() -> None:
+    images, prompts = clean(2, 36)
+    panel = Panel({"light": build(BRIGHTNESS), "rare": build(BRIGHTNESS, "held_out", every=3)})
+    index_B = torch.arange(len(images))
+    seen = [
+        set(panel(images, prompts, sample_B=index_B, group_B=index_B, step=step).rewards)
+        for step in range(4)
+    ]
+    assert seen == [{"light", "rare"}, {"light"}, {"light"}, {"light", "rare"}]
+
+
+@pytest.mark.parametrize("role", ["proxy", "auxiliary", "features"])
+def test_what_training_needs_is_scored_every_time(role: str) -> None:
+    with pytest.raises(ValueError, match=f"every: 3: a reward of role {role} is needed in every"):
+        Settings(kind="light", role=role, every=3)

@@ -1,0 +1,119 @@
+"""Where an iteration's seconds, calls of models and peaks of memory go: a stopwatch of phases.
+
+Phases may lie inside each other: a phase has what is not an inner one's, and what lies in none is
+`other`. So the seconds of all add up to the wall clock. On a GPU they are those of its stream,
+between events that are recorded where a phase begins and ends, and read when they are asked for:
+the host waits for the GPU there and nowhere else. Every phase is an NVTX range there, and a range
+of torch.profiler anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from gardo.report.memory import PeakMemory
+
+OTHER = "other"
+
+
+@dataclass
+class Spent:
+    """By a phase: seconds, calls of models, and rows (or images, or prompts) that these took."""
+
+    seconds: float = 0.0
+    calls: int = 0
+    rows: int = 0
+
+
+class PhaseClock:
+    """Of this process and its device; `clock` gives seconds, increasing.
+
+    `memory` has the peaks of the phases since it was last asked.
+    """
+
+    def __init__(
+        self,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.memory = PeakMemory(device)
+        self._on_gpu = device.type == "cuda"
+        self._running: list[str] = []
+        self._counts: dict[str, Spent] = {}
+        self._marks: list[tuple[str, Any]] = [(OTHER, self._instant())]  # what runs from then on
+
+    @property
+    def running(self) -> str:
+        """The innermost phase now running."""
+        return self._running[-1] if self._running else OTHER
+
+    @contextmanager
+    def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
+        """Counts the block as the phase; entered again, it adds up. With rows it is a call."""
+        with record_function(name), self._range(name):
+            self._switch(lambda: self._running.append(name))
+            if rows:
+                self.count(rows)
+            try:
+                yield
+            finally:
+                self._switch(self._running.pop)
+
+    def count(self, rows: int) -> None:
+        """A call of a model with so many rows, in the phase now running."""
+        spent = self._counts.setdefault(self.running, Spent())
+        spent.calls += 1
+        spent.rows += rows
+
+    def watch(self, model: nn.Module) -> None:
+        """Counts every call of the model from now on; its first tensor has a row for each."""
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+            self.count(len(next(tensors)))
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
+
+    def take(self) -> dict[str, Spent]:
+        """What each phase has spent since the last call, in the order of their first beginning."""
+        self._marks.append((self.running, self._instant()))
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        taken: dict[str, Spent] = {}
+        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            seconds = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            counted = self._counts.pop(name, None) or Spent()
+            taken.setdefault(name, counted).seconds += seconds
+        if OTHER in taken:
+            taken[OTHER] = taken.pop(OTHER)  # last
+        self._marks = self._marks[-1:]
+        return taken
+
+    def _switch(self, change: Callable[[], Any]) -> None:
+        if self._running:
+            self.memory.note(self.running)
+        else:
+            self.memory.forget()
+        change()
+        self._marks.append((self.running, self._instant()))
+
+    def _instant(self) -> Any:
+        """Now: seconds, or an event in the GPU's stream."""
+        if not self._on_gpu:
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _range(self, name: str) -> AbstractContextManager[None]:
+        return torch.cuda.nvtx.range(name) if self._on_gpu else nullcontext()
