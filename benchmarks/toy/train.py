@@ -81,7 +81,7 @@ class Run:
         scores = self.panel(
             rollout.images_B3HW, rollout.prompts, sample_B=rollout.sample_B, group_B=rollout.group_B
         )
-        credit = algorithm.credit(scores)
+        credit = algorithm.credit(algorithm.measured(scores))
         points = algorithm.points(rollout, credit)
         points = teach(
             points,

@@ -4,7 +4,8 @@ That is asked before the first update of an iteration. On identical weights the 
 In practice rollout and training run in different batch shapes, dtypes or attention backends, and
 the difference can be as large as the clip range, which is 1e-4: then every gradient is noise. So
 max |ratio - 1| over all ranks, by the forward pass of each rank's first micro-batch, is compared
-with the clip range before anything is trained on it.
+with the clip range before anything is trained on it. The host reads that number, once an iteration,
+and waits for it: whether to go on is its decision.
 """
 
 from __future__ import annotations

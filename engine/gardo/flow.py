@@ -34,13 +34,14 @@ Shapes: T steps, K columns, R rows of a micro-batch (each at its own step).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gardo.types import to_device
 from gardo_kernels import STEP_COLUMNS
 
 COLUMNS = (
@@ -244,6 +245,7 @@ class Transitions:
     """The coefficients of every step of a sampler: `table_TK`, fp32, columns named by COLUMNS."""
 
     table_TK: Tensor
+    _sent: dict[torch.device, "Transitions"] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -260,8 +262,11 @@ class Transitions:
         return self.table_TK[:, _column_index(name)]
 
     def rows(self, index_R: Tensor, name: str) -> Tensor:
-        """One coefficient at the step of each row: index_R [R] int64 in 0..T-1 -> [R] fp32."""
-        return self.table_TK[index_R, _column_index(name)]
+        """One coefficient at the step of each row: index_R [R] int64 in 0..T-1 -> [R] fp32.
+
+        Where the table is; an index that is not there is sent, which waits for nothing.
+        """
+        return self.table_TK[to_device(index_R, self.table_TK.device), _column_index(name)]
 
     def log_prob(
         self,
@@ -292,8 +297,11 @@ class Transitions:
         return torch.where(self.rows(step_R, "std") > 0, log_prob_R, torch.nan)
 
     def to(self, device: torch.device | str) -> "Transitions":
-        """The same table on another device."""
-        return Transitions(self.table_TK.to(device))
+        """The same table on another device; it is sent there once, which waits for nothing."""
+        device = torch.device(device)
+        if device not in self._sent:
+            self._sent[device] = Transitions(to_device(self.table_TK, device))
+        return self._sent[device]
 
 
 def transitions(

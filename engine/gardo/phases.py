@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gardo.algorithms.kl import weighed
 from gardo.data import step_prompts
-from gardo.distributed.base import gather_record
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
@@ -30,7 +29,7 @@ from gardo.rollout import (
     update_of,
 )
 from gardo.session import Session
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores
+from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores, to_device, together
 
 
 def sampled(s: Session, step: int) -> Rollout:
@@ -54,6 +53,8 @@ def sampled(s: Session, step: int) -> Rollout:
             step=step,
             device=s.engine.device,
             micro_batch=s.geometry.sampled,
+            fill=s.geometry.fill,
+            seed_1=s.algorithm.world.seed_on(s.engine.device),
             kernels=recipe.kernels,
         )
     with s.progress.phase("teachers"):
@@ -72,18 +73,23 @@ def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) 
 
 
 def scored(s: Session, rollout: Rollout) -> Scores:
-    """Scores of the images of all ranks: groups and win rates span them."""
+    """Scores of the images of all ranks, on the host: groups and win rates span them.
+
+    One gather and one copy, for which the host waits. Features stay where they are: the algorithm
+    has measured what it needs of them.
+    """
     scores = s.panel(
         rollout.images_B3HW,
         rollout.prompts,
-        sample_B=rollout.sample_B,
-        group_B=rollout.group_B,
+        sample_B=to_device(rollout.sample_B, s.engine.device),
+        group_B=to_device(rollout.group_B, s.engine.device),
         seed=rollout.seed,
         step=rollout.step,
         gather=s.engine.all_gather,
     )
     scores = replace(scores, kl_B=s.algorithm.trajectory_kl(rollout))
-    return gather_record(s.engine, scores)
+    scores = s.algorithm.measured(together(scores, s.engine.all_gather))
+    return together(replace(scores, features_BD=None), Tensor.cpu)
 
 
 def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tensor]) -> Points:
@@ -95,13 +101,14 @@ def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tenso
         conditioning=rollout.conditioning,
         engine=s.engine,
         micro_batch=s.geometry.micro_batch,
+        fill=s.geometry.fill,
     )
 
 
 def credited(s: Session, scores: Scores, step: int) -> Credit:
     """What the samples of all ranks are worth, and what their KL weighs in the update of each."""
     updates, seed = s.recipe.train.updates_per_step, s.recipe.run.seed
-    update_B = update_of(scores.sample_B, updates, seed=seed, step=step, kernels=s.recipe.kernels)
+    update_B = update_of(scores.sample_B, updates, seed=seed, step=step)
     return weighed(s.algorithm.credit(scores), update_B, s.algorithm.kl_weights)
 
 
@@ -116,7 +123,6 @@ def divided(s: Session, points: Points, credit: Credit, rollout: Rollout) -> lis
         micro_batch=s.geometry.micro_batch,
         seed=recipe.run.seed,
         step=rollout.step,
-        kernels=recipe.kernels,
         idle_R=None if keep_all else s.algorithm.weightless(points, credit),
         agree_max=s.engine.agree_max,
     )

@@ -3,6 +3,9 @@
 All randomness is a function of coordinates: (seed, step, sample, denoise step, element). The same
 noise is drawn on 1, 2 or 64 ranks, in any micro-batch, and after a resume.
 
+Nothing here waits for the device: which rows go where is decided on the host (gardo.types says what
+is there), and index tensors are sent without waiting.
+
 Shapes: P prompts of a step, G images each, B samples of this rank, T recorded steps, R training
 rows, X one latent.
 """
@@ -10,16 +13,26 @@ rows, X one latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gardo.streams import Stream
-from gardo.types import Batch, Credit, Points, Prompt, Rollout, SamplePlan, select
+from gardo.types import (
+    Batch,
+    Credit,
+    Points,
+    Prompt,
+    Rollout,
+    SamplePlan,
+    select,
+    taker,
+    to_device,
+)
 from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
 
 
@@ -48,7 +61,8 @@ class FlowModel(Protocol):
 
 
 def rows_of(conditioning: Mapping[str, Tensor], index_R: Tensor) -> dict[str, Tensor]:
-    return {name: tensor[index_R] for name, tensor in conditioning.items()}
+    take = taker(index_R)
+    return {name: take(tensor) for name, tensor in conditioning.items()}
 
 
 def groups_of(first: int, count: int, images_per_prompt: int) -> range:
@@ -69,73 +83,89 @@ def sample(
     step: int,
     device: torch.device,
     micro_batch: int | None = None,
+    fill: bool = False,
+    seed_1: Tensor | None = None,
     kernels: Backend = "auto",
 ) -> Rollout:
     """Samples first .. first + count of the step's P x G images, on this rank.
 
     `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go
-    through the model at once.
+    through the model at once; `fill` repeats the last one until a short call has as many. `seed_1`
+    is the seed on the device, where the run keeps it (`World.seed_on`).
     """
-    sample_B = torch.arange(first, first + count, device=device)
+    sample_B = torch.arange(first, first + count)
     group_B = sample_B // images_per_prompt
     groups = groups_of(first, count, images_per_prompt)
     conditioning = policy.encode([prompts[group] for group in groups])
     prompt_B = group_B - groups.start
-    parts = [
-        _denoise(policy, rows_of(conditioning, prompt_B[part]), plan, sample_B[part],
-                 images_per_prompt, seed, step, kernels)
-        for part in torch.arange(count, device=device).split(micro_batch or count)
-    ]  # fmt: skip
-    final_BX, images, state_BTX, u_BTX, velocity_BTX = (
-        torch.cat(p) for p in zip(*parts, strict=True)
-    )
+    seed_1 = to_device(seed_tensor(seed, "cpu"), device) if seed_1 is None else seed_1
+    parts = []
+    for rows, kept in calls_of(torch.arange(count), micro_batch or count, fill=fill):
+        identity_B = noise_id(step, sample_B[rows])
+        first_B = noise_id(step, group_B[rows] * images_per_prompt)
+        noise_B = to_device(first_B if plan.same_initial_noise else identity_B, device)
+        x = random_normal(seed_1, noise_B, Stream.INITIAL, policy.latent_shape, backend=kernels)
+        part = _denoise(
+            policy, rows_of(conditioning, prompt_B[rows]), plan, x, seed_1,
+            to_device(identity_B, device), kernels,
+        )  # fmt: skip
+        parts.append([tensor[:kept] for tensor in part])
+    final_BX, state_BTX, u_BTX, velocity_BTX = (torch.cat(p) for p in zip(*parts, strict=True))
     return Rollout(
         sample_B=sample_B,
         group_B=group_B,
         prompt_B=prompt_B,
-        prompts=tuple(prompts[int(g)] for g in group_B),
+        prompts=tuple(prompts[g] for g in group_B.tolist()),
         conditioning=conditioning,
         final_BX=final_BX,
-        images_B3HW=images,
-        step_T=torch.tensor(plan.record, dtype=torch.int64, device=device),
+        images_B3HW=torch.cat([policy.decode(x) for x, *_ in parts]),
+        step_T=torch.tensor(plan.record, dtype=torch.int64),
         state_BTX=state_BTX,
         u_BTX=u_BTX,
         velocity_BTX=velocity_BTX,
         transitions=plan.transitions.to(device),
         seed=seed,
+        seed_1=seed_1,
         step=step,
     )
+
+
+def calls_of(
+    rows: Tensor, micro_batch: int, *, fill: bool, calls: int | None = None
+) -> Iterator[tuple[Tensor, int]]:
+    """Rows of each model call, and how many of them count: the others repeat the last one.
+
+    A call without rows of its own repeats row 0. `fill`: every call has `micro_batch` rows; else
+    the last one is as short as it can be. `calls`: more of them than the rows need.
+    """
+    for call in range(math.ceil(len(rows) / micro_batch) if calls is None else calls):
+        own = rows[call * micro_batch : (call + 1) * micro_batch]
+        size = micro_batch if fill else max(len(own), 1)
+        last = own[-1:] if len(own) else rows.new_zeros(1)
+        yield torch.cat([own, last.expand(size - len(own))]), len(own)
 
 
 def _denoise(
     policy: FlowModel,
     conditioning: Mapping[str, Tensor],
     plan: SamplePlan,
-    sample_B: Tensor,
-    images_per_prompt: int,
-    seed: int,
-    step: int,
+    x: Tensor,
+    seed_1: Tensor,
+    identity_B: Tensor,
     kernels: Backend,
 ) -> tuple[Tensor, ...]:
-    """Final latents, images and the recorded states, noises and velocities of one micro-batch."""
-    shape, batch = policy.latent_shape, len(sample_B)
-    identity_B = noise_id(step, sample_B)
-    first_of_group_B = noise_id(step, sample_B // images_per_prompt * images_per_prompt)
-    x = random_normal(
-        seed,
-        first_of_group_B if plan.same_initial_noise else identity_B,
-        Stream.INITIAL,
-        shape,
-        backend=kernels,
-    )
-    table = plan.transitions.to(sample_B.device)
+    """Final latents and the recorded states, noises and velocities of one micro-batch from noise x.
+
+    All tensors on the device; `identity_B` as `noise_id` gives it.
+    """
+    shape, batch = policy.latent_shape, len(x)
+    table = plan.transitions.to(x.device)
     noisy = plan.transitions.scored.tolist()
     looks_back = [*(plan.transitions.column("C") != 0).tolist(), False]
-    seed_1 = seed_tensor(seed, sample_B.device)
     model_input, previous = x, None
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(table.steps):
-        step_B = torch.full((batch,), t, dtype=torch.int64, device=sample_B.device)
+        step_B = torch.full((batch,), t, dtype=torch.int64, device=x.device)
         told_B = table.rows(step_B, "model_sigma")
         v, unprompted = policy.branches(model_input, told_B, conditioning)
         recorded = t in plan.record
@@ -163,7 +193,7 @@ def _denoise(
         if kept
         else [x.new_zeros(batch, 0, *shape)] * 3
     )
-    return x, policy.decode(x), *states
+    return x, *states
 
 
 class Reader(Protocol):
@@ -182,26 +212,28 @@ def teach(
     conditioning: Mapping[str, Tensor],
     engine: Reader,
     micro_batch: int,
+    fill: bool = False,
 ) -> Points:
     """Velocities of other weights at the wanted rows: {weights: bool [R]}; zeros elsewhere.
 
     Every rank makes the same number of model calls: the largest count of all ranks decides, short
-    ranks repeat a row. A teacher wanted nowhere on any rank costs nothing.
+    ranks repeat a row. A teacher wanted nowhere on any rank costs nothing. `fill` as in `sample`.
     """
-    for weights, mask_R in wanted.items():
-        rows = mask_R.nonzero().flatten()
+    rows_of_teacher = {weights: mask_R.nonzero().flatten() for weights, mask_R in wanted.items()}
+    # agreed before any of them speaks: afterwards it would wait for what was said
+    most = {weights: engine.agree_max(len(rows)) for weights, rows in rows_of_teacher.items()}
+    for weights, rows in rows_of_teacher.items():
         velocity = torch.zeros_like(points.x_RX, dtype=policy.dtype)
-        calls = math.ceil(engine.agree_max(len(rows)) / micro_batch)
+        calls = math.ceil(most[weights] / micro_batch)
         with engine.reading(weights) if calls else nullcontext():
-            for call in range(calls):
-                part = rows[call * micro_batch : (call + 1) * micro_batch]
-                padded = part if len(part) else rows.new_zeros(1)
+            for part, kept in calls_of(rows, micro_batch, fill=fill, calls=calls):
+                here = to_device(part, velocity.device)
                 v = policy.velocity(
-                    points.x_RX[padded],
-                    points.sigma_R[padded],
-                    rows_of(conditioning, points.prompt_R[padded]),
+                    points.x_RX[here],
+                    points.sigma_R[here],
+                    rows_of(conditioning, points.prompt_R[part]),
                 )
-                velocity[part] = v[: len(part)].to(policy.dtype)
+                velocity[here[:kept]] = v[:kept].to(policy.dtype)
         points = points.with_velocity(weights, velocity)
     return points
 
@@ -213,16 +245,17 @@ def recorded_points(rollout: Rollout) -> Points:
     """
     B, T = rollout.state_BTX.shape[:2]
     step_R = rollout.step_T.repeat(B)
-    sample_R = torch.arange(B, device=step_R.device).repeat_interleave(T)
+    sample_R = torch.arange(B).repeat_interleave(T)
+    here_R = to_device(step_R, rollout.state_BTX.device)  # once, for all columns
     return Points(
         sample_R=sample_R,
         prompt_R=rollout.prompt_B[sample_R],
         step_R=step_R,
-        sigma_R=rollout.transitions.rows(step_R, "model_sigma"),
+        sigma_R=rollout.transitions.rows(here_R, "model_sigma"),
         x_RX=rollout.state_BTX.flatten(0, 1),
         extra={
             "u": rollout.u_BTX.flatten(0, 1),
-            **{n: rollout.transitions.rows(step_R, n) for n in ("sigma", "dt", "h", "B", "std")},
+            **{n: rollout.transitions.rows(here_R, n) for n in ("sigma", "dt", "h", "B", "std")},
         },
         velocities={
             "rollout": rollout.velocity_BTX.flatten(0, 1),
@@ -236,20 +269,22 @@ def fresh_points(
 ) -> tuple[Points, Tensor, Tensor]:
     """The images noised anew at K of the sampler's times, a sample's times side by side: R = B K.
 
-    x_t = (1 - t) x0 + t noise. Returns the points, x0 [R, X] and the noise [R, X].
+    x_t = (1 - t) x0 + t noise. `step_BK` int64, on the host. Returns the points, x0 [R, X] and the
+    noise [R, X].
     """
     B, K = step_BK.shape
-    identity_B = noise_id(rollout.step, rollout.sample_B)
-    shape = rollout.final_BX.shape[1:]
+    device, shape = rollout.final_BX.device, rollout.final_BX.shape[1:]
+    identity_B = to_device(noise_id(rollout.step, rollout.sample_B), device)
     noise_BKX = torch.stack(
-        [random_normal(rollout.seed, identity_B, Stream.FRESH + k, shape, backend=kernels)
+        [random_normal(rollout.seed_1, identity_B, Stream.FRESH + k, shape, backend=kernels)
          for k in range(K)],
         1,
     )  # fmt: skip
     step_R = step_BK.flatten()
-    sample_R = torch.arange(B, device=step_R.device).repeat_interleave(K)
+    sample_R = torch.arange(B).repeat_interleave(K)
     sigma_R = rollout.transitions.rows(step_R, "sigma")
-    x0_RX, noise_RX = rollout.final_BX[sample_R], noise_BKX.flatten(0, 1)
+    x0_RX = rollout.final_BX.repeat_interleave(K, 0)
+    noise_RX = noise_BKX.flatten(0, 1)
     share = sigma_R.view(-1, *[1] * (x0_RX.dim() - 1))
     points = Points(
         sample_R=sample_R,
@@ -261,23 +296,21 @@ def fresh_points(
     return points, x0_RX, noise_RX
 
 
-def update_of(
-    sample_B: Tensor, updates: int, *, seed: int, step: int, kernels: Backend = "auto"
-) -> Tensor:
-    """The gradient step, 0 .. updates - 1, that each sample trains in: int64 [B].
+def update_of(sample_B: Tensor, updates: int, *, seed: int, step: int) -> Tensor:
+    """The gradient step, 0 .. updates - 1, that each sample trains in: int64 [B], on the host.
 
     An update takes one of every `updates` neighbouring samples, drawn anew each step: the same
     samples on any number of ranks.
     """
     block_B = sample_B // updates
-    draw = random_uniform(seed, noise_id(step, block_B), Stream.SHARES, updates, backend=kernels)
+    draw = random_uniform(seed, noise_id(step, block_B), Stream.SHARES, updates, backend="torch")
     order = draw.argsort(dim=1, stable=True)
     return order.gather(1, (sample_B % updates)[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one micro-batch; `last` and `share` as in `Batch`."""
+    """The rows of one micro-batch, on the host; `last` and `share` as in `Batch`."""
 
     rows: Tensor
     last: bool = True
@@ -292,7 +325,6 @@ def parts(
     micro_batch: int,
     seed: int,
     step: int,
-    kernels: Backend = "auto",
     idle_R: Tensor | None = None,
     agree_max: Callable[[int], int] = int,
 ) -> list[Part]:
@@ -302,7 +334,7 @@ def parts(
     (bool: they weigh nothing) are left out, in whole micro-batches: every rank makes as many calls
     as the busiest one needs, at least one, and fills them up with idle rows of its own.
     """
-    update_B = update_of(sample_B, updates, seed=seed, step=step, kernels=kernels)
+    update_B = update_of(sample_B, updates, seed=seed, step=step)
     update_R = update_B[points.sample_R]
     found = []
     for update in range(updates):
@@ -320,12 +352,17 @@ def parts(
 
 def batch_of(points: Points, credit: Credit, part: Part, rollout: Rollout) -> Batch:
     """A micro-batch of the rollout's points; `credit` is this rank's."""
-    chosen = select(points, part.rows)
+    chosen, device = select(points, part.rows), points.x_RX.device
+    extra = {name: to_device(tensor, device) for name, tensor in chosen.extra.items()}
+    advantage_R, gate_R, kl_weight_R = (
+        to_device(value_B[chosen.sample_R], device)
+        for value_B in (credit.advantage_B, credit.gate_B, credit.kl_weight_or_gate)
+    )
     return Batch(
-        points=chosen,
-        advantage_R=credit.advantage_B[chosen.sample_R],
-        gate_R=credit.gate_B[chosen.sample_R],
-        kl_weight_R=credit.kl_weight_or_gate[chosen.sample_R],
+        points=replace(chosen, extra=extra),
+        advantage_R=advantage_R,
+        gate_R=gate_R,
+        kl_weight_R=kl_weight_R,
         rollout=rollout,
         last=part.last,
         share=part.share,
@@ -354,5 +391,5 @@ class LossContext:
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         if self._score is None:
             raise ValueError("this loss needs a differentiable reward; give LossContext its score")
-        prompts = [batch.rollout.prompts[int(i)] for i in batch.points.sample_R]
+        prompts = [batch.rollout.prompts[i] for i in batch.points.sample_R.tolist()]
         return self._score(images, prompts)

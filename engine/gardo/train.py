@@ -47,8 +47,8 @@ def train(s: Session) -> None:
             credit = select(everyone, rollout.sample_B)
         with phase("teachers"):
             points = algorithm.points(rollout, credit)
-            points = taught(s, points, rollout, algorithm.teachers(points, credit))
             work = divided(s, points, credit, rollout)
+            points = taught(s, points, rollout, algorithm.teachers(points, credit))
             batches = held_to_contract(s, points, credit, rollout, work)
         with phase("train"):
             totals, norms = Metrics(), []

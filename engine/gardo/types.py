@@ -3,6 +3,10 @@
 Shapes: B samples of this rank (or of all ranks, after a gather), P prompts, G images of a prompt,
 T recorded steps, R training rows (sample x step), X the shape of one latent: (L, D) packed tokens
 for Flux, (C, H, W) for SD3; D feature width.
+
+What a row is of (int64: `sample_B`, `group_B`, `prompt_B`, `step_T`, `sample_R`, `prompt_R`,
+`step_R`) is on the host, and so is all that credit sees and says: the host decides by it and never
+waits for the device. What a row holds (latents, velocities, images, a batch) is on the device.
 """
 
 from __future__ import annotations
@@ -44,9 +48,46 @@ def mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     return replace(record, **changed)  # type: ignore[type-var]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A copy from the host does not wait for what the device is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def taker(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Indexes tensors by `rows` along their first axis, each where it is.
+
+    Rows from the host are sent to a device once, without waiting for it.
+    """
+    sent = {rows.device: rows}
+
+    def take(tensor: Tensor) -> Tensor:
+        device = tensor.device
+        if device not in sent:
+            sent[device] = to_device(rows, device)
+        return tensor[sent[device]]
+
+    return take
+
+
 def select(record: Record, rows: Tensor) -> Record:
     """The dataclass with every tensor in it indexed by `rows` along its first axis."""
-    return mapped(record, lambda tensor: tensor[rows])
+    return mapped(record, taker(rows))
+
+
+def together(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """A dataclass of [B, ...] tensors changed as one: `change` sees them side by side, fp64 [B, N].
+
+    It is one collective, or one copy to the host, and not one for each. All floats up to fp64,
+    booleans and integers below 2^53 come back as they were.
+    """
+    found: list[Tensor] = []
+    mapped(record, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    columns = [tensor.double().reshape(len(tensor), -1) for tensor in found]
+    widths = [column.shape[1] for column in columns]
+    changed = iter(change(torch.cat(columns, 1)).split(widths, 1))
+    return mapped(record, lambda old: next(changed).to(old.dtype).reshape(-1, *old.shape[1:]))
 
 
 class Prompt(str):
@@ -93,15 +134,19 @@ class Rollout:
     state_BTX: Tensor  # fp32, x before the step
     u_BTX: Tensor  # fp32, the step's noise in velocity units (std / B) z; zeros where it has none
     velocity_BTX: Tensor  # model dtype, what the sampler used
-    transitions: Any
+    transitions: Any  # a `gardo.flow.Transitions` on the device
     seed: int
+    seed_1: Tensor  # int64 [1], the seed on the device, as kernels read it
     step: int
     velocities: Mapping[str, Tensor] = field(default_factory=dict)  # of teachers: [B, T, X]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of the gathered batch (all ranks), in sample order."""
+    """Rewards of the gathered batch (all ranks), in sample order.
+
+    A panel makes them on the device, of this rank; credit sees those of all ranks on the host.
+    """
 
     sample_B: Tensor
     group_B: Tensor
@@ -112,6 +157,7 @@ class Scores:
     proxies: Mapping[str, float] = field(default_factory=dict)  # name -> weight in proxy_B
     auxiliaries: tuple[str, ...] = ()
     features_BD: Tensor | None = None
+    measures: Mapping[str, Tensor] = field(default_factory=dict)  # name -> fp32 [B], of features
     kl_B: Tensor | None = None  # fp32, KL of the sampled trajectory, where credit needs it
 
 
@@ -145,7 +191,8 @@ class Points:
     step_R: Tensor  # int64, denoise step; -1 where the row has none
     sigma_R: Tensor  # fp32, the time that the model is told
     x_RX: Tensor  # fp32, the model's input
-    extra: Mapping[str, Tensor] = field(default_factory=dict)  # what the algorithm needs, [R, ...]
+    # what the algorithm needs, [R, ...], on the device or on the host
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
     velocities: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_extra(self, **more: Tensor) -> Points:
@@ -157,7 +204,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows of `Points` with their credit."""
+    """One micro-batch: rows of `Points` with their credit, on the device (`extra` as well)."""
 
     points: Points
     advantage_R: Tensor
@@ -172,7 +219,8 @@ class Batch:
 class Metrics:
     """Sums and counts by name, so that ranks and micro-batches add up; and maxima.
 
-    They stay on the device, fp64, until they are read: gathering them never waits for a GPU.
+    They stay on the device, fp64, until `reduce` of the ranks takes all of them to the host at
+    once: gathering them never waits for a GPU.
     """
 
     def __init__(self) -> None:

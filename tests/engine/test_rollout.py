@@ -21,7 +21,7 @@ def plan_of(variant="flow", record=(0, 1, 2), level=0.7, **fields):
     return SamplePlan(transitions=transitions(SIGMAS, variant, level), record=record, **fields)
 
 
-def draw(plan, *, policy=None, first=0, count=12, seed=7, step=3, micro_batch=None):
+def draw(plan, *, policy=None, first=0, count=12, seed=7, step=3, micro_batch=None, **more):
     return sample(
         policy or LinearPolicy(),
         PROMPTS,
@@ -33,6 +33,7 @@ def draw(plan, *, policy=None, first=0, count=12, seed=7, step=3, micro_batch=No
         step=step,
         device=CPU,
         micro_batch=micro_batch,
+        **more,
     )
 
 
@@ -64,6 +65,17 @@ def test_any_split_over_ranks_draws_the_same_samples(cuts, micro_batch, same_ini
     assert torch.equal(joined("state_BTX")[:, 0], whole.state_BTX[:, 0]), "the first latents"
     for name in ("state_BTX", "velocity_BTX", "final_BX", "images_B3HW"):
         torch.testing.assert_close(joined(name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "calls"), [(12, 3), (10, 2), (3, 1)])
+def test_short_calls_are_filled_up(count, calls):
+    """And what fills them up is nowhere in the rollout."""
+    policy, plan = LinearPolicy(), plan_of()
+    usual, filled = draw(plan, count=count), draw(plan, policy=policy, count=count, micro_batch=5,
+                                                  fill=True)  # fmt: skip
+    assert policy.calls == [5] * 6 * calls
+    for name in ("state_BTX", "u_BTX", "velocity_BTX", "final_BX", "images_B3HW"):
+        torch.testing.assert_close(getattr(filled, name), getattr(usual, name))
 
 
 def test_noise_differs_between_samples_steps_and_seeds():
@@ -195,7 +207,8 @@ class TwoRanks:
         ([0, 1, 2, 5, 9, 30, 35], 2, [3, 3, 1]),
     ],
 )
-def test_every_rank_calls_the_teacher_as_often(mine, other, calls):
+@pytest.mark.parametrize("fill", [False, True])
+def test_every_rank_calls_the_teacher_as_often(mine, other, calls, fill):
     policy = LinearPolicy(torch.bfloat16)
     rollout = draw(plan_of())
     points = recorded_points(rollout)
@@ -216,8 +229,9 @@ def test_every_rank_calls_the_teacher_as_often(mine, other, calls):
         conditioning=rollout.conditioning,
         engine=Reader(other),
         micro_batch=3,
+        fill=fill,
     )
-    assert policy.calls == calls
+    assert policy.calls == ([3] * len(calls) if fill else calls)
     assert entered == (["reference"] if calls else []), "no exchange of weights for nothing"
     velocity = taught.velocities["reference"]
     assert velocity.shape == points.x_RX.shape and velocity.dtype == torch.bfloat16

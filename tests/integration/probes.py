@@ -99,7 +99,7 @@ def teachers(session: Session) -> Seen:
     credit = session.algorithm.credit(scored(session, rollout))
     points = session.algorithm.points(rollout, credit)
     everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
-    first = torch.arange(len(everywhere), device=engine.device) == 0
+    first = torch.arange(len(everywhere)) == 0
     said = {
         "all": everywhere,
         "none": ~everywhere,
@@ -111,7 +111,8 @@ def teachers(session: Session) -> Seen:
     errors = {}
     for name, mask_R in said.items():
         there = told[name].velocities["reference"]
-        wanted = torch.where(mask_R.view(-1, *[1] * (whole.dim() - 1)), whole, 0)
+        there_R = mask_R.to(whole.device)
+        wanted = torch.where(there_R.view(-1, *[1] * (whole.dim() - 1)), whole, 0)
         errors[f"teacher.{name}"] = (there - wanted).abs().max()[None]
     return {name: engine.all_gather(error).max()[None] for name, error in errors.items()}
 

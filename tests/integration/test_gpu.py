@@ -5,18 +5,31 @@ One rank gathers nothing: what several GPUs do to each other needs several.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from gardo import phases
+from gardo.config import check
+from gardo.distributed.local import LocalEngine
 from gardo.report.metrics_log import read_metrics
+from gardo.rewards.base import Panel
+from gardo.rollout import LossContext
+from gardo.session import open_session
+from gardo.train import train
 from tests import ROOT
 from tests.integration.cases import Case
 from tests.integration.checks import check_slots, check_teachers, seen, steps_of
 from tests.integration.coverings import alone
+from tests.integration.faults import Around
 from tests.integration.launch import launch_on_gpu, type_command
+from tests.integration.recipes import recipe
 from tests.integration.test_resume import EVALUATION, MIDDLE, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -109,6 +122,63 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", RESUMED, ids=str)
 def test_a_cut_run_goes_on_to_the_same_bits(resumed: Path, case: Case) -> None:
     same_bits(resumed, case, MIDDLE)
+
+
+class SecondIteration(Around):
+    """A progress under which torch raises at every wait for the GPU, in the second iteration."""
+
+    iteration = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.iteration += name == "sample"
+        watched = self.iteration == 2 and name not in ("checkpoint", "evaluate")
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        with self.inner.phase(name):
+            yield
+
+
+def may_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def called(*arguments: Any, **more: Any) -> Any:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return function(*arguments, **more)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    return called
+
+
+@pytest.mark.parametrize("algorithm", ["gardo", "gardo_nft", "awm", "refl"])
+def test_an_iteration_waits_where_it_says(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For scores and what rewards do, for metrics and the ratio's error, for an update's norm.
+
+    The second iteration, whose prompts are encoded and whose kernels are compiled.
+    """
+    for place, name in (
+        (Panel, "__call__"), (LossContext, "score"), (phases, "together"),
+        (LocalEngine, "reduce"), (LocalEngine, "step"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, may_wait(getattr(place, name)))
+    case = Case(algorithm, "lora", "local", kernels="triton", steps=2, probes=())
+    asked = recipe(case, tmp_path)
+    (tmp_path / "prompts.txt").write_text("one red circle\ntwo blue squares\n")
+    asked["data"]["prompts"] = str(tmp_path / "prompts.txt")
+    asked["evaluate"] |= {"prompt_count": 1, "batch": 1}
+    threads = torch.get_num_threads()
+    session = open_session(check(asked, case.name), quiet=True)
+    session.progress = SecondIteration(session.progress)  # type: ignore[assignment]
+    try:
+        with session:
+            train(session)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.set_num_threads(threads)
+    assert session.progress.iteration == 2  # type: ignore[attr-defined]
 
 
 def test_the_demo_runs(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ def train_where_the_second_rank_has_no_compiler(settings: list[str]) -> int:
 
     trouble = "no C compiler" if os.environ["RANK"] == "1" else ""
     taken = set()
-    update_of = phases.update_of
+    sample = phases.sample
 
     def noted(*arguments: object, kernels: str, **more: object) -> object:
         taken.add(kernels)
-        return update_of(*arguments, kernels=kernels, **more)
+        return sample(*arguments, kernels=kernels, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "kernels_trouble", lambda *_: trouble)
-        patch.setattr(phases, "update_of", noted)
+        patch.setattr(phases, "sample", noted)
         code = main([str(DEMO), *settings])
     return code or int(taken != {"torch"})
 

@@ -1,6 +1,6 @@
 """Rewards -> advantages within groups.
 
-Equal rewards give zeros, never NaN; invalid samples get 0 and do not count.
+Equal rewards give zeros, never NaN; invalid samples get 0 and do not count. All on the host.
 
 Shapes: B samples of all ranks, in groups by `group_B`.
 """
@@ -43,7 +43,7 @@ def group_statistics(
     """
     _, index_B = group_B.unique(return_inverse=True)
     weight_B = valid_B.double()
-    zeros = torch.zeros(int(index_B.max()) + 1, dtype=torch.float64, device=value_B.device)
+    zeros = torch.zeros(int(index_B.max()) + 1, dtype=torch.float64)
     count = zeros.index_add(0, index_B, weight_B).clamp(min=1)
     value = value_B.double()
     mean_B = (zeros.index_add(0, index_B, value * weight_B) / count)[index_B]
@@ -96,7 +96,7 @@ def group_credit(scores: Scores, settings: AdvantageSettings, *, gate: bool) -> 
 
 
 def without_credit(points: Points, credit: Credit) -> Tensor:
-    """Rows of samples without an advantage and without a KL, bool [R]."""
+    """Rows of samples without an advantage and without a KL, bool [R], on the host."""
     return ~_counts(credit.advantage_B, credit.kl_weight_or_gate)[points.sample_R]
 
 

@@ -71,8 +71,8 @@ def stratified_steps(draw_BK: Tensor, first: int, last: int) -> Tensor:
     """
     K = draw_BK.shape[1]
     edges = [first + k * (last + 1 - first) // K for k in range(K + 1)]
-    low_K = torch.tensor(edges[:-1], device=draw_BK.device)
-    width_K = torch.tensor(edges[1:], device=draw_BK.device) - low_K
+    low_K = torch.tensor(edges[:-1])
+    width_K = torch.tensor(edges[1:]) - low_K
     within_BK = (draw_BK * width_K).long()  # fp32 may round up to the width
     return low_K + torch.minimum(within_BK, width_K - 1)
 
@@ -105,13 +105,10 @@ class AWM(ForwardProcess):
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         world, identity_B = self.world, noise_id(rollout.step, rollout.sample_B)
         K = world.sampler.train_steps
-        draw_BK = random_uniform(rollout.seed, identity_B, Stream.TIMES, K, backend=world.kernels)
+        draw_BK = random_uniform(rollout.seed, identity_B, Stream.TIMES, K)
         step_BK = stratified_steps(draw_BK, *self.settings.trained(self.table.steps))
         points, x0_RX, noise_RX = fresh_points(rollout, step_BK, kernels=world.kernels)
-        update_B = update_of(
-            rollout.sample_B, world.updates, seed=rollout.seed, step=rollout.step,
-            kernels=world.kernels,
-        )  # fmt: skip
+        update_B = update_of(rollout.sample_B, world.updates, seed=rollout.seed, step=rollout.step)
         detached_B = (update_B == 0) | (self.settings.old_velocity == "current")
         return points.with_extra(target=noise_RX - x0_RX, detached=detached_B[points.sample_R])
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
+import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor
 
@@ -18,8 +19,17 @@ from gardo.contract import NoRatio, RatioContract
 from gardo.flow import Sde, Transitions, shifted_linear_sigmas, transitions
 from gardo.plugins import resolve
 from gardo.settings import Strict
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import Backend
+from gardo.types import (
+    Batch,
+    Credit,
+    Metrics,
+    Points,
+    Rollout,
+    SamplePlan,
+    Scores,
+    to_device,
+)
+from gardo_kernels import Backend, seed_tensor
 
 
 class SamplerSettings(Strict):
@@ -97,17 +107,34 @@ class World:
     seed: int
     kernels: Backend = "auto"
     updates: int = 1  # gradient steps an iteration
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def transitions(
         self, variant: str | Sequence[str], sigmas: Tensor | None = None
     ) -> Transitions:
-        """The sampler's table, with its noise level and model time, for its schedule or another."""
-        return transitions(
-            self.sigmas if sigmas is None else sigmas,
-            variant,
-            self.sampler.noise_level,
-            model_time=self.sampler.model_time,
-        )
+        """The sampler's table, with its noise level and model time, for its schedule or another.
+
+        Made once a run, and so sent to a device once.
+        """
+        schedule = self.sigmas if sigmas is None else sigmas
+        variants = variant if isinstance(variant, str) else tuple(variant)
+        key = variants, tuple(schedule.tolist())
+        if key not in self._made:
+            self._made[key] = transitions(
+                schedule,
+                variants,
+                self.sampler.noise_level,
+                model_time=self.sampler.model_time,
+            )
+        table: Transitions = self._made[key]
+        return table
+
+    def seed_on(self, device: torch.device) -> Tensor:
+        """The seed as kernels read it, int64 [1]; sent to a device once a run."""
+        if device not in self._made:
+            self._made[device] = to_device(seed_tensor(self.seed, "cpu"), device)
+        sent: Tensor = self._made[device]
+        return sent
 
 
 class Context(Protocol):
@@ -208,8 +235,15 @@ class Algorithm:
         """[B], for `Scores.kl_B`; None where credit does not look at it."""
         return None
 
+    def measured(self, scores: Scores) -> Scores:
+        """The gathered batch with what credit needs of the features in `measures`.
+
+        Here, and here alone, scores are on the device, and have features.
+        """
+        return scores
+
     def credit(self, scores: Scores) -> Credit:
-        """Advantages and gates of the gathered batch."""
+        """Advantages and gates of the gathered batch, `measured`; scores and credit on the host."""
         raise NotImplementedError  # pragma: no cover
 
     def points(self, rollout: Rollout, credit: Credit) -> Points:
@@ -217,11 +251,14 @@ class Algorithm:
         raise NotImplementedError  # pragma: no cover
 
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:
-        """Whose velocities are needed where: {weights: bool [R]}."""
+        """Whose velocities are needed where: {weights: bool [R]}, on the host."""
         return {}
 
     def weightless(self, points: Points, credit: Credit) -> Tensor | None:
-        """Rows whose loss and gradient are 0 whatever the model says, bool [R]; None: no row is."""
+        """Rows whose loss and gradient are 0 whatever the model says, bool [R] on the host.
+
+        None: no row is. Asked before any teacher has spoken.
+        """
         return None
 
     def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
@@ -350,6 +387,9 @@ class Wrapper(Algorithm):
 
     def trajectory_kl(self, rollout: Rollout) -> Tensor | None:
         return self.base.trajectory_kl(rollout)
+
+    def measured(self, scores: Scores) -> Scores:
+        return self.base.measured(scores)
 
     def credit(self, scores: Scores) -> Credit:
         return self.base.credit(scores)

@@ -42,11 +42,9 @@ class DanceGRPO(FlowGRPO):
         """The steps that were drawn, of those recorded: no step twice in a sample."""
         recorded, count = len(rollout.step_T), self.world.sampler.train_steps
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        draw_BT = random_uniform(
-            rollout.seed, identity_B, Stream.TIMES, recorded, backend=self.world.kernels
-        )
+        draw_BT = random_uniform(rollout.seed, identity_B, Stream.TIMES, recorded)
         chosen_BK = draw_BT.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
-        first_B = recorded * torch.arange(len(identity_B), device=chosen_BK.device)
+        first_B = recorded * torch.arange(len(identity_B))
         return select(super().points(rollout, credit), (first_B[:, None] + chosen_BK).flatten())
 
 

@@ -72,12 +72,9 @@ class DiffusionNFT(ForwardProcess):
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        kernels = self.world.kernels
-        order = random_uniform(
-            rollout.seed, identity_B, Stream.TIMES, self.table.steps, backend=kernels
-        )
+        order = random_uniform(rollout.seed, identity_B, Stream.TIMES, self.table.steps)
         step_BK = order.argsort(dim=1, stable=True)[:, : self.world.sampler.train_steps]
-        points, x0_RX, _ = fresh_points(rollout, step_BK, kernels=kernels)
+        points, x0_RX, _ = fresh_points(rollout, step_BK, kernels=self.world.kernels)
         return points.with_extra(x0=x0_RX)
 
     def teachers(self, points: Points, credit: Credit) -> dict[str, Tensor]:

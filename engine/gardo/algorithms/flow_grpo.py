@@ -142,7 +142,7 @@ class FlowGRPO(Algorithm):
             return None
         reference_BTX = rollout.velocities.get("reference")
         if reference_BTX is None:  # the sampler is the reference
-            return torch.zeros_like(rollout.sample_B, dtype=torch.float32)
+            return rollout.final_BX.new_zeros(len(rollout.sample_B), dtype=torch.float32)
         difference_BTX = rollout.velocity_BTX.float() - reference_BTX.float()
         scale_T = rollout.transitions.rows(rollout.step_T, f"kl_{self.settings.kl}")
         return (scale_T * difference_BTX.square().flatten(2).mean(2)).sum(1)

@@ -131,7 +131,7 @@ def _ordered(value_B: Tensor, sample_B: Tensor) -> Tensor:
     by_sample = sample_B.argsort(descending=True)
     order = by_sample[value_B[by_sample].argsort(stable=True)]
     place_B = torch.empty_like(value_B)
-    place_B[order] = torch.arange(len(order), dtype=value_B.dtype, device=value_B.device)
+    place_B[order] = torch.arange(len(order), dtype=value_B.dtype)
     return place_B
 
 
@@ -245,7 +245,8 @@ def nearest_euclidean(
     """Euclidean distances within groups: to the nearest neighbour, and on average over pairs.
 
     As `nearest_cosine`: both fp32 [B], 0 in a group of one. Plain torch whatever `kernels` says:
-    features whose length means something are positions, few and short.
+    features whose length means something are positions, few and short. It waits for the device once
+    a group.
     """
     nearest_B = torch.zeros(len(features_BD), device=features_BD.device)
     mean_B = torch.zeros_like(nearest_B)
@@ -363,15 +364,25 @@ class Gardo(Wrapper):
             needs = replace(needs, teachers=gated)
         return needs
 
+    def measured(self, scores: Scores) -> Scores:
+        """With the distances `nearest` and `pairwise` of the features within groups."""
+        scores = super().measured(scores)
+        if not self.settings.diversity:
+            return scores
+        assert scores.features_BD is not None  # the recipe has them: `needs`
+        distances = METRICS[self.settings.diversity.metric]
+        nearest_B, pairwise_B = distances(scores.features_BD, scores.group_B, self.world.kernels)
+        found = {"nearest": nearest_B, "pairwise": pairwise_B}
+        return replace(scores, measures={**scores.measures, **found})
+
     def credit(self, scores: Scores) -> Credit:
         return self._gated(self._diverse(super().credit(scores), scores), scores)
 
     def _diverse(self, credit: Credit, scores: Scores) -> Credit:
         """Positive advantages scaled by how far an image is from the nearest of its group."""
-        if not self.settings.diversity or scores.features_BD is None:
+        if not self.settings.diversity:
             return credit
-        distances = METRICS[self.settings.diversity.metric]
-        nearest_B, pairwise_B = distances(scores.features_BD, scores.group_B, self.world.kernels)
+        nearest_B, pairwise_B = scores.measures["nearest"], scores.measures["pairwise"]
         factor_B = diversity_factor(
             nearest_B,
             credit.advantage_B,

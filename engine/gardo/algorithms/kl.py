@@ -73,12 +73,12 @@ def weighed(
     samples = update_B.bincount()
     gated = update_B[credit.gate_B].bincount(minlength=len(samples))
     weights = [*map(kl_weights, gated.tolist(), samples.tolist())]
-    table = torch.tensor(weights, dtype=torch.float32, device=update_B.device)
+    table = torch.tensor(weights, dtype=torch.float32)
     return replace(credit, kl_weight_B=table[update_B, 1 - credit.gate_B.long()])
 
 
 def asks_reference(points: Points, credit: Credit) -> Tensor:
-    """The rows whose KL weighs something, bool [R]."""
+    """The rows whose KL weighs something, bool [R], on the host."""
     return (credit.kl_weight_or_gate != 0)[points.sample_R]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import psutil
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
 from gardo.settings import Strict
-from gardo.types import Metrics, Phase, Record, mapped
+from gardo.types import Metrics, Phase
 
 
 class DistributedSettings(Strict):
@@ -111,11 +111,12 @@ class RolloutSettings(Strict):
         description="stage 3: gather the weights once a phase (iteration), or at every forward "
         "(step); auto: once if the plan sees room for it",
     )
-    batch: int | None = Field(
+    batch: Annotated[int, Field(ge=1)] | Literal["like_train"] | None = Field(
         None,
-        ge=1,
         description="images a sampling forward, each rank; as many as a micro-batch of training "
-        "has rows if left out",
+        "has rows if left out. like_train: every call of the model when sampling, by teachers and "
+        "in training has as many rows, short ones being filled up: one shape, so that kernels add "
+        "in one order, for up to a micro-batch of wasted rows a phase",
     )
     decode_batch: int | None = Field(
         None,
@@ -175,11 +176,6 @@ def gather_text(ranks: Ranks, text: str) -> list[str]:
     padded = torch.frombuffer(bytearray(data.ljust(size, b" ") or b" "), dtype=torch.uint8)
     rows = ranks.all_gather(padded.to(ranks.device)[None]).cpu()
     return [bytes(row.tolist()).decode().rstrip(" ") for row in rows]
-
-
-def gather_record(ranks: Ranks, record: Record) -> Record:
-    """A dataclass of [B, ...] tensors with the samples of all ranks, in rank order."""
-    return mapped(record, ranks.all_gather)
 
 
 def ranks_here(world: int) -> int:

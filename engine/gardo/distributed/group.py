@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,29 +28,28 @@ class Group:
         return gathered.bool() if boolean else gathered
 
     def agree_max(self, value: int) -> int:
-        """The largest value of all ranks."""
+        """The largest value of all ranks; the host waits for them."""
         if self.world == 1:
             return value
-        agreed = torch.tensor(value, dtype=torch.float64)
-        return int(self._all_reduce({"value": agreed}, dist.ReduceOp.MAX)["value"])
+        agreed = torch.full((), value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
 
     def reduce(self, metrics: Metrics) -> Metrics:
-        """Sums, counts and maxima over all ranks; every rank must have the same names."""
-        if self.world == 1:
-            return metrics
-        reduced = Metrics()
-        reduced.sums = self._all_reduce(metrics.sums, dist.ReduceOp.SUM)
-        reduced.maxima = self._all_reduce(metrics.maxima, dist.ReduceOp.MAX)
-        return reduced
+        """Sums, counts and maxima over all ranks, on the host; every rank must have the same names.
 
-    def _all_reduce(self, values: Mapping[str, Tensor], operation: Any) -> dict[str, Tensor]:
-        """fp64 tensors of one shape by name, over all ranks; on the host."""
-        if not values:
-            return {}
-        names = sorted(values)
-        stacked = torch.stack([values[n] for n in names]).to(self.device)
-        dist.all_reduce(stacked, operation)
-        return dict(zip(names, stacked.cpu(), strict=True))
+        One gather and one copy, for which the host waits, whatever the number of metrics.
+        """
+        sums, maxima = sorted(metrics.sums), sorted(metrics.maxima)
+        if not sums and not maxima:
+            return metrics
+        pieces = [metrics.sums[n] for n in sums] + [metrics.maxima[n][None] for n in maxima]
+        of_ranks = self.all_gather(torch.cat(pieces)[None]).cpu()
+        reduced = Metrics()
+        pairs = of_ranks[:, : 2 * len(sums)].sum(0).view(-1, 2)
+        reduced.sums = dict(zip(sums, pairs, strict=True))
+        reduced.maxima = dict(zip(maxima, of_ranks[:, 2 * len(sums) :].amax(0), strict=True))
+        return reduced
 
     def barrier(self) -> None:
         if self.world > 1:

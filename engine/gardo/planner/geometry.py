@@ -15,9 +15,16 @@ class Geometry:
     samples: int  # images sampled by this rank
     first: int  # index of the first of them in the step
     sampled: int  # images of a sampling forward
+    fill: bool  # short calls of sampling and teachers are filled up to as many rows
     rows: int  # training rows of an update
     micro_batch: int  # rows of a forward and backward
     accumulation: int  # micro-batches of an update
+
+    @property
+    def sampled_rows(self) -> int:
+        """Images that go through the model at each denoise step, those that fill up included."""
+        calls = -(-self.samples // self.sampled)
+        return calls * self.sampled if self.fill else self.samples
 
 
 def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -> Geometry:
@@ -48,10 +55,12 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
             f"({samples // updates} samples x {steps} steps) of an update on each of "
             f"{world} ranks. Nearest that do: {' or '.join(map(str, near))}."
         )
+    batch = recipe.rollout.batch
     return Geometry(
         samples=samples,
         first=rank * samples,
-        sampled=min(samples, recipe.rollout.batch or micro_batch),
+        sampled=micro_batch if batch == "like_train" else min(samples, batch or micro_batch),
+        fill=batch == "like_train",
         rows=rows,
         micro_batch=micro_batch,
         accumulation=rows // micro_batch,

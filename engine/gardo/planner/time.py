@@ -41,7 +41,7 @@ def seconds(recipe: Recipe, shadow: Shadow, plan: Geometry, world: int, nodes: i
     rows = plan.rows * recipe.train.updates_per_step
     again = AGAIN[recipe.train.activation_checkpointing]
     flops = {
-        "sample": plan.samples * recipe.sampler.steps * forward,
+        "sample": plan.sampled_rows * recipe.sampler.steps * forward,
         "teachers": rows * recipe.teachers_per_row * forward,
         "train": rows * (both + again * forward),
     }

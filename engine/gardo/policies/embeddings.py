@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gardo.files import write_atomically
+from gardo.types import to_device
 
 Residence = Literal["resident", "offload", "free"]
 Text = dict[str, Tensor]
@@ -72,7 +73,9 @@ class Embeddings:
         if new:
             found |= self._encoded(new)
         texts = [text for prompt in prompts if (text := found[prompt])]
-        return {name: torch.cat([t[name] for t in texts]).to(self._device) for name in texts[0]}
+        return {
+            name: to_device(torch.cat([t[name] for t in texts]), self._device) for name in texts[0]
+        }
 
     def free(
         self,

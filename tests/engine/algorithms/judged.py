@@ -52,3 +52,8 @@ def uncertain(k, count=100):
     """Scores whose mean positive uncertainty is k (count - k) / count^2: k win rates up for all."""
     ascending = torch.arange(float(count))
     return scores_of(ascending.roll(-k), {"a": ascending})
+
+
+def credit_of(algorithm, scores):
+    """As the loop asks for it."""
+    return algorithm.credit(algorithm.measured(scores))

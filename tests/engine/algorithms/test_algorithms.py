@@ -5,10 +5,11 @@ import torch
 
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.awm import AWM, AWMSettings
-from gardo.algorithms.base import SamplerSettings
+from gardo.algorithms.base import SamplerSettings, World
 from gardo.algorithms.diffusion_nft import DiffusionNFT, DiffusionNFTSettings
 from gardo.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from gardo.algorithms.refl import ReFL, ReFLSettings
+from gardo.flow import sd3_sigmas
 from gardo.types import Metrics
 from tests.engine.algorithms.linear_policy import (
     COUNT,
@@ -77,3 +78,14 @@ def test_advantage_settings_reach_the_credit():
         advantage = algorithm.credit(scores_of(rollout)).advantage_B
         expected = [-3.5, -0.5, -0.5, 4.5, 0.5, -2.5, 3.5, -1.5]
         assert advantage.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_table_and_the_seed_are_sent_to_a_device_once():
+    world = World(sampler=SamplerSettings(steps=4, train_steps=2), sigmas=sd3_sigmas(4), seed=5)
+    table, meta = world.transitions("flow"), torch.device("meta")
+    assert world.transitions(["flow"] * 4).table_TK.equal(table.table_TK)
+    assert world.transitions("flow") is table and world.transitions("ode") is not table
+    assert world.transitions("flow", sd3_sigmas(5)).steps == 5
+    assert table.to(meta) is table.to("meta") and table.to(meta).table_TK.device == meta
+    assert world.seed_on(meta) is world.seed_on(meta) and world.seed_on(meta).device == meta
+    assert world.seed_on(torch.device("cpu")).tolist() == [5]

@@ -280,7 +280,7 @@ def test_golden_ratios(name, sde, level, ratio):
         sample_B=zero, group_B=zero, prompt_B=zero, prompts=("",), conditioning={}, final_BX=X,
         images_B3HW=torch.zeros(1, 3, 1, 1), step_T=zero + 2, state_BTX=X[:, None],
         u_BTX=table.column("u_scale")[2] * NOISE[:, None], velocity_BTX=V[:, None],
-        transitions=table, seed=0, step=0,
+        transitions=table, seed=0, seed_1=zero, step=0,
     )  # fmt: skip
     credit = algorithm.credit(
         dataclasses.replace(

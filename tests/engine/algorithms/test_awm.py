@@ -21,6 +21,7 @@ from gardo.rollout import noise_id, teach
 from gardo.streams import Stream
 from gardo.types import Metrics
 from gardo_kernels import random_normal
+from tests.engine.algorithms.judged import credit_of
 from tests.engine.algorithms.linear_policy import (
     COUNT,
     SEED,
@@ -280,7 +281,7 @@ def test_gardo_around_awm_one_mechanism_at_a_time(part):
     slots = engine.make_slots(algorithm.slots)
     rollout = roll(policy, algorithm)
     scores = judged(rollout)
-    plain, credit = algorithm.base.credit(scores), algorithm.credit(scores)
+    plain, credit = algorithm.base.credit(scores), credit_of(algorithm, scores)
     assert torch.equal(plain.advantage_B, credit.advantage_B) == (part != "diversity")
     gated = int(credit.gate_B.sum())
     assert gated == (2 if part == "gate" else COUNT)

@@ -25,6 +25,7 @@ from gardo.distributed.optimizers import OptimizerSettings
 from gardo.types import Credit, Metrics, Points
 from tests.engine.algorithms.judged import (
     SAMPLER,
+    credit_of,
     gardo,
     random_scores,
     scores_of,
@@ -46,7 +47,7 @@ THREE_GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
 def test_diversity_scales_positive_advantages(normalise, expected):
     scores = scores_of([1, 0.8, 0, 1, 0, 3], group=THREE_GROUPS, features=FEATURES * 7)
     base = FlowGRPOSettings(advantage=AdvantageSettings(std="none"))
-    credit = gardo(base, diversity=DiversitySettings(normalise=normalise)).credit(scores)
+    credit = credit_of(gardo(base, diversity=DiversitySettings(normalise=normalise)), scores)
     assert credit.advantage_B.tolist() == pytest.approx(expected, abs=1e-6)
     assert credit.info["nearest"] == pytest.approx(2.5 / 6, abs=1e-6)
     # Mean pairwise distances 4/3, 0 and 0, times 100, over the images.
@@ -68,11 +69,10 @@ def test_the_metric_is_the_settings():
     features = torch.tensor([[1.0, 0], [3, 0], [0, 1]])  # two of one direction, but 2 apart
     base = FlowGRPOSettings(advantage=AdvantageSettings(std="none"))
     scores = scores_of([1, 1, -2], features=features)
+    by = {m: DiversitySettings(metric=m, normalise="raw") for m in ("cosine", "euclidean")}
     raw = {
-        metric: gardo(base, diversity=DiversitySettings(metric=metric, normalise="raw"))
-        .credit(scores)
-        .advantage_B.tolist()
-        for metric in ("cosine", "euclidean")
+        metric: credit_of(gardo(base, diversity=settings), scores).advantage_B.tolist()
+        for metric, settings in by.items()
     }
     assert raw["cosine"] == pytest.approx([0, 0, -2], abs=1e-6)
     assert raw["euclidean"] == pytest.approx([2**0.5, 2, -2])
@@ -110,7 +110,7 @@ def test_diversity_factor_by_hand():
 def test_each_mechanism_touches_its_own_field(base, parts, same):
     scores = random_scores()
     wrapper = gardo(base, **parts)
-    plain, credit = wrapper.base.credit(scores), wrapper.credit(scores)
+    plain, credit = wrapper.base.credit(scores), credit_of(wrapper, scores)
     assert plain.gate_B.all() and plain.advantage_B.any()
     assert torch.equal(plain.advantage_B, credit.advantage_B) == ("advantage" in same)
     assert torch.equal(plain.gate_B, credit.gate_B) == ("gate" in same)

@@ -23,6 +23,7 @@ from gardo.flow import sd3_sigmas
 from gardo.recipe_errors import RecipeError
 from gardo.types import Scores
 from tests import ROOT
+from tests.engine.algorithms.judged import credit_of
 
 BASES = {"flow_grpo": (FlowGRPO, FlowGRPOSettings), "awm": (AWM, AWMSettings),
          "diffusion_nft": (DiffusionNFT, DiffusionNFTSettings)}  # fmt: skip
@@ -199,7 +200,7 @@ def test_the_two_signs_gate_disjoint_samples(seed):
     }
     assert int(gates["paper"].sum()) == int(gates["official_code"].sum()) == 40
     assert not (gates["paper"] & gates["official_code"]).any()
-    presets = [preset(name).credit(scores).gate_B for name in PRESETS]
+    presets = [credit_of(preset(name), scores).gate_B for name in PRESETS]
     assert presets[0].any() and presets[1].any() and not (presets[0] & presets[1]).any()
 
 

@@ -207,5 +207,6 @@ def test_a_recipe_names_it(own):
 
 def test_gardo_is_a_wrapper_that_mentions_its_mechanisms_alone():
     assert public(Gardo) == {
-        "check", "needs", "credit", "after_update", "after_step", "state_dict", "load_state_dict"
+        "check", "needs", "measured", "credit", "after_update", "after_step", "state_dict",
+        "load_state_dict",
     }  # fmt: skip

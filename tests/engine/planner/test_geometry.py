@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return load(written(tmp_path_factory.mktemp("good")))
 
 
-def changed(recipe: Recipe, **sections: dict[str, int | None]) -> Recipe:
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """The recipe with fields of its sections replaced."""
     return recipe.model_copy(
         update={
@@ -81,6 +82,21 @@ def test_micro_batches_that_do_not_divide_are_told_what_would(
     for better in offered:
         plan = geometry(changed(good, train={"micro_batch": better}), rank=1, world=2)
         assert plan.micro_batch == better and plan.accumulation * better == 144
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "sampled", "rows"),
+    [(None, 36, 36, 48), (None, 72, 48, 48), (7, 36, 7, 48), (100, 36, 48, 48),
+     ("like_train", 36, 36, 72), ("like_train", 48, 48, 48), ("like_train", 72, 72, 72)],
+)  # fmt: skip
+def test_images_of_a_sampling_forward(
+    batch: int | str | None, micro_batch: int, sampled: int, rows: int, good: Recipe
+) -> None:
+    """48 samples a rank; `like_train` fills calls up to a micro-batch, no other batch does."""
+    recipe = changed(good, train={"micro_batch": micro_batch}, rollout={"batch": batch})
+    plan = geometry(recipe, rank=0, world=2)
+    assert (plan.sampled, plan.sampled_rows) == (sampled, rows)
+    assert plan.fill == (batch == "like_train")
 
 
 def test_all_of_an_update_goes_at_once_without_micro_batch(good: Recipe) -> None:
