@@ -77,6 +77,11 @@ class RunSettings(Strict):
         description="only kernels that give the same bits every time, on a GPU slower; a CPU has "
         "no others",
     )
+    bf16_reduced_precision_reduction: bool = Field(
+        False,
+        description="lets a GPU add up the parts of a bf16 matmul in bf16, torch's default; fp32 "
+        "keeps the small ones",
+    )
 
 
 class Recipe(Strict):
