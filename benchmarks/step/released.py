@@ -276,7 +276,8 @@ class Released:
         info["ratio_error"].append(out.log_ratio_R.expm1().abs().mean())
         self.accelerator.backward(out.loss)
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(loaded.trained, self.recipe.train.max_grad_norm)
+            limit = self.recipe.train.max_grad_norm
+            self.accelerator.clip_grad_norm_(loaded.transformer.parameters(), limit)
         loaded.optimizer.step()
         loaded.optimizer.zero_grad()
 
