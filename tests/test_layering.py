@@ -32,9 +32,10 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "files":         "|",
     "types":         "| torch",
     "contract":      "types |",
+    "beside":        "types | torch",
     "data":          "types gardo_kernels | torch",
     "flow":          "types gardo_kernels | torch",
-    "rollout":       "types flow gardo_kernels | torch",
+    "rollout":       "types beside flow gardo_kernels | torch",
     "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate bitsandbytes",

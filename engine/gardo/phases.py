@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from gardo.rollout import (
     update_of,
 )
 from gardo.session import Session
-from gardo.types import Batch, Credit, Metrics, Points, Rollout, Scores, to_device, together
+from gardo.types import Batch, Credit, Metrics, Points, Prompt, Rollout, Scores, to_device, together
 
 
 def sampled(s: Session, step: int) -> Rollout:
@@ -55,10 +56,20 @@ def sampled(s: Session, step: int) -> Rollout:
             micro_batch=s.geometry.sampled,
             fill=s.geometry.fill,
             seed_1=s.algorithm.world.seed_on(s.engine.device),
+            finish=partial(finished, s, step) if recipe.rollout.overlap else None,
+            beside=s.beside,
             kernels=recipe.kernels,
         )
     with s.progress.phase("teachers"):
         return taught_before_credit(s, rollout, plan.teachers)
+
+
+def finished(
+    s: Session, step: int, latents_BX: Tensor, prompts: Sequence[Prompt]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images of latents, and what the rewards say of them that need no other image."""
+    images_B3HW = s.policy.decode(latents_BX)
+    return images_B3HW, s.panel.alone(images_B3HW, prompts, step)
 
 
 def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) -> Rollout:
@@ -86,6 +97,7 @@ def scored(s: Session, rollout: Rollout) -> Scores:
         seed=rollout.seed,
         step=rollout.step,
         gather=s.engine.all_gather,
+        said=rollout.values,
     )
     scores = replace(scores, kl_B=s.algorithm.trajectory_kl(rollout))
     scores = s.algorithm.measured(together(scores, s.engine.all_gather))

@@ -92,6 +92,16 @@ def _diversity_fits(recipe: Recipe) -> None:
 
 
 def _distributed_fits(recipe: Recipe) -> None:
+    if recipe.rollout.overlap and recipe.distributed.precision == "float32":
+        in_tf32 = [
+            n for n, r in reward_settings(recipe).items() if getattr(r, "dtype", "") == "tf32"
+        ]
+        if in_tf32:
+            raise ValueError(
+                f"rollout.overlap: rewards.{in_tf32[0]} in TF32 would have a model in float32 "
+                "sampled in TF32 now and then; use distributed.precision: bfloat16, or give the "
+                "reward dtype: float32"
+            )
     check_base(
         recipe.model.base,
         trains_all=recipe.train.weights.kind == "full",

@@ -16,11 +16,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gardo.beside import Beside
 from gardo.streams import Stream
 from gardo.types import (
     Batch,
@@ -39,6 +41,10 @@ from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed
 def noise_id(step: int, sample_B: Tensor) -> Tensor:
     """The global identity of samples: int64, the training step in the high 32 bits."""
     return (step << 32) + sample_B
+
+
+# latents [B, X] and their prompts -> images, and what rewards said of them: fp32 [B], or [B, D]
+Finish = Callable[[Tensor, Sequence[Prompt]], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class FlowModel(Protocol):
@@ -85,21 +91,28 @@ def sample(
     micro_batch: int | None = None,
     fill: bool = False,
     seed_1: Tensor | None = None,
+    finish: Finish | None = None,
+    beside: Beside | None = None,
     kernels: Backend = "auto",
 ) -> Rollout:
     """Samples first .. first + count of the step's P x G images, on this rank.
 
     `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go
     through the model at once; `fill` repeats the last one until a short call has as many. `seed_1`
-    is the seed on the device, where the run keeps it (`World.seed_on`).
+    is the seed on the device, where the run keeps it (`World.seed_on`). `finish` makes images of a
+    micro-batch's latents, and perhaps scores them, `beside` the sampling of the next; without it
+    they are decoded.
     """
+    finish = finish or (lambda x, prompts: (policy.decode(x), {}))
+    beside = beside or Beside(device, on=False)
     sample_B = torch.arange(first, first + count)
     group_B = sample_B // images_per_prompt
     groups = groups_of(first, count, images_per_prompt)
     conditioning = policy.encode([prompts[group] for group in groups])
     prompt_B = group_B - groups.start
     seed_1 = to_device(seed_tensor(seed, "cpu"), device) if seed_1 is None else seed_1
-    parts = []
+    of_sample = tuple(prompts[g] for g in group_B.tolist())
+    parts, finishing = [], []
     for rows, kept in calls_of(torch.arange(count), micro_batch or count, fill=fill):
         identity_B = noise_id(step, sample_B[rows])
         first_B = noise_id(step, group_B[rows] * images_per_prompt)
@@ -110,15 +123,19 @@ def sample(
             to_device(identity_B, device), kernels,
         )  # fmt: skip
         parts.append([tensor[:kept] for tensor in part])
+        x, prompts_here = parts[-1][0], [of_sample[row] for row in rows[:kept].tolist()]
+        finishing.append(beside.begin(partial(finish, x, prompts_here), [x]))
+    finished = [wait() for wait in finishing]
     final_BX, state_BTX, u_BTX, velocity_BTX = (torch.cat(p) for p in zip(*parts, strict=True))
     return Rollout(
         sample_B=sample_B,
         group_B=group_B,
         prompt_B=prompt_B,
-        prompts=tuple(prompts[g] for g in group_B.tolist()),
+        prompts=of_sample,
         conditioning=conditioning,
         final_BX=final_BX,
-        images_B3HW=torch.cat([policy.decode(x) for x, *_ in parts]),
+        images_B3HW=torch.cat([images for images, _ in finished]),
+        values={name: torch.cat([v[name] for _, v in finished]) for name in finished[0][1]},
         step_T=torch.tensor(plan.record, dtype=torch.int64),
         state_BTX=state_BTX,
         u_BTX=u_BTX,

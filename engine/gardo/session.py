@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from gardo.algorithms.base import Algorithm, World, build
+from gardo.beside import Beside
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
 from gardo.distributed.base import Engine, ranks_here
@@ -67,6 +68,7 @@ class Session:
     checkpoints: Checkpoints
     prompts: Sequence[Prompt]
     ctx: LossContext
+    beside: Beside
     log: MetricsLog | None
     progress: Progress
     average: Average | None = None  # of the weights, where the recipe asks for one
@@ -352,6 +354,7 @@ def open_session(
         checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel.differentiable_score),
+        beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
         log=None,
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,

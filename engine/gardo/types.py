@@ -139,6 +139,7 @@ class Rollout:
     seed_1: Tensor  # int64 [1], the seed on the device, as kernels read it
     step: int
     velocities: Mapping[str, Tensor] = field(default_factory=dict)  # of teachers: [B, T, X]
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # of rewards that spoke already
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,11 @@ class RolloutSettings(Strict):
         "in training has as many rows, short ones being filled up: one shape, so that kernels add "
         "in one order, for up to a micro-batch of wasted rows a phase",
     )
+    overlap: bool = Field(
+        False,
+        description="decode and score a micro-batch while the next is sampled: in a thread, on a "
+        "GPU in a stream of its own. Rewards then see a micro-batch at a time",
+    )
     decode_batch: int | None = Field(
         None,
         ge=1,

@@ -258,6 +258,10 @@ class Counted:
         at_once = min(recipe.rollout.decode_batch or self.shadow.policy.decode_batch, plan.sampled)
         common = (self._gathered(recipe, world, once=True), self._dequantised(recipe))
         recorded = (*common, self._recorded(recipe, plan))
+        drawn: tuple[Part, ...] = recorded
+        if recipe.rollout.overlap:
+            beside = max(self.cost("decoding", at_once), self._scoring(recipe, plan))
+            drawn = (*recorded, Part("decoded and scored beside", beside))
 
         def phase(
             name: str, parts: tuple[Part, ...], kind: str, count: int, least: int = 0
@@ -267,7 +271,7 @@ class Counted:
 
         return (
             self._encoding(recipe),
-            phase("sample", recorded, "sampling", plan.sampled),
+            phase("sample", drawn, "sampling", plan.sampled),
             phase("decode", recorded, "decoding", at_once),
             phase("teachers", recorded, "sampling", plan.micro_batch),
             # images are scored where they are drawn

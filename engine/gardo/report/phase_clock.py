@@ -9,6 +9,7 @@ of torch.profiler anywhere.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +49,7 @@ class PhaseClock:
         self.clock = clock
         self.memory = PeakMemory(device)
         self._on_gpu = device.type == "cuda"
+        self._thread = threading.get_ident()
         self._running: list[str] = []
         self._counts: dict[str, Spent] = {}
         self._marks: list[tuple[str, Any]] = [(OTHER, self._instant())]  # what runs from then on
@@ -57,9 +59,22 @@ class PhaseClock:
         """The innermost phase now running."""
         return self._running[-1] if self._running else OTHER
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether this is another thread than the one that is measured."""
+        return threading.get_ident() != self._thread
+
     @contextmanager
     def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
-        """Counts the block as the phase; entered again, it adds up. With rows it is a call."""
+        """Counts the block as the phase; entered again, it adds up. With rows it is a call.
+
+        In another thread than the clock's own it has rows and no seconds: they pass beside.
+        """
+        if self.is_beside:
+            if rows:
+                self._count(name, rows)
+            yield
+            return
         with record_function(name), self._range(name):
             self._switch(lambda: self._running.append(name))
             if rows:
@@ -71,7 +86,10 @@ class PhaseClock:
 
     def count(self, rows: int) -> None:
         """A call of a model with so many rows, in the phase now running."""
-        spent = self._counts.setdefault(self.running, Spent())
+        self._count(self.running, rows)
+
+    def _count(self, name: str, rows: int) -> None:
+        spent = self._counts.setdefault(name, Spent())
         spent.calls += 1
         spent.rows += rows
 
@@ -94,6 +112,8 @@ class PhaseClock:
             seconds = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
             counted = self._counts.pop(name, None) or Spent()
             taken.setdefault(name, counted).seconds += seconds
+        for name in list(self._counts):  # of phases that ran beside
+            taken.setdefault(name, self._counts.pop(name))
         if OTHER in taken:
             taken[OTHER] = taken.pop(OTHER)  # last
         self._marks = self._marks[-1:]

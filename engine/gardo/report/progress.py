@@ -64,6 +64,10 @@ class Progress:
     @contextmanager
     def phase(self, name: str, *, rows: int = 0) -> Iterator[None]:
         """Measure the block as a phase (phase_clock.py), and show it."""
+        if self.phases.is_beside:
+            with self.phases.phase(name, rows=rows):
+                yield
+            return
         started = self._clock()
         if len(self._finished) < 2 and self._taken:
             self._finished = deque([started], maxlen=_ETA_STEPS + 1)  # loading is not a step

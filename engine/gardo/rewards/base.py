@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -156,7 +157,7 @@ def weights_dtype(dtype: str) -> torch.dtype:
 
 
 def provides(plugin: type[Reward], method: str) -> bool:
-    """Whether a reward has its own `score` or `compare`."""
+    """Whether a reward has its own `score`, `compare` or `score_together`."""
     return getattr(plugin, method) is not getattr(Reward, method)
 
 
@@ -181,22 +182,21 @@ class Panel:
         seed: int = 0,
         step: int = 0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        said: Mapping[str, Tensor] | None = None,
     ) -> Scores:
         """Scores of this rank's images; non-finite values are masked. All ranks call it.
 
-        Held-out rewards are scored in the steps that their `every` divides.
+        Held-out rewards are scored in the steps that their `every` divides. What `alone` has
+        `said` of these images is not asked again.
         """
         place = Gathering(sample_B, group_B, seed, step, gather)
         values: dict[str, Tensor] = {}
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
-        for name, reward in self.rewards.items():
-            if step % reward.settings.every:
-                continue
-            kind = "features" if reward.gives_features else "reward"
-            with self.phase(kind, rows=len(prompts)), reward.precision():
-                value = reward.score_together(images_B3HW, prompts, place)
-            _check_shape(value, len(prompts), reward)
+        said = said or {}
+        for name, reward in self._due(step).items():
+            ask = partial(reward.score_together, images_B3HW, prompts, place)
+            value = said[name] if name in said else self._asked(reward, ask, len(prompts))
             if reward.gives_features:
                 features_valid_B = value.isfinite().all(-1)
                 features = torch.where(features_valid_B[:, None], value.float(), 0.0)
@@ -218,6 +218,28 @@ class Panel:
             auxiliaries=self.names("auxiliary"),
             features_BD=features,
         )
+
+    @torch.no_grad()
+    def alone(
+        self, images_B3HW: Tensor, prompts: Sequence[Prompt], step: int = 0
+    ) -> dict[str, Tensor]:
+        """What the rewards say that need no other image: some of a rank's images, no collective."""
+        return {
+            name: self._asked(reward, partial(reward.score, images_B3HW, prompts), len(prompts))
+            for name, reward in self._due(step).items()
+            if not provides(type(reward), "score_together")
+        }
+
+    def _due(self, step: int) -> dict[str, Reward]:
+        return {n: r for n, r in self.rewards.items() if step % r.settings.every == 0}
+
+    def _asked(self, reward: Reward, ask: Callable[[], Tensor], count: int) -> Tensor:
+        """The value of so many images, measured and in the reward's precision."""
+        kind = "features" if reward.gives_features else "reward"
+        with self.phase(kind, rows=count), reward.precision():
+            value = ask()
+        _check_shape(value, count, reward)
+        return value
 
     def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The weighted sum of the proxies with gradients to the images, fp32 [B]."""
