@@ -8,7 +8,11 @@ A baseline: the procedure of train_flux_grpo_gardo.py and train_sd3_grpo_gardo.p
 What it does that costs time, it does on purpose: prompts are encoded for every batch again; one
 time step of a micro-batch goes through the model at a time; the reference goes through it for every
 row, gated or not; Flux trains samples without an advantage; rewards, features and metrics go to the
-host where theirs do. Between the ranks nothing is shared but what accelerate shares.
+host where theirs do.
+
+Left out, for the baseline's good: evaluations, checkpoints and logged pictures; 8-bit PIL images
+for their scorers; the graph that their DINOv3 call builds and drops; the data loader's worker.
+Groups are dealt over all batches of an iteration, so a batch need not hold whole ones.
 
 FILE has the iterations: seconds, seconds by phase, transformer calls and rows by phase, and enough
 numbers to see that it trains. The first iteration warms up.
@@ -37,6 +41,7 @@ from torch import Tensor
 from core_ops.released import policy_loss
 from gardo.config import load
 from gardo.data import step_prompts
+from gardo.distributed.base import leave_process_group
 from gardo.machine import ranks, use_threads
 from gardo.planner import geometry
 from gardo.recipe import Recipe
@@ -48,7 +53,7 @@ from step.clock import Calls, Clock
 from step.executed import Executed
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio
 from step.released_families import Samples, same_noise
-from step.released_setup import Average, Loaded, check, prepare
+from step.released_setup import Average, Loaded, check, copy_weights, prepare
 
 PROMPT_TOKENS = 256
 INFO = ("approx_kl", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one", "policy_loss", "kl_loss")
@@ -188,7 +193,7 @@ class Released:
         after = self.reference.reset_iterations
         due = self.reset or (after is not None and epoch - self.reset_at >= after)
         if due:
-            self.loaded.reset_reference()
+            copy_weights(self.loaded.trained, self.loaded.old)
             self.reset, self.reset_at = False, epoch
         return due
 
@@ -300,7 +305,10 @@ def run(
     images = recipe.data.prompts_per_step * recipe.data.images_per_prompt
     batches = images // (batch * world)
     accumulation = batches // recipe.train.updates_per_step * recipe.sampler.train_steps
-    loaded = prepare(recipe, engine=engine, batch=batch, accumulation=accumulation)
+    try:
+        loaded = prepare(recipe, engine=engine, batch=batch, accumulation=accumulation)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{source}: {error}") from error
     released = Released(recipe, loaded, batch)
     executed = Executed(loaded.family.pipeline.transformer)
     records = []
@@ -355,6 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2
+    leave_process_group()
     if rank == 0:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

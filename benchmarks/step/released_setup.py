@@ -40,10 +40,10 @@ class Loaded:
     trained: list[nn.Parameter]
     old: list[nn.Parameter]
 
-    def reset_reference(self) -> None:
-        """The reference becomes the policy."""
-        for source, target in zip(self.trained, self.old, strict=True):
-            held(target).copy_(held(source))
+
+def copy_weights(sources: Sequence[nn.Parameter], targets: Sequence[nn.Parameter]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        held(target).copy_(held(source))
 
 
 def held(parameter: nn.Parameter) -> Tensor:
@@ -97,8 +97,8 @@ def prepare(recipe: Recipe, *, engine: str, batch: int, accumulation: int) -> Lo
     find_rewards(recipe)
     pipeline = _pipeline(recipe, accelerator)
     model = pipeline.transformer
-    trained, old = _trainable(model, "default"), _trainable(model, "old")
-    _trainable(model, "default")
+    old, trained = _trainable(model, "old"), _trainable(model, "default")
+    copy_weights(trained, old)
     settings = recipe.train.optimizer
     optimizer = torch.optim.AdamW(
         trained,
@@ -107,22 +107,14 @@ def prepare(recipe: Recipe, *, engine: str, batch: int, accumulation: int) -> Lo
         weight_decay=settings.weight_decay,
         eps=settings.eps,
     )
-    loaded = Loaded(
-        accelerator=accelerator,
-        family=FAMILIES[recipe.model.family](pipeline, recipe, accelerator.device),
-        panel=build_panel(recipe, accelerator.device),
-        transformer=None,
-        optimizer=None,
-        trained=trained,
-        old=old,
-    )
-    loaded.reset_reference()
+    panel = build_panel(recipe, accelerator.device)
     if accelerator.state.deepspeed_plugin:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = batch
-    loaded.transformer, loaded.optimizer = accelerator.prepare(model, optimizer)
-    loaded.family.prepare()
-    return loaded
+    transformer, optimizer = accelerator.prepare(model, optimizer)
+    family = FAMILIES[recipe.model.family](pipeline, recipe, accelerator.device)
+    family.prepare()
+    return Loaded(accelerator, family, panel, transformer, optimizer, trained, old)
 
 
 def _accelerator(
