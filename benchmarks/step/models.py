@@ -67,7 +67,7 @@ class TiedToneSettings(real_width.ToneSettings):
 
 
 class TiedTone(real_width.Tone):
-    """`Tone`, but that all images of a share of an iteration's groups have the same value."""
+    """`Tone`, but that all images of a share of an iteration's groups have the best value, 1."""
 
     Settings: ClassVar[type[RewardSettings]] = TiedToneSettings
 
@@ -77,7 +77,7 @@ class TiedTone(real_width.Tone):
         """Of n groups round(n share) tie, and the same ones every time."""
         share = self.settings.share
         before_B, after_B = ((share * (place.group_B + k) + 0.5).floor() for k in (0, 1))
-        return torch.where(after_B > before_B, 0.5, self.score(images_B3HW, prompts))
+        return torch.where(after_B > before_B, 1.0, self.score(images_B3HW, prompts))
 
 
 class Flops(NamedTuple):

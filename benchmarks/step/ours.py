@@ -23,19 +23,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from core_ops.counting import Counter
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.machine import ranks
-from gardo.planner.live import CPU_ATTENTION
 from gardo.planner.time import AGAIN
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import step_records
 from gardo.session import Session, open_session
 from gardo.train import train
 from gardo.types import Credit, Points
+from step.executed import Executed
 from step.flops import counted
 
 PEAKS = {"H100": 989e12, "H200": 989e12}  # FLOP/s, published: bf16, dense
@@ -89,29 +87,25 @@ SIDES = {
 
 
 class Meter:
-    """Ends of iterations, in the place of a profile: counts what a side is asked to count."""
+    """Ends of iterations, in the place of a profile: watches modules in the first, which warms up,
+    and counts what one later executes, if asked to."""
 
     def __init__(self, session: Session, *, count_at: int | None) -> None:
-        self._stack, self._at, self._step = ExitStack(), count_at, 0
-        self.counter = Counter()
-        self.executed = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        self._transformer, phases = session.policy.transformer, session.progress.phases
-        self.flops = self._stack.enter_context(counted(self._transformer, lambda: phases.running))
+        transformer, phases = session.policy.transformer, session.progress.phases
+        self._watching, self._at, self._step = ExitStack(), count_at, 0
+        self.flops = self._watching.enter_context(counted(transformer, lambda: phases.running))
+        self.executed = Executed(transformer)
 
     def step(self) -> None:
-        """An iteration has ended. Modules are watched in the first one, which warms up."""
+        """An iteration has ended."""
         self._step += 1
-        self._stack.close()
+        self.close()
         if self._step == self._at:
-            self._stack.enter_context(self.counter)
-            self._stack.enter_context(self.executed)
+            self.executed.start()
 
     def close(self) -> None:
-        self._stack.close()
-
-    def executed_flops(self) -> int:
-        """Of the transformer in the iteration that was counted, by torch's own counter."""
-        return sum(self.executed.get_flop_counts()[type(self._transformer).__name__].values())
+        self._watching.close()
+        self.executed.stop()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -153,9 +147,8 @@ def run(recipe_path: str, sets: list[str], side: Side, count: bool) -> dict[str,
         "peak_bytes": peak,
         "row_flops": row_flops(meter, recipe.train.activation_checkpointing, iterations[0]),
         "iterations": iterations,
-        **({"launches": meter.counter.launches, "waits": meter.counter.syncs,
-            "flops": meter.executed_flops()} if count else {}),
-    }  # fmt: skip
+        **(meter.executed.counts() if count else {}),
+    }
 
 
 def row_flops(meter: Meter, checkpointing: str, first: dict[str, Any]) -> dict[str, float]:

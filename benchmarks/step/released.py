@@ -41,9 +41,11 @@ from gardo.machine import ranks, use_threads
 from gardo.planner import geometry
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
+from gardo.report.memory import PeakMemory
 from gardo.rewards.base import Gathering, Panel
 from gardo.types import Prompt
 from step.clock import Calls, Clock
+from step.executed import Executed
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio
 from step.released_families import Samples, same_noise
 from step.released_setup import Average, Loaded, check, prepare
@@ -274,7 +276,8 @@ class Released:
         info["ratio_error"].append(out.log_ratio_R.expm1().abs().mean())
         self.accelerator.backward(out.loss)
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(loaded.trained, self.recipe.train.max_grad_norm)
+            limit = self.recipe.train.max_grad_norm
+            self.accelerator.clip_grad_norm_(loaded.transformer.parameters(), limit)
         loaded.optimizer.step()
         loaded.optimizer.zero_grad()
 
@@ -288,8 +291,10 @@ class Released:
         return {name: value.item() for name, value in means.items()}
 
 
-def run(recipe: Recipe, *, engine: str, batch: int, iterations: int, source: str) -> dict[str, Any]:
-    """The iterations of a recipe, on as many ranks as were started."""
+def run(
+    recipe: Recipe, *, engine: str, batch: int, iterations: int, count: bool, source: str
+) -> dict[str, Any]:
+    """The iterations of a recipe, on as many ranks as were started; `count` counts the last one."""
     _, _, world = ranks()
     check(recipe, batch, world, source)
     images = recipe.data.prompts_per_step * recipe.data.images_per_prompt
@@ -297,6 +302,13 @@ def run(recipe: Recipe, *, engine: str, batch: int, iterations: int, source: str
     accumulation = batches // recipe.train.updates_per_step * recipe.sampler.train_steps
     loaded = prepare(recipe, engine=engine, batch=batch, accumulation=accumulation)
     released = Released(recipe, loaded, batch)
+    executed = Executed(loaded.family.pipeline.transformer)
+    records = []
+    for epoch in range(iterations):
+        if count and epoch == iterations - 1:
+            executed.start()
+        records.append(released.iterate(epoch))
+    executed.stop()
     return {
         "engine": engine,
         "stage": recipe.distributed.stage if engine == "zero" else None,
@@ -304,7 +316,9 @@ def run(recipe: Recipe, *, engine: str, batch: int, iterations: int, source: str
         "batch": batch,
         "device": str(released.device),
         "dtype": recipe.distributed.precision,
-        "iterations": [released.iterate(epoch) for epoch in range(iterations)],
+        "peak_bytes": PeakMemory(released.device).reserved,
+        "iterations": records,
+        **(executed.counts() if count else {}),
     }
 
 
@@ -319,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch", type=int, help="images of a sampling batch and samples of a micro-batch; as "
         "many images as a sampling forward of ours has if left out"
     )  # fmt: skip
+    parser.add_argument("--count", action="store_true", help="what the last iteration executes")
     parser.add_argument("--out", type=Path, required=True, help="written when all is done")
     options = parser.parse_args(arguments)
     source = str(options.recipe)
@@ -330,7 +345,12 @@ def main(arguments: list[str] | None = None) -> int:
         batch = options.batch or geometry(recipe, rank=rank, world=world, source=source).sampled
         engine = options.engine or recipe.distributed.engine
         record = run(
-            recipe, engine=engine, batch=batch, iterations=options.iterations, source=source
+            recipe,
+            engine=engine,
+            batch=batch,
+            iterations=options.iterations,
+            count=options.count,
+            source=source,
         )
     except RecipeError as error:
         print(error, file=sys.stderr)

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gardo.machine import ranks, use_device
 from gardo.policies.lora_files import lora_config
-from gardo.recipe import Recipe, policy_plugin
+from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.base import Panel
 from gardo.session import build_panel, find_rewards, quiet_libraries
@@ -53,26 +53,7 @@ def held(parameter: nn.Parameter) -> Tensor:
 
 def check(recipe: Recipe, batch: int, world: int, source: str) -> None:
     """RecipeError for what the released scripts do not do."""
-    algorithm, base = recipe.algorithm, getattr(recipe.algorithm, "base", None)
-    has = {
-        "model.family": (recipe.model.family in FAMILIES, "flux or sd3"),
-        "train.weights": (recipe.train.weights.kind == "lora", "kind: lora"),
-        "sampler.sde": (recipe.sampler.sde == "flow", "sde: flow"),
-        "algorithm": (
-            algorithm.name == "gardo" and base is not None and base.name == "flow_grpo",
-            "gardo around flow_grpo",
-        ),
-    }  # fmt: skip
-    if has["algorithm"][0]:
-        whole = (algorithm.gate, algorithm.diversity, algorithm.reference)
-        has |= {
-            "algorithm": (None not in whole, "gate, diversity and reference"),
-            "algorithm.base.advantage": (
-                (base.advantage.std, base.advantage.scale) == ("none", 1.0),
-                "{std: none, scale: 1}",
-            ),
-        }
-    for field, (right, wanted) in has.items():
+    for field, right, wanted in _limits(recipe):
         if not right:
             raise RecipeError(f"{source}: {field}: the released scripts have only {wanted}")
     images = recipe.data.prompts_per_step * recipe.data.images_per_prompt
@@ -82,6 +63,25 @@ def check(recipe: Recipe, batch: int, world: int, source: str) -> None:
             f"{source}: --batch {batch}: {images} images an iteration are no multiple of {batch} x "
             f"{world} ranks x {updates} updates; use a batch that divides {images // world}"
         )
+
+
+def _limits(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    """Field, whether the release can do what it says, and what the release has."""
+    yield "model.family", recipe.model.family in FAMILIES, "flux and sd3"
+    yield "train.weights", recipe.train.weights.kind == "lora", "kind: lora"
+    yield "sampler.sde", recipe.sampler.sde == "flow", "sde: flow"
+    roles = [settings.role for settings in reward_settings(recipe).values()]
+    single = roles.count("proxy") == roles.count("features") == 1
+    yield "rewards", single, "one proxy and one features"
+    algorithm, base = recipe.algorithm, getattr(recipe.algorithm, "base", None)
+    around = algorithm.name == "gardo" and getattr(base, "name", None) == "flow_grpo"
+    yield "algorithm", around, "gardo around flow_grpo"
+    mechanisms = (algorithm.gate, algorithm.diversity, algorithm.reference)
+    yield "algorithm", None not in mechanisms, "gardo with gate, diversity and reference"
+    advantage = (base.advantage.std, base.advantage.scale) == ("none", 1.0)
+    yield "algorithm.base.advantage", advantage, "{std: none, scale: 1}"
+    yield "algorithm.base.kl", base.kl == "flow_grpo", "kl: flow_grpo"
+    yield "algorithm.base.kl_in_reward", not base.kl_in_reward, "a KL in the loss"
 
 
 def prepare(recipe: Recipe, *, engine: str, batch: int, accumulation: int) -> Loaded:

@@ -58,6 +58,11 @@ def use_threads(recipe: Recipe, world: int) -> None:
     )
 
 
+def use_bf16_reductions(allowed: bool) -> None:
+    """Whether cuBLAS may add up parts of a bf16 matmul in bf16, as torch lets it; else in fp32."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = allowed
+
+
 def use_deterministic_kernels() -> None:
     """Only kernels that give the same bits every time.
 

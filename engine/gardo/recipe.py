@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, plugin_of
@@ -77,6 +77,11 @@ class RunSettings(Strict):
         description="only kernels that give the same bits every time, on a GPU slower; a CPU has "
         "no others",
     )
+    bf16_reduced_precision_reduction: bool = Field(
+        False,
+        description="lets a GPU add up the parts of a bf16 matmul in bf16, torch's default; fp32 "
+        "keeps the small ones",
+    )
 
 
 class Recipe(Strict):
@@ -91,13 +96,25 @@ class Recipe(Strict):
     rollout: RolloutSettings = RolloutSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    distributed: DistributedSettings = DistributedSettings()
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
     run: RunSettings
     kernels: Literal["auto", "triton", "torch"] = Field(
         "auto",
         description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU "
         "where it starts",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_by_what_trains(cls, raw: Any) -> Any:
+        """A LoRA's frozen base is small enough to be whole on every rank where nothing else is
+        asked for: then no pass gathers."""
+        distributed, train = (raw.get(name, {}) for name in ("distributed", "train"))
+        if not (isinstance(distributed, dict) and isinstance(train, dict)):
+            return raw  # their own check says it
+        weights = train.get("weights")
+        lora = isinstance(weights, dict) and weights.get("kind") == "lora"
+        return {**raw, "distributed": {"stage": 1, **distributed}} if lora else raw
 
     @property
     def run_folder(self) -> Path:

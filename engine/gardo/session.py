@@ -28,6 +28,7 @@ from gardo.machine import (
     kernels_trouble,
     ranks,
     use_allocator,
+    use_bf16_reductions,
     use_deterministic_kernels,
     use_device,
     use_threads,
@@ -293,6 +294,7 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
     plan = geometry(recipe, rank=rank, world=world, source=source)
     trouble = kernels_trouble(recipe, device, source)
     use_threads(recipe, world)
+    use_bf16_reductions(recipe.run.bf16_reduced_precision_reduction)
     if recipe.run.deterministic:
         use_deterministic_kernels()
     group = join_ranks(recipe, device)

@@ -18,6 +18,7 @@ from gardo.machine import (
     use_threads,
 )
 from gardo.recipe_errors import RecipeError
+from gardo.session import prepare
 from tests.engine.config.recipe import written
 from tests.integration.launch import environment
 
@@ -34,6 +35,26 @@ def test_deterministic_kernels_leave_unwritten_memory_alone(monkeypatch):
         assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_bf16_matmuls_add_up_in_fp32_unless_asked_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """Set for the process before anything loads; torch has it the other way."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    threads = torch.get_num_threads()
+    asked = "bf16_reduced_precision_reduction: true, " if allowed else ""
+    fragment = f"{{distributed: {{engine: local}}, run: {{{asked}folder: {tmp_path / 'runs'}}}}}"
+    matmul = torch.backends.cuda.matmul
+    was = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = not allowed
+    try:
+        prepare(load(written(tmp_path, fragment)), "here.yaml")
+        assert matmul.allow_bf16_reduced_precision_reduction == allowed
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = was
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -105,16 +105,16 @@ def check_teachers(folder: Path, case: Case) -> None:
 def check_gathers(folder: Path, case: Case) -> None:
     """Under the tightest limits: per block one gather forward and one backward, no more.
 
-    A forward pass gathers each block, and each module outside the blocks that has weights of its
-    own. The backward pass gathers what has a gradient to pass on: all of it again, or, under LoRA,
-    the blocks and the last projection. Gathering once takes a collective for each block and one for
-    the rest, however many passes follow.
+    A forward pass gathers each block, and outside the blocks each leaf module and each module that
+    has weights of its own. The backward pass gathers what has a gradient to pass on: all of it
+    again, or, under LoRA, the blocks, the last norm and the last projection. Gathering once takes a
+    collective for each block and one for the rest, however many passes follow.
     """
     found, made = facts(folder, case), recipe(case, folder)
     blocks, outside = found["blocks"], found["outside"]
-    assert (blocks, outside) == (4, 10)
+    assert (blocks, outside) == (4, 5)
     forward, once = blocks + outside, blocks + 1
-    backward = blocks + 1 if case.weights == "lora" else forward
+    backward = blocks + 2 if case.weights == "lora" else forward
     images = made["data"]["prompts_per_step"] * made["data"]["images_per_prompt"] // 2  # of a rank
     rows = images * made["sampler"]["train_steps"]
     denoised = made["sampler"]["steps"] * images // made["rollout"]["batch"]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from gardo.config import check
 from gardo.distributed.base import leave_process_group
+from gardo.distributed.blocks import leaves_of
 from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.phases import publish
 from gardo.rollout import noise_id
@@ -53,12 +54,14 @@ def first_noise(session: Session) -> torch.Tensor:
 
 
 def modules(session: Session) -> dict[str, int]:
-    """How many blocks the model has, and modules outside them with weights of their own."""
-    blocks = session.policy.blocks()
-    inside = {id(m) for block in blocks for m in block.modules()}
-    outside = [m for m in session.policy.transformer.modules() if id(m) not in inside]
-    weighty = sum(1 for m in outside if list(m.parameters(recurse=False)))
-    return {"blocks": len(blocks), "outside": weighty}
+    """How many blocks the model has, and units of gathering outside them: leaf modules, and what
+    has weights of its own."""
+    transformer, blocks = session.policy.transformer, session.policy.blocks()
+    leaves = leaves_of(transformer, blocks)
+    inside = {id(m) for leaf in leaves for m in leaf.modules()}
+    others = [m for m in transformer.modules() if id(m) not in inside]
+    weighty = sum(1 for m in others if list(m.parameters(recurse=False)))
+    return {"blocks": len(blocks), "outside": len(leaves) - len(blocks) + weighty}
 
 
 def look(session: Session, case: Case, phases: PhaseGathers) -> tuple[dict[str, Any], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import psutil
 import torch
@@ -18,6 +18,11 @@ from gardo.settings import Strict
 from gardo.types import Metrics, Phase
 
 
+def _no_default(schema: dict[str, Any]) -> None:
+    """For a field whose value, if left out, another section decides."""
+    del schema["default"]
+
+
 class DistributedSettings(Strict):
     """How a run spreads over ranks. Sizes left out are chosen from the model's blocks."""
 
@@ -27,7 +32,9 @@ class DistributedSettings(Strict):
     stage: Literal[0, 1, 2, 3] = Field(
         3,
         description="what ZeRO partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also "
-        "weights",
+        "weights; if left out 1 for a LoRA, whose base is then whole on every rank, 3 for full "
+        "fine-tuning",
+        json_schema_extra=_no_default,
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     masters: Literal["float32", "bfloat16"] = Field(

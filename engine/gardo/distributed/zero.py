@@ -29,8 +29,9 @@ from gardo.distributed.base import (
     check_step,
     held,
     host_memory,
+    ranks_here,
 )
-from gardo.distributed.blocks import make_leaves
+from gardo.distributed.blocks import keep_parameters, leaves_of, make_leaves
 from gardo.distributed.gather import (
     Forecast,
     GatherEach,
@@ -56,6 +57,7 @@ def start_process_group(device: torch.device, timeout: float) -> Group:
     # Said before DeepSpeed asks: its own answer runs gcc and nvcc for every op it has, and then
     # compiles the shared-memory one, which gloo does without.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.utils.nvtx.enable_nvtx = False  # it marks each of its functions, 900 a pass
     deepspeed_logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name, value in (
@@ -63,6 +65,8 @@ def start_process_group(device: torch.device, timeout: float) -> Group:
         ("LOCAL_RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
+        # on CPUs DeepSpeed counts ranks by running numactl, at every reduction, unless it is told
+        ("LOCAL_SIZE", str(ranks_here(int(os.environ.get("WORLD_SIZE", "1"))))),
     ):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -119,7 +123,8 @@ class ZeroEngine(Group):
             max_grad_norm=max_grad_norm,
         )
         if self._stage == 3:
-            make_leaves(blocks)
+            leaves = leaves_of(module, blocks)
+            make_leaves(leaves)
             load(place=_Partitioner(config), reads=self.rank == 0)
         else:
             load()
@@ -131,6 +136,8 @@ class ZeroEngine(Group):
             config=config,
             dist_init_required=False,
         )
+        if self._stage == 3:
+            keep_parameters(leaves)
         _wait_at_most(settings.timeout)
         self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         self.shards = self._make_shards(trainable)

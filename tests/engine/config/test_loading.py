@@ -96,6 +96,31 @@ def test_nft_cannot_train_more_times_than_there_are() -> None:
     assert message == "--set sampler.train_steps: 9 times of 8 steps; at most 8"
 
 
+# ---- what follows from another section -----------------------------------------------------------
+
+FULL = "train: {weights: {kind: full, rank: null, alpha: null}}"
+
+
+@pytest.mark.parametrize(
+    ("fragment", "stage"),
+    [
+        ("distributed: {stage: null}", 1),
+        ("distributed: null", 1),
+        ("distributed: {stage: 2}", 2),
+        (f"{{{FULL}, distributed: {{stage: null}}}}", 3),
+        (f"{{{FULL}, distributed: null}}", 3),
+        (f"{{{FULL}, distributed: {{stage: 1}}}}", 1),
+    ],
+)
+def test_a_loras_base_is_whole_on_every_rank_unless_asked_otherwise(
+    tmp_path: Path, fragment: str, stage: int
+) -> None:
+    """A null takes the field out of the recipe. What is settled stands in the dump."""
+    recipe = load(written(tmp_path, fragment))
+    assert recipe.distributed.stage == stage
+    assert read_yaml(dump(recipe), "dump")["distributed"]["stage"] == stage
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 

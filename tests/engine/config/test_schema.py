@@ -41,6 +41,8 @@ def test_it_has_the_shape_of_a_recipe() -> None:
     sampler = schema["$defs"]["SamplerSettings"]["properties"]
     assert sampler["sde"]["enum"] == ["flow", "dance", "cps"]
     assert sampler["steps"]["description"] == "denoise steps T"
+    stage = schema["$defs"]["DistributedSettings"]["properties"]["stage"]
+    assert stage["enum"] == [0, 1, 2, 3] and "default" not in stage  # what trains decides
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("jsonschema"), reason="needs jsonschema")

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from gardo.cli import app
 from gardo.config import load
 from gardo.planner import geometry
-from gardo.planner.advice import Change, advise, changed
+from gardo.planner.advice import Change, advise, changed, variants
 from gardo.planner.memory import CONTEXT, Counted
 from gardo.planner.page import bytes_of
 from gardo.planner.shadow import Shadow
@@ -192,6 +192,13 @@ def test_advice_makes_it_fit(flux):
     assert memory_of(counted, recipe).peak == memory.peak
     assert [change.field for change in changes] == ["train.activation_checkpointing"]
     assert advise(counted, recipe, GPUS, int(80e9)) == ([], memory)  # nothing more to do
+
+
+def test_sharing_out_a_loras_whole_base_is_advised(flux):
+    original, _ = flux
+    recipe = changed(original, Change("distributed.stage", 1))
+    assert Change("distributed.stage", 3) in variants(recipe, GPUS, "train")
+    assert Change("distributed.stage", 3) not in variants(recipe, 1, "train")
 
 
 def test_where_nothing_helps_it_says_so(tiny):
