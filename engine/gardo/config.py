@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
 from gardo import plugins, recipe_rules
-from gardo.algorithms.base import Wrapper
+from gardo.algorithms.wrapper import Wrapper
 from gardo.recipe import Recipe
 from gardo.recipe_errors import Origin, RecipeError, explain, placed
 from gardo.settings import Strict

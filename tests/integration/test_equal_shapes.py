@@ -34,9 +34,10 @@ class Shapes(Around):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.now = name
+        outer, self.now = self.now, name
         with self.inner.phase(name):
             yield
+        self.now = outer
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def trained(asked: dict[str, Any], folder: Path) -> tuple[dict[str, set[int]], l
     with session:
         train(session)
     records = read_metrics(folder / asked["run"]["name"] / "metrics.jsonl")
-    phases = {phase: shapes.seen[phase] for phase in ("sample", "teachers", "train")}
+    phases = {phase: shapes.seen[phase] for phase in ("sample", "teachers", "probe", "train")}
     return phases, [r for r in records if r["kind"] == "step"]
 
 
@@ -75,8 +76,9 @@ def test_all_calls_have_one_shape(family: str, branches: int, tmp_path: Path) ->
     asked["rollout"], asked["run"]["name"] = {"batch": "like_train"}, "filled"
     equal, filled = trained(asked, tmp_path)
     b = branches
-    assert short == {"sample": {6 * b, 2 * b}, "teachers": {6 * b, 3 * b}, "train": {6 * b}}
-    assert equal == {"sample": {6 * b}, "teachers": {6 * b}, "train": {6 * b}}
+    trains = {"probe": {6 * b}, "train": {6 * b}}
+    assert short == {"sample": {6 * b, 2 * b}, "teachers": {6 * b, 3 * b}, **trains}
+    assert equal == {"sample": {6 * b}, "teachers": {6 * b}, **trains}
     assert [step["metrics"]["ratio_error"] for step in filled] == [0.0, 0.0]
     for one, two in zip(usual, filled, strict=True):
         check_metrics(one, two)

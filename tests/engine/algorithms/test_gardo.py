@@ -16,9 +16,8 @@ from gardo.algorithms.gardo import (
     GateSettings,
     Reference,
     ReferenceSettings,
-    diversity_factor,
-    nearest_euclidean,
 )
+from gardo.algorithms.gardo_diversity import diversity_factor, nearest_euclidean
 from gardo.algorithms.refl import ReFLSettings
 from gardo.distributed.local import LocalEngine
 from gardo.distributed.optimizers import OptimizerSettings

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gardo.algorithms import SamplerSettings, World, build
-from gardo.algorithms.base import Algorithm, Needs, Wrapper, plugin_of
+from gardo.algorithms.base import Algorithm, Needs, plugin_of
 from gardo.algorithms.diffusion_nft import DiffusionNFTSettings
 from gardo.algorithms.gardo import Gardo, GardoSettings, GateSettings
 from gardo.algorithms.refl import ReFLSettings
+from gardo.algorithms.wrapper import Wrapper
 from gardo.config import load
 from gardo.flow import sd3_sigmas
 from gardo.planner import geometry
@@ -25,7 +26,7 @@ WORLD = World(sampler=SAMPLER, sigmas=sd3_sigmas(5), seed=1)
 OWN = '''
 from typing import Literal
 
-from gardo.algorithms.base import Wrapper, WrapperSettings
+from gardo.algorithms.wrapper import Wrapper, WrapperSettings
 
 
 class HalvedSettings(WrapperSettings):
