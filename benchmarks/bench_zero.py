@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -163,9 +164,6 @@ def launched(way: Way, repetitions: int) -> dict[str, dict[str, float]]:
 
 
 def rows_of(launches: int, repetitions: int) -> list[dict[str, Any]]:
-    import deepspeed
-    import torch
-
     found: dict[Way, list[dict[str, dict[str, float]]]] = {way: [] for way in WAYS}
     for turn in range(launches):
         for way in WAYS[:: -1 if turn % 2 else 1]:
@@ -182,8 +180,8 @@ def rows_of(launches: int, repetitions: int) -> list[dict[str, Any]]:
                 "least_ms": round(milliseconds[0], 1), "most_ms": round(milliseconds[-1], 1),
                 "step_ms": round(median(launch["step_ms"] for launch in own), 1),
                 **{name: round(own[0][name], 2) for name in EXCHANGED},
-                "launches": launches, "repetitions": repetitions, "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__, "machine": platform.machine(),
+                "launches": launches, "repetitions": repetitions, "torch": version("torch"),
+                "deepspeed": version("deepspeed"), "machine": platform.machine(),
                 "revision": revision(),
             })  # fmt: skip
     return rows
