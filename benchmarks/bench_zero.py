@@ -128,9 +128,9 @@ def work(out: Path, repetitions: int, ranks: int, settings: Sequence[str]) -> No
     from gardo.distributed.base import leave_process_group
 
     seen = {}
-    with Collectives() as collectives, tempfile.TemporaryDirectory() as folder:
+    with Collectives() as collectives:
         for weights, kind in WEIGHTS.items():
-            run = (f"run.folder={folder}", f"run.name={weights}",
+            run = (f"run.folder={out.parent}", f"run.name={weights}",
                    f"run.steps={WARM_UP + repetitions}", f"evaluate.every={WARM_UP + repetitions}",
                    f"data.prompts_per_step={2 * ranks}")  # fmt: skip
             seen[weights] = trained([*SMALL, *settings, kind, *run], collectives)
