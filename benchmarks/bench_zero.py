@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, cast
 
 from collectives import Collectives
@@ -95,7 +95,7 @@ def watched(
 
 
 def trained(settings: Sequence[str], collectives: Collectives) -> dict[str, float]:
-    """What a micro-batch and a step of a run took; medians."""
+    """What a micro-batch and a step of a run took: median milliseconds, mean exchange."""
     from gardo.config import load
     from gardo.session import open_session
     from gardo.train import train
@@ -116,11 +116,11 @@ def trained(settings: Sequence[str], collectives: Collectives) -> dict[str, floa
     stepped = steps[each - 1 :: each][WARM_UP:]  # the others only say that an update goes on
     return {
         "micro_batch_ms": 1e3 * median(b.seconds for b in counted),
-        "collectives": median(b.collectives for b in counted),
-        "megabytes": median(b.bytes for b in counted) / 1e6,
+        "collectives": fmean(b.collectives for b in counted),
+        "megabytes": fmean(b.bytes for b in counted) / 1e6,
         "step_ms": 1e3 * median(s.seconds for s in stepped),
-        "step_collectives": median(s.collectives for s in stepped),
-        "step_megabytes": median(s.bytes for s in stepped) / 1e6,
+        "step_collectives": fmean(s.collectives for s in stepped),
+        "step_megabytes": fmean(s.bytes for s in stepped) / 1e6,
     }
 
 
@@ -198,7 +198,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         own = {r["weights"]: r for r in rows if (r["way"], r["ranks"]) == (way.name, way.ranks)}
         cells = (
             f"{r['micro_batch_ms']} ms ({r['least_ms']} to {r['most_ms']}), "
-            f"{r['collectives']:.0f}, {r['step_ms']} ms, {r['step_collectives']:.0f}"
+            f"{r['collectives']:.1f}, {r['step_ms']} ms, {r['step_collectives']:.0f}"
             for r in (own[weights] for weights in WEIGHTS)
         )
         lines.append(f"| {way.name} | {way.ranks} | {' | '.join(cells)} |")
