@@ -60,8 +60,16 @@ def _gathering(recipe: Recipe, shadow: Shadow, plan: Geometry, world: int, nodes
         / world
         / (NVLINK if nodes == 1 else NETWORK)
     )
-    passes = 2 * plan.accumulation * recipe.train.updates_per_step  # forward and backward
-    if recipe.rollout.gather == "step":
-        batches = -(-plan.samples // plan.sampled)
-        passes += batches * recipe.sampler.steps
-    return once * (passes + 2)  # and once each to sample and to ask teachers
+    return once * gathers(recipe, plan)
+
+
+def gathers(recipe: Recipe, plan: Geometry) -> int:
+    """How often an iteration of stage 3 gathers all weights, where nothing stays for another pass.
+
+    Forward and backward for each micro-batch, and once each to sample and to ask teachers, or at
+    every sampling forward.
+    """
+    training = 2 * plan.accumulation * recipe.train.updates_per_step
+    if recipe.rollout.gather != "step":
+        return training + 2
+    return training + 1 + -(-plan.samples // plan.sampled) * recipe.sampler.steps
