@@ -152,7 +152,8 @@ def test_the_credit_is_that_of_the_preset_official_code() -> None:
         auxiliaries=("contrast",),
         features_BD=features_ND,
     )
-    credit = build(recipe.algorithm, world_of(recipe, build_policy(recipe, CPU))).credit(scores)
+    algorithm = build(recipe.algorithm, world_of(recipe, build_policy(recipe, CPU)))
+    credit = algorithm.credit(algorithm.measured(scores))
     prompts = [f"prompt {group}" for group in group_N.tolist()]
     advantages = group_advantages(
         prompts, proxy_N[:, None].repeat(1, 3).numpy(), features_ND.numpy()
