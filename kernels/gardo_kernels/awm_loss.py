@@ -127,10 +127,10 @@ def awm_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-# rows[statistic, row]: what is reported, and the gradient's three scalars
+# rows[statistic, row]: what is reported, in the order of AwmLoss; the gradient's three scalars
 POLICY, RATIO, LOG_RATIO, KL, EMA = (tl.constexpr(i) for i in range(5))
 POLICY_WEIGHT, KL_WEIGHT, EMA_WEIGHT = (tl.constexpr(i) for i in range(5, 8))
-STATISTICS, FLAGS = 8, 2  # flags: clipped high, clipped low
+REPORTED, STATISTICS, FLAGS = 5, 8, 2  # flags: clipped high, clipped low
 # sums[row, sum, chunk]: squares, but for the gain
 GAIN, REFERENCE_2, EMA_2, U_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
 SUMS = tl.constexpr(5)
@@ -139,7 +139,7 @@ SUMS = tl.constexpr(5)
 @triton.jit
 def _awm_loss_sums_kernel(
     v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, v_old_ptr, gate_ptr, sums_ptr, elements, chunks,
-    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, CURVED: tl.constexpr,
+    CURVED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2.
@@ -163,10 +163,10 @@ def _awm_loss_sums_kernel(
         if CURVED:
             u_2 += u * u
             error_2 += (v - target) * (v - target)
-        if HAS_REF:
+        if v_ref_ptr is not None:
             reference = shared.error_where(v, v_ref_ptr, at, inside & gated)
             reference_2 += reference * reference
-        if HAS_EMA:
+        if v_ema_ptr is not None:
             ema = v - shared.load_fp32(v_ema_ptr, at, inside)
             ema_2 += ema * ema
     here = sums_ptr + row * SUMS * chunks + chunk
@@ -243,7 +243,7 @@ def _awm_loss_rows_kernel(
 @triton.jit
 def _awm_loss_bwd_kernel(
     v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, rows_ptr, upstream_ptr, grad_ptr, rows, elements,
-    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
@@ -251,11 +251,11 @@ def _awm_loss_bwd_kernel(
     policy_weight = upstream * tl.load(rows_ptr + rows * POLICY_WEIGHT + row)
     v = shared.load_fp32(v_ptr, at, inside)
     grad = policy_weight * (v - shared.load_fp32(target_ptr, at, inside))
-    if HAS_REF:
+    if v_ref_ptr is not None:
         kl_weight = upstream * tl.load(rows_ptr + rows * KL_WEIGHT + row)
         kl = tl.load(rows_ptr + rows * KL + row)
         grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
-    if HAS_EMA:
+    if v_ema_ptr is not None:
         ema_weight = upstream * tl.load(rows_ptr + rows * EMA_WEIGHT + row)
         grad += ema_weight * (v - shared.load_fp32(v_ema_ptr, at, inside))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -264,8 +264,7 @@ def _awm_loss_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::awm_loss", mutates_args=())
-def _awm_loss_op(
+def _launch_loss(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
     clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
@@ -275,7 +274,7 @@ def _awm_loss_op(
     sums_RSC = shared.launch_sums(
         "awm_loss", _awm_loss_sums_kernel, v_RN, SUMS.value, target_ptr=target_RN,
         v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, v_old_ptr=v_old_RN, gate_ptr=gate_R,
-        HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
+        CURVED=power != 1,
     )  # fmt: skip
     return shared.launch_rows(
         "awm_loss", _awm_loss_rows_kernel, v_RN, sums_RSC,
@@ -286,21 +285,19 @@ def _awm_loss_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("gardo::awm_loss_grad", mutates_args=())
-def _awm_loss_grad_op(
+def _launch_gradient(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     rows_SR: Tensor, upstream: Tensor,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
     return shared.launch_gradient(
         "awm_loss", _awm_loss_bwd_kernel, v_RN, rows_SR, upstream, target_ptr=target_RN,
-        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, HAS_REF=v_ref_RN is not None,
-        HAS_EMA=v_ema_RN is not None,
+        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN,
     )  # fmt: skip
 
 
-shared.register_row_loss(
-    _awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4
+_awm_loss = shared.RowLoss(
+    "awm_loss", _launch_loss, _launch_gradient, statistics=STATISTICS, flags=FLAGS, tensors=4
 )
 
 
@@ -363,9 +360,8 @@ def awm_loss(
     inputs += (power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip)
     if not kernels:
         return awm_loss_ref(*inputs)
-    loss, rows_SR, flags_FR = _awm_loss_op(*inputs)
-    statistics = (rows_SR[i.value] for i in (POLICY, RATIO, LOG_RATIO, KL, EMA))
-    return AwmLoss(loss, *statistics, *flags_FR.unbind(0))
+    loss, rows_SR, flags_FR = _awm_loss(*inputs)
+    return AwmLoss(loss, *rows_SR.unbind(0)[:REPORTED], *flags_FR.unbind(0))
 
 
 def examples(on: On) -> Examples:

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from gardo_kernels._examples import Examples, On
 from gardo_kernels._gram_tiles import one_group
-from gardo_kernels._launch import Backend, check_floating, check_rows, choose_backend, launch
+from gardo_kernels._launch import (
+    Backend,
+    cdiv,
+    check_floating,
+    check_rows,
+    choose_backend,
+    launch,
+    looked_on,
+)
 from gardo_kernels._launch_shape import LaunchShape, launch_shape
 
 
@@ -207,13 +215,12 @@ def _nearest_cosine_means_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::nearest_cosine", mutates_args=())
-def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_distances(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
     B, D = e_BD.shape
     shape = launch_shape("nearest_cosine", B, D, e_BD.device, DEFAULT)
-    T = triton.cdiv(B, shape.rows)
-    width = triton.cdiv(D, WHOLE) * WHOLE
+    T = cdiv(B, shape.rows)
+    width = cdiv(D, WHOLE) * WHOLE
     n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
     zero_B = e_BD.new_empty(B, dtype=torch.float32)
     leader_B = e_BD.new_empty(B, dtype=torch.int32)
@@ -243,6 +250,11 @@ def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
         BLOCK=shape.chunk,
     )  # fmt: skip
     return nearest_B, mean_B
+
+
+_nearest_cosine_op = torch.library.custom_op(
+    "gardo::nearest_cosine", _launch_distances, mutates_args=()
+)
 
 
 @_nearest_cosine_op.register_fake
@@ -275,7 +287,8 @@ def nearest_cosine(
             raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
     if choose_backend(op, backend, e_BD) == "triton":
         group_B = None if group_B is None else group_B.long().contiguous()
-        return _nearest_cosine_op(e_BD.detach().contiguous(), group_B)
+        distances = _nearest_cosine_op if looked_on() else _launch_distances
+        return distances(e_BD.detach().contiguous(), group_B)
     return nearest_cosine_ref(e_BD, group_B)
 
 

@@ -93,10 +93,10 @@ def nft_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-# rows[statistic, row]: what is reported, and the gradient's three scalars
+# rows[statistic, row]: what is reported, in the order of NftLoss; the gradient's three scalars
 POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS = (tl.constexpr(i) for i in range(6))
 PULL_PLUS, PULL_MINUS, KL_WEIGHT = (tl.constexpr(i) for i in range(6, 9))
-STATISTICS, FLAGS = 9, 0
+REPORTED, STATISTICS, FLAGS = 6, 9, 0
 # sums[row, sum, chunk]: of absolute values and squares
 PLUS_1, PLUS_2, MINUS_1, MINUS_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
 SUMS = tl.constexpr(5)
@@ -115,7 +115,7 @@ def _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b):
 @triton.jit
 def _nft_loss_sums_kernel(
     v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, gate_ptr, sums_ptr, elements, chunks, b,
-    HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
     chunk, row = block_and_row(elements, CHUNK)
@@ -134,7 +134,7 @@ def _nft_loss_sums_kernel(
         plus_2 += (e - s) * (e - s)
         minus_1 += tl.abs(e + s)
         minus_2 += (e + s) * (e + s)
-        if HAS_REF:
+        if v_ref_ptr is not None:
             error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
     here = sums_ptr + row * SUMS * chunks + chunk
@@ -187,7 +187,7 @@ def _nft_loss_rows_kernel(
 @triton.jit
 def _nft_loss_bwd_kernel(
     v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, rows_ptr, upstream_ptr, grad_ptr,
-    rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+    rows, elements, b, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
@@ -198,7 +198,7 @@ def _nft_loss_bwd_kernel(
     v = shared.load_fp32(v_ptr, at, inside)
     e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
     grad = plus * (e - s) + minus * (e + s)
-    if HAS_REF:
+    if v_ref_ptr is not None:
         kl = tl.load(rows_ptr + rows * KL + row)
         grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -207,8 +207,7 @@ def _nft_loss_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::nft_loss", mutates_args=())
-def _nft_loss_op(
+def _launch_loss(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
     t_R: Tensor, r_R: Tensor, gate_R: Tensor | None, beta: float, policy_scale: float,
     floor: float, b: float,
@@ -217,7 +216,6 @@ def _nft_loss_op(
     sums_RSC = shared.launch_sums(
         "nft_loss", _nft_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, x_t_ptr=x_t_RN,
         x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, gate_ptr=gate_R, b=b,
-        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
     return shared.launch_rows(
         "nft_loss", _nft_loss_rows_kernel, v_RN, sums_RSC,
@@ -226,8 +224,7 @@ def _nft_loss_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
-def _nft_loss_grad_op(
+def _launch_gradient(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
     t_R: Tensor, rows_SR: Tensor, upstream: Tensor, b: float,
 ) -> Tensor:  # fmt: skip
@@ -235,13 +232,13 @@ def _nft_loss_grad_op(
     return shared.launch_gradient(
         "nft_loss", _nft_loss_bwd_kernel, v_RN, rows_SR, upstream, v_old_ptr=v_old_RN,
         x_t_ptr=x_t_RN, x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, b=b,
-        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
 
 
-shared.register_row_loss(
-    _nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=6, constants=1
-)
+_nft_loss = shared.RowLoss(
+    "nft_loss", _launch_loss, _launch_gradient, statistics=STATISTICS, flags=FLAGS, tensors=6,
+    constants=1,
+)  # fmt: skip
 
 
 def nft_loss(
@@ -285,9 +282,8 @@ def nft_loss(
     inputs += (beta, policy_scale, floor, b)
     if not kernels:
         return nft_loss_ref(*inputs)
-    loss, rows_SR, _ = _nft_loss_op(*inputs)
-    reported = (POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS)
-    return NftLoss(loss, *(rows_SR[i.value] for i in reported))
+    loss, rows_SR, _ = _nft_loss(*inputs)
+    return NftLoss(loss, *rows_SR.unbind(0)[:REPORTED])
 
 
 def examples(on: On) -> Examples:
