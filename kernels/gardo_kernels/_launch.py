@@ -111,8 +111,6 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """x must have the shape and the device of `like`, and a floating dtype."""
-    if x.shape == like.shape and x.device == like.device and x.is_floating_point():
-        return
     if x.shape != like.shape:
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)} but {like_name} has {tuple(like.shape)}; "

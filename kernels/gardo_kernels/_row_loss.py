@@ -1,7 +1,11 @@
 """What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, launches.
 
 A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
-program writes the sums of a chunk of a row, then one program adds a row's chunks in order.
+program writes the sums of a chunk of a row, then one program adds a row's chunks in order. That
+program stands between the sums and the gradient, so it waits for memory once and not once a sum:
+nothing in it is a loop unless a row has hundreds of chunks. The gradient takes its scalars from it;
+to add the chunks again in each of the gradient's programs would not start them earlier, because a
+stream runs one launch after the other.
 
 The losses import this module as `shared`.
 
@@ -32,7 +36,7 @@ from gardo_kernels._launch import (
     launch,
     looked_on,
 )
-from gardo_kernels._launch_shape import LaunchShape, launch_shape
+from gardo_kernels._launch_shape import LaunchShape, launch_shape, leaves_idle
 
 # ---- references ----------------------------------------------------------------------------------
 
@@ -84,14 +88,20 @@ def gated_difference(v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor) -> Tensor:
 def check_tensors(
     op: str, v: Tensor, samples: dict[str, Tensor | None], rows: dict[str, Tensor | None]
 ) -> None:
-    """v is [R, ...]; `samples` are like it and `rows` one value a row of it, or None."""
+    """v is [R, ...]; `samples` are like it and `rows` one value a row of it, or None.
+
+    What fits is found so in one pass; the checks that have words are called for what does not.
+    """
     check_samples(op, "v", v)
-    for name, tensor in samples.items():
-        if tensor is not None:
-            check_like(op, name, tensor, "v", v)
-    for name, tensor in rows.items():
-        if tensor is not None:
-            check_rows(op, name, tensor, "v", v)
+    shape, of_row, device = v.shape, v.shape[:1], v.device
+    for name, x in samples.items():
+        if x is not None and not (
+            x.shape == shape and x.device == device and x.is_floating_point()
+        ):
+            check_like(op, name, x, "v", v)
+    for name, x in rows.items():
+        if x is not None and not (x.shape == of_row and x.device == device):
+            check_rows(op, name, x, "v", v)
 
 
 def check_positive(op: str, **values: float) -> None:
@@ -213,16 +223,28 @@ def clamp(x, least, most):
     return tl.where(x > most, most, x)
 
 
+AT_A_TIME, UNROLLED = tl.constexpr(16), tl.constexpr(16)
+
+
 @triton.jit
-def sum_chunks(sums_ptr, row, inside, chunks, SUM: tl.constexpr, SUMS: tl.constexpr):
-    """One of sums[row, sum, chunk], added over the chunks, always in the same order."""
-    AT_A_TIME: tl.constexpr = 16
+def row_mean(
+    sums_ptr, row, inside, chunks, elements, SUM: tl.constexpr, SUMS: tl.constexpr,
+    PASSES: tl.constexpr,
+):  # fmt: skip
+    """One of sums[row, sum, chunk], added over the chunks, always in the same order, / elements.
+
+    The first PASSES times AT_A_TIME chunks without a loop, so that all are loaded at once.
+    """
     at = sums_ptr + (row.to(tl.int64) * SUMS + SUM)[:, None] * chunks
     total = tl.zeros((row.shape[0], AT_A_TIME), tl.float32)
-    for first in range(0, chunks, AT_A_TIME):
-        chunk = first + tl.arange(0, AT_A_TIME)[None, :]
+    for index in tl.static_range(PASSES):
+        chunk = index * AT_A_TIME + tl.arange(0, AT_A_TIME)[None, :]
         total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
-    return tl.sum(total, 1)
+    if PASSES == UNROLLED:
+        for first in range(UNROLLED * AT_A_TIME, chunks, AT_A_TIME):
+            chunk = first + tl.arange(0, AT_A_TIME)[None, :]
+            total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
+    return tl.sum(total, 1) / elements
 
 
 @triton.jit
@@ -244,13 +266,20 @@ def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_
 # ---- launches ------------------------------------------------------------------------------------
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss [], rows [S, R], flags [F, R] bool
+CHUNKED = LaunchShape()
+UNCHUNKED = CHUNKED._replace(chunk=CHUNKED.block)
+
+
+def default_shape(R: int, N: int, device: torch.device) -> LaunchShape:
+    """Where chunks of several blocks would leave multiprocessors idle, a chunk is a block."""
+    return UNCHUNKED if leaves_idle(R, N, CHUNKED.chunk, device) else CHUNKED
 
 
 def layout(op: str, v_RN: Tensor) -> tuple[int, int, LaunchShape]:
     """R, N and the shape of the op's launches over them."""
-    R = v_RN.shape[0]
+    R, device = v_RN.shape[0], v_RN.device
     N = v_RN.numel() // R
-    return R, N, launch_shape(op, R, N, v_RN.device)
+    return R, N, launch_shape(op, R, N, device, default_shape(R, N, device))
 
 
 def launch_sums(op: str, kernel: Any, v_RN: Tensor, sums: int, **arguments: Any) -> Tensor:
@@ -270,12 +299,14 @@ def launch_rows(
 ) -> Results:
     """Fills the results of `empty_results` from the sums, in one program."""
     R, N, shape = layout(op, v_RN)
+    C = sums_RSC.shape[2]
     loss, rows_SR, flags_FR = results
     if flags_FR.shape[0]:
         arguments["flags_ptr"] = flags_FR
     launch(
         kernel, (1,), shape, sums_ptr=sums_RSC, **arguments, rows_ptr=rows_SR, loss_ptr=loss,
-        rows=R, elements=N, chunks=sums_RSC.shape[2], ROWS=shape.rows,
+        rows=R, elements=N, chunks=C, PASSES=min(cdiv(C, AT_A_TIME.value), UNROLLED.value),
+        ROWS=shape.rows,
     )  # fmt: skip
     return results
 

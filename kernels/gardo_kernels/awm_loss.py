@@ -55,8 +55,8 @@ from gardo_kernels._launch import Backend, block_and_row, compute_dtype
 
 EPSILON = tl.constexpr(1e-10)
 
-TRANSFORMS: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {  # w(t); p
-    "uniform": (torch.ones_like, 1.0),
+TRANSFORMS: dict[str, tuple[Callable[[Tensor], Tensor | None], float | None]] = {  # w(t); p
+    "uniform": (lambda t: None, 1.0),  # None: 1 for every row
     "t": (lambda t: t, 1.0),
     "t2": (torch.square, 1.0),
     "huber": (lambda t: t / 2, 0.5),
@@ -195,7 +195,7 @@ def _curved_gain(gain, l, l_old, power):
 def _awm_loss_rows_kernel(
     sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
     power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip,
-    CURVED: tl.constexpr, ROWS: tl.constexpr,
+    CURVED: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
@@ -206,10 +206,10 @@ def _awm_loss_rows_kernel(
         advantage = shared.clamp(advantage, -adv_clip, adv_clip)
         w = shared.load_rows(w_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
-        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
+        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
         if CURVED:
-            l_old = shared.sum_chunks(sums_ptr, row, inside, chunks, U_2, SUMS) / elements
-            l = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+            l_old = shared.row_mean(sums_ptr, row, inside, chunks, elements, U_2, SUMS, PASSES)
+            l = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
             gain = _curved_gain(gain, l, l_old, power)
             curve = tl.exp((power - 1.0) * tl.log(l + EPSILON))
         else:
@@ -219,8 +219,8 @@ def _awm_loss_rows_kernel(
         policy, clipped_high, clipped_low = shared.clipped_term(
             advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
         )
-        kl = shared.sum_chunks(sums_ptr, row, inside, chunks, REFERENCE_2, SUMS) / elements
-        ema = shared.sum_chunks(sums_ptr, row, inside, chunks, EMA_2, SUMS) / elements
+        kl = shared.row_mean(sums_ptr, row, inside, chunks, elements, REFERENCE_2, SUMS, PASSES)
+        ema = shared.row_mean(sums_ptr, row, inside, chunks, elements, EMA_2, SUMS, PASSES)
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
@@ -266,8 +266,8 @@ def _awm_loss_bwd_kernel(
 
 def _launch_loss(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
-    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
+    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor | None, gate_R: Tensor | None,
+    power: float, clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     log_low, log_high = shared.log_bounds(clip_low, clip_high)

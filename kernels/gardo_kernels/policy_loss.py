@@ -141,7 +141,7 @@ def _policy_loss_sums_kernel(
 def _policy_loss_rows_kernel(
     sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
     loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high, beta, adv_clip,
-    ROWS: tl.constexpr,
+    PASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum = 0.0, 0.0
@@ -155,8 +155,8 @@ def _policy_loss_rows_kernel(
         weight = shared.load_rows(weight_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
         kl_scale = shared.load_rows(kl_scale_ptr, row, inside)
-        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
-        error_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
+        error_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
         log_ratio = strength * gain
         ratio = shared.exp_near_0(log_ratio)
         term, clipped_high, clipped_low = shared.clipped_term(
