@@ -46,7 +46,7 @@ from gardo_kernels._launch import (
     launch,
     looked_on,
 )
-from gardo_kernels._launch_shape import launch_shape
+from gardo_kernels._launch_shape import LaunchShape, launch_shape, leaves_idle
 from gardo_kernels.philox import (
     Seed,
     check_ids,
@@ -184,50 +184,47 @@ def _sde_step_fwd_kernel(
 
 # ---- op ------------------------------------------------------------------------------------------
 
+WIDE = LaunchShape(block=2048)
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Kept = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def default_shape(R: int, N: int, device: torch.device, guided: bool = False) -> LaunchShape:
+    """16 elements a thread where registers hold them and no multiprocessor stays idle."""
+    return LaunchShape() if guided or leaves_idle(R, N, WIDE.block, device) else WIDE
 
 
 def _empty(
     x: Tensor, v: Tensor, uncond: Tensor | None, model_dtype: torch.dtype, keep_u: bool,
     keep_m: bool, keep_square: bool,
-) -> Kept:  # fmt: skip
-    """x', its copy, the guided velocity, u, m like x, square [R]; None where not asked for."""
+) -> Outputs:  # fmt: skip
+    """x', its copy, the guided velocity, u, m like x, square [R]; empty where not asked for."""
 
-    def like_x(kept: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return x.new_empty(x.shape, dtype=dtype) if kept else None
+    def empty(kept: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(x.shape if kept else 0, dtype=dtype)
 
     return (
-        x.new_empty(x.shape, dtype=torch.float32),
-        like_x(model_dtype != torch.float32, model_dtype),
-        like_x(uncond is not None, v.dtype),
-        like_x(keep_u),
-        like_x(keep_m),
-        x.new_empty(x.shape[0], dtype=torch.float32) if keep_square else None,
+        empty(True),
+        empty(model_dtype != torch.float32, model_dtype),
+        empty(uncond is not None, v.dtype),
+        empty(keep_u),
+        empty(keep_m),
+        x.new_empty(x.shape[0] if keep_square else 0, dtype=torch.float32),
     )
-
-
-def _filled(x: Tensor, kept: Kept) -> Outputs:
-    """For a custom op, which returns no None: nothing in its place."""
-    first, *others = kept
-    return first, *(x.new_empty(0) if t is None else t for t in others)  # type: ignore[return-value]
 
 
 def _launch_step(
     x: Tensor, v: Tensor, uncond: Tensor | None, m_prev: Tensor | None, table_TK: Tensor,
     step_R: Tensor, seed: Tensor | None, sample_id_R: Tensor | None, guidance: float,
     model_dtype: torch.dtype, keep_u: bool, keep_m: bool, keep_square: bool,
-) -> Kept:  # fmt: skip
-    """`_empty`, written; all inputs contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`Outputs` of inputs that are contiguous, as `_empty` lays them out."""
     R, (steps, columns) = x.shape[0], table_TK.shape
     N = x.numel() // R
-    shape = launch_shape("sde_step", R, N, x.device)
-    x_next, model_input, velocity, u, m, square_R = _empty(
-        x, v, uncond, model_dtype, keep_u, keep_m, keep_square
-    )
-    sums_RC = None
-    if square_R is not None:
-        sums_RC = square_R.new_empty(R, cdiv(N, shape.block))
+    default = default_shape(R, N, x.device, guided=uncond is not None)
+    shape = launch_shape("sde_step", R, N, x.device, default)
+    outputs = _empty(x, v, uncond, model_dtype, keep_u, keep_m, keep_square)
+    x_next, model_input, velocity, u, m = (t if t.shape[0] else None for t in outputs[:5])
+    sums_RC = x.new_empty(R, cdiv(N, shape.block), dtype=torch.float32) if keep_square else None
     launch(
         _sde_step_fwd_kernel, grid_of_rows(R, N, shape.block), shape, x_ptr=x, v_ptr=v,
         uncond_ptr=uncond, m_prev_ptr=m_prev, table_ptr=table_TK, step_ptr=step_R, seed_ptr=seed,
@@ -235,27 +232,15 @@ def _launch_step(
         u_ptr=u, m_ptr=m, sums_ptr=sums_RC, elements=N, steps=steps, columns=columns,
         guidance=guidance, FAST=not INTERPRETED, BLOCK=shape.block,
     )  # fmt: skip
-    if sums_RC is not None:
-        square_R = sums_RC.sum(1) / N
-    return x_next, model_input, velocity, u, m, square_R
+    return outputs if sums_RC is None else (*outputs[:5], sums_RC.sum(1) / N)
 
 
-@torch.library.custom_op("gardo::sde_step", mutates_args=())
-def _sde_step_op(
-    x: Tensor, v: Tensor, uncond: Tensor | None, m_prev: Tensor | None, table_TK: Tensor,
-    step_R: Tensor, seed: Tensor | None, sample_id_R: Tensor | None, guidance: float,
-    model_dtype: torch.dtype, keep_u: bool, keep_m: bool, keep_square: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_launch_step`; empty tensors for what was not asked for."""
-    return _filled(x, _launch_step(
-        x, v, uncond, m_prev, table_TK, step_R, seed, sample_id_R, guidance, model_dtype, keep_u,
-        keep_m, keep_square,
-    ))  # fmt: skip
+_sde_step_op = torch.library.custom_op("gardo::sde_step", _launch_step, mutates_args=())
 
 
 @_sde_step_op.register_fake
 def _(x: Tensor, v: Tensor, uncond: Tensor | None, *others: Any) -> Outputs:
-    return _filled(x, _empty(x, v, uncond, *others[-4:]))
+    return _empty(x, v, uncond, *others[-4:])
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -343,13 +328,10 @@ def sde_step(
             x, v, z, table_TK[step_R], uncond=uncond, guidance=guidance, m_prev=m_prev
         )
         return Step(
-            x=out.x,
-            model_input=out.x.to(model_dtype),
-            velocity=out.velocity,
-            u=out.u if keep_u else None,
-            m=out.m if keep_m else None,
+            x=out.x, model_input=out.x.to(model_dtype), velocity=out.velocity,
+            u=out.u if keep_u else None, m=out.m if keep_m else None,
             square_R=out.square_R if keep_square else None,
-        )
+        )  # fmt: skip
     tensors = [None if t is None else t.contiguous() for t in (x, *samples.values())]
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     step: Callable[..., Any] = _sde_step_op if trained or looked_on() else _launch_step
@@ -360,13 +342,10 @@ def sde_step(
         keep_u, keep_m, keep_square,
     )  # fmt: skip
     return Step(
-        x=x_next,
-        model_input=x_next if model_dtype == torch.float32 else model_input,
-        velocity=v if uncond is None else velocity,
-        u=u if keep_u else None,
-        m=m if keep_m else None,
-        square_R=square_R if keep_square else None,
-    )
+        x=x_next, model_input=x_next if model_dtype == torch.float32 else model_input,
+        velocity=v if uncond is None else velocity, u=u if keep_u else None,
+        m=m if keep_m else None, square_R=square_R if keep_square else None,
+    )  # fmt: skip
 
 
 def _check_rows(
