@@ -73,10 +73,11 @@ def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-WHOLE = 64  # n is filled up to a multiple of this many features, which needs no masks
-# A program of chords is one warp, which waits for no other: LANES along a row, each with four
-# features, one 128-bit load. SPLITS programs share a tile of rows.
-COLUMNS, SPLITS, LANES = 8, 4, 16
+WHOLE = 256  # n is filled up to a multiple of this many features, which needs no masks
+# A program of chords is four warps: LANES along a row, each with four features, one 128-bit load.
+# Few turns of its loop wait for memory; the warps' sums meet once, behind it. SPLITS programs share
+# a tile of rows.
+COLUMNS, SPLITS, LANES = 4, 6, 64
 _FEATURES = tl.constexpr(4)
 # block: features or group ids at a time. chunk: a group's distances at a time. rows: of a tile.
 # warps: of the normalisation. stages: of the chords' loads.
@@ -238,7 +239,7 @@ def _launch_distances(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Ten
     nearest_B = e_BD.new_empty(B, dtype=torch.float32)
     mean_B = e_BD.new_empty(B, dtype=torch.float32)
     launch(
-        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=1, stages=3), n_ptr=n_BD,
+        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=4, stages=3), n_ptr=n_BD,
         zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2, nearest_ptr=parts_SB,
         sums_ptr=sums_SB, rows=B, width=width, ROWS=shape.rows, COLUMNS=COLUMNS, SPLITS=SPLITS,
         LANES=LANES, STAGES=shape.stages,
