@@ -2,9 +2,9 @@
 
 A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
 program writes the sums of a chunk of a row, then one program adds a row's chunks in order. That
-program stands between the sums and the gradient, so it waits for memory once and not once a sum:
-nothing in it is a loop unless a row has hundreds of chunks. The gradient takes its scalars from it;
-to add the chunks again in each of the gradient's programs would not start them earlier, because a
+program stands between the sums and the gradient, so it waits for memory once and not once a sum: it
+has no loop over chunks unless a row has more than 128. The gradient takes its scalars from it; to
+add the chunks again in each of the gradient's programs would not start them earlier, because a
 stream runs one launch after the other.
 
 The losses import this module as `shared`.
@@ -223,7 +223,7 @@ def clamp(x, least, most):
     return tl.where(x > most, most, x)
 
 
-AT_A_TIME, UNROLLED = tl.constexpr(16), tl.constexpr(16)
+AT_A_TIME, UNROLLED = tl.constexpr(16), tl.constexpr(8)  # more of them would spill registers
 
 
 @triton.jit
