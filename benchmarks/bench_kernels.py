@@ -4,10 +4,11 @@
 
 On a GPU: every case of benchmarks/core_ops/shapes.py, competitors in turn within one process, then
 the targets with what was measured; writes results/kernels_gpu.csv and .png. On a CPU: the torch
-paths of small cases (no claim about speed), what each path launches and moves, and the machine code
-of every kernel for sm_90 and sm_100; writes kernels_cpu.csv, kernels_counts.csv (.png) and
-kernels_compiled.csv. Both fill the tables of benchmarks/README.md. A run of some ops, or a --quick
-one, writes nothing unless --out names a folder.
+paths of small cases (no claim about speed), what each path launches and moves, what our calls cost
+the host beside their launches, and the machine code of every kernel for sm_90 and sm_100; writes
+kernels_cpu.csv, kernels_counts.csv (.png), kernels_host.csv and kernels_compiled.csv. Both fill the
+tables of benchmarks/README.md. A run of some ops, or a --quick one, writes nothing unless --out
+names a folder.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from campaign.exit_codes import UNFINISHED
 from core_ops import report
 from core_ops.cases import Case
 from core_ops.counting import Counter, memory, tensors
+from core_ops.host import host_costs
 from core_ops.machine import Machine, this_machine
 from core_ops.measure import WAYS, measure, row_of, short
 from core_ops.shapes import OPS, PROBLEMS, counted_cases, cpu_cases, gpu_cases
@@ -125,7 +127,8 @@ def fill_readme(folder: Path) -> None:
     page = ROOT / "benchmarks" / "README.md"
     tables = {
         "targets": report.targets_table, "gpu": report.speed_table, "cpu": report.cpu_table,
-        "counts": report.counts_table, "compiled": report.compiled_table,
+        "counts": report.counts_table, "host": report.host_table,
+        "compiled": report.compiled_table,
     }  # fmt: skip
     for name, table in tables.items():
         rows = report.read(folder / f"kernels_{'gpu' if name == 'targets' else name}.csv")
@@ -173,7 +176,9 @@ def main() -> int:
         cases = cpu_cases(options.op, options.quick)
         some = timed(cases, machine, options.budget_seconds, options.quick)
         found["cpu"] = [row for rows in some for row in rows]
-        found["counts"] = counted(counted_cases(options.op, options.quick), machine)
+        cases = counted_cases(options.op, options.quick)
+        found["counts"] = counted(cases, machine)
+        found["host"] = list(host_costs(cases, machine))
         if whole:
             found["compiled"] = machine_code(machine)
     verdict = verdicts(found.get("gpu", []))

@@ -44,6 +44,11 @@ class Case:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def rows_and_elements(self) -> tuple[int, int]:
+        """Rows, and elements of a row."""
+        return self.shape[0], self.elements // self.shape[0]
+
     def names(self) -> dict[str, Any]:
         """What tells it from other cases, as columns of a table."""
         return {
@@ -54,6 +59,9 @@ class Case:
             "layout": self.layout,
             "elements": self.elements,
         }
+
+
+HERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Problem:
@@ -98,7 +106,7 @@ class Problem:
 
     @classmethod
     def launch_shapes(cls, case: Case) -> list[LaunchShape]:
-        """What the sweep tries, the default first: blocks of 4 to 16 elements a thread."""
+        """What the sweep tries, the op's default first: blocks of 4 to 16 elements a thread."""
         return [
             LaunchShape(block=block, warps=warps)
             for block in (1024, 512, 2048, 4096)

@@ -43,8 +43,10 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
 
 
 def place(row: Row) -> str:
-    clocks = f", {row['clock_sm_mhz']} / {row['clock_mem_mhz']} MHz" if row["clock_sm_mhz"] else ""
-    driver = f", driver {row['driver']}" if row["driver"] else ""
+    clocks = ""
+    if row.get("clock_sm_mhz"):
+        clocks = f", {row['clock_sm_mhz']} / {row['clock_mem_mhz']} MHz"
+    driver = f", driver {row['driver']}" if row.get("driver") else ""
     return (
         f"{row['device']}{clocks}{driver}, torch {row['torch']}, triton {row['triton']}, "
         f"revision {row['revision']}, {row['date']}"
@@ -97,6 +99,12 @@ def counts_table(rows: Sequence[Row]) -> str:
         f"{first['triton']}, revision {first['revision']}).\n\n"
         "![launches, and bytes an element](results/kernels_counts.png)"
     )
+
+
+def host_table(rows: Sequence[Row]) -> str:
+    head = ("op", "call", "median us", "p10", "p90")
+    names = ("op", "way", "median_us", "p10_us", "p90_us")
+    return f"{markdown(head, [[row[n] for n in names] for row in rows])}\n\n{place(rows[0])}."
 
 
 def compiled_table(rows: Sequence[Row]) -> str:

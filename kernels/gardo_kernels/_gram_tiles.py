@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels._launch import launch
+from gardo_kernels._launch import cdiv, launch
 from gardo_kernels._launch_shape import LaunchShape, launch_shape
 
 # block: rows and columns of a tile. chunk: features at a time.
@@ -89,7 +89,7 @@ def one_group(n_BD: Tensor) -> tuple[Tensor, Tensor]:
     """(nearest_B, mean_pairwise_B) fp32 of B unit rows, or rows of zeros; D a multiple of 64."""
     B, D = n_BD.shape
     shape = launch_shape("gram_tiles", B, D, n_BD.device, DEFAULT)
-    T = triton.cdiv(B, shape.block)
+    T = cdiv(B, shape.block)
     square_B = n_BD.new_empty(B)
     nearest_TB = n_BD.new_empty(T, B)
     sums_TB = n_BD.new_empty(T, B)

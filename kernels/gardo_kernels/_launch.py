@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gardo_kernels._launch_shape import LaunchShape
 
@@ -20,15 +21,29 @@ OPTIONS = {"enable_fp_fusion": True}
 
 def launch(kernel: Any, grid: tuple[int, ...], shape: LaunchShape, **arguments: Any) -> None:
     """Runs the kernel over the grid with the shape's warps, on the GPU that its tensors are on."""
-    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with guard:
+    device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](**arguments, num_warps=shape.warps, num_stages=shape.stages, **OPTIONS)
+
+
+def looked_on() -> bool:
+    """Whether a compiler, fake tensors or another dispatch mode looks on.
+
+    It is shown a custom op. Where nobody looks an op's own launches are called, because a custom op
+    costs more Python than they do.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many of `size` hold `count`; on the host, where triton.cdiv takes microseconds."""
+    return -(-count // size)
 
 
 def grid_of_rows(rows: int, elements: int, block: int) -> tuple[int]:
     """A program for every block of every row, all on one axis: a GPU's others end at 65,535."""
-    return (rows * triton.cdiv(elements, block),)
+    return (rows * cdiv(elements, block),)
 
 
 @triton.jit
@@ -47,8 +62,8 @@ def kernels_run_on(device: torch.device) -> bool:
     return INTERPRETED
 
 
-def choose_backend(op: str, backend: Backend, *tensors: Tensor | None) -> str:
-    """ "triton" or "torch" for a call with these tensors, of which the first is not None.
+def choose_backend(op: str, backend: Backend, *tensors: Tensor) -> str:
+    """ "triton" or "torch" for a call with these tensors.
 
     `auto` takes the kernels for tensors on an NVIDIA GPU, the plain-torch reference for fp64 and
     for everything elsewhere. RuntimeError for `triton` where it cannot run, ValueError for fp64 and
@@ -56,15 +71,16 @@ def choose_backend(op: str, backend: Backend, *tensors: Tensor | None) -> str:
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{op}: backend {backend!r} is unknown; choose auto, triton or torch")
-    given = [t for t in tensors if t is not None]
-    device = given[0].device
-    is_fp64 = compute_dtype(*given) == torch.float64
-    on_gpu = device.type == "cuda" and kernels_run_on(device)
-    if backend == "torch" or (backend == "auto" and (is_fp64 or not on_gpu)):
+    if backend == "torch":
+        return "torch"
+    device = tensors[0].device
+    is_fp64 = compute_dtype(*tensors) == torch.float64
+    runs = kernels_run_on(device)
+    if backend == "auto" and (is_fp64 or not runs or device.type != "cuda"):
         return "torch"
     if is_fp64:
         raise ValueError(f"{op}: the kernels work in fp32; use backend='torch' for fp64")
-    if not kernels_run_on(device):
+    if not runs:
         place = f"{device} (ROCm)" if device.type == "cuda" else device
         raise RuntimeError(
             f"{op}: the triton backend needs tensors on an NVIDIA GPU, these are on {place}; "
@@ -106,7 +122,7 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> N
 
 def check_rows(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """x must be [R] for the R rows of `like`, on its device."""
-    if tuple(x.shape) != (like.shape[0],):
+    if x.shape != like.shape[:1]:
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)}; pass one value for each row of {like_name}, "
             f"shape ({like.shape[0]},)"

@@ -55,6 +55,18 @@ def capability(device: torch.device) -> str:
     return _capability(device.index) if device.type == "cuda" else "interpreter"
 
 
+def leaves_idle(rows: int, elements: int, size: int, device: torch.device) -> bool:
+    """Whether programs of `size` elements of a row are fewer than the GPU's multiprocessors."""
+    if device.type != "cuda":
+        return False
+    return rows * -(-elements // size) < _multiprocessors(device.index)
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
 @cache
 def _capability(index: int | None) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(index)))

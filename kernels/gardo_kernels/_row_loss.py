@@ -1,7 +1,11 @@
 """What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, launches.
 
 A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
-program writes the sums of a chunk of a row, then one program adds a row's chunks in order.
+program writes the sums of a chunk of a row, then one program adds a row's chunks in order. That
+program stands between the sums and the gradient, so it waits for memory once and not once a sum: it
+has no loop over chunks unless a row has more than 128. The gradient takes its scalars from it; to
+add the chunks again in each of the gradient's programs would not start them earlier, because a
+stream runs one launch after the other.
 
 The losses import this module as `shared`.
 
@@ -10,17 +14,19 @@ flags of a row.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gardo_kernels._launch import (
     Backend,
     block_and_row,
+    cdiv,
     check_like,
     check_rows,
     check_samples,
@@ -28,8 +34,9 @@ from gardo_kernels._launch import (
     compute_dtype,
     grid_of_rows,
     launch,
+    looked_on,
 )
-from gardo_kernels._launch_shape import launch_shape
+from gardo_kernels._launch_shape import LaunchShape, launch_shape, leaves_idle
 
 # ---- references ----------------------------------------------------------------------------------
 
@@ -81,14 +88,20 @@ def gated_difference(v_RN: Tensor, v_ref_RN: Tensor, gate_R: Tensor) -> Tensor:
 def check_tensors(
     op: str, v: Tensor, samples: dict[str, Tensor | None], rows: dict[str, Tensor | None]
 ) -> None:
-    """v is [R, ...]; `samples` are like it and `rows` one value a row of it, or None."""
+    """v is [R, ...]; `samples` are like it and `rows` one value a row of it, or None.
+
+    What fits is found so in one pass; the checks that have words are called for what does not.
+    """
     check_samples(op, "v", v)
-    for name, tensor in samples.items():
-        if tensor is not None:
-            check_like(op, name, tensor, "v", v)
-    for name, tensor in rows.items():
-        if tensor is not None:
-            check_rows(op, name, tensor, "v", v)
+    shape, of_row, device = v.shape, v.shape[:1], v.device
+    for name, x in samples.items():
+        if x is not None and not (
+            x.shape == shape and x.device == device and x.is_floating_point()
+        ):
+            check_like(op, name, x, "v", v)
+    for name, x in rows.items():
+        if x is not None and not (x.shape == of_row and x.device == device):
+            check_rows(op, name, x, "v", v)
 
 
 def check_positive(op: str, **values: float) -> None:
@@ -118,14 +131,14 @@ def prepared(
 ) -> tuple[bool, list[Any]]:  # fmt: skip
     """Whether the kernels run, and v, the samples [R, N] and the rows [R] as they are then taken.
 
-    `widest` is v and what the arithmetic's dtype depends on. The kernels read contiguous tensors in
-    any dtype, and None; the references take all in one dtype, and ones for a row that is None. Only
-    v keeps its gradient.
+    `widest` is v and what the arithmetic's dtype depends on. The kernels read contiguous tensors of
+    any shape and dtype, and None; the references take [R, N], all in one dtype and without a
+    gradient but v, and ones for a row that is None.
     """
     v = widest[0]
     if choose_backend(op, backend, *widest) == "triton":
-        taken = [None if x is None else x.detach().flatten(1).contiguous() for x in samples]
-        return True, [v.flatten(1).contiguous(), *taken, *map(_kernel_row, rows)]
+        taken = [None if x is None else x.contiguous() for x in samples]
+        return True, [v.contiguous(), *taken, *map(_kernel_row, rows)]
     dtype = compute_dtype(*widest)
     ones_R = torch.ones(v.shape[0], dtype=dtype, device=v.device)
     taken = [None if x is None else x.detach().flatten(1).to(dtype).contiguous() for x in samples]
@@ -137,7 +150,7 @@ def _kernel_row(x: Tensor | None) -> Tensor | None:
     """[R] as a kernel can read it; what it can read as it is, is not copied."""
     if x is None:
         return None
-    return (x if x.dtype in (torch.float32, torch.bool) else x.float()).detach().contiguous()
+    return (x if x.dtype in (torch.float32, torch.bool) else x.float()).contiguous()
 
 
 # ---- pieces of kernels ---------------------------------------------------------------------------
@@ -210,16 +223,28 @@ def clamp(x, least, most):
     return tl.where(x > most, most, x)
 
 
+AT_A_TIME, UNROLLED = tl.constexpr(16), tl.constexpr(8)  # more of them would spill registers
+
+
 @triton.jit
-def sum_chunks(sums_ptr, row, inside, chunks, SUM: tl.constexpr, SUMS: tl.constexpr):
-    """One of sums[row, sum, chunk], added over the chunks, always in the same order."""
-    AT_A_TIME: tl.constexpr = 16
+def row_mean(
+    sums_ptr, row, inside, chunks, elements, SUM: tl.constexpr, SUMS: tl.constexpr,
+    PASSES: tl.constexpr,
+):  # fmt: skip
+    """One of sums[row, sum, chunk], added over the chunks, always in the same order, / elements.
+
+    The first PASSES times AT_A_TIME chunks without a loop, so that all are loaded at once.
+    """
     at = sums_ptr + (row.to(tl.int64) * SUMS + SUM)[:, None] * chunks
     total = tl.zeros((row.shape[0], AT_A_TIME), tl.float32)
-    for first in range(0, chunks, AT_A_TIME):
-        chunk = first + tl.arange(0, AT_A_TIME)[None, :]
+    for index in tl.static_range(PASSES):
+        chunk = index * AT_A_TIME + tl.arange(0, AT_A_TIME)[None, :]
         total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
-    return tl.sum(total, 1)
+    if PASSES == UNROLLED:
+        for first in range(UNROLLED * AT_A_TIME, chunks, AT_A_TIME):
+            chunk = first + tl.arange(0, AT_A_TIME)[None, :]
+            total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
+    return tl.sum(total, 1) / elements
 
 
 @triton.jit
@@ -240,12 +265,27 @@ def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_
 
 # ---- launches ------------------------------------------------------------------------------------
 
+Results = tuple[Tensor, Tensor, Tensor]  # loss [], rows [S, R], flags [F, R] bool
+CHUNKED = LaunchShape()
+UNCHUNKED = CHUNKED._replace(chunk=CHUNKED.block)
+
+
+def default_shape(R: int, N: int, device: torch.device) -> LaunchShape:
+    """Where chunks of several blocks would leave multiprocessors idle, a chunk is a block."""
+    return UNCHUNKED if leaves_idle(R, N, CHUNKED.chunk, device) else CHUNKED
+
+
+def layout(op: str, v_RN: Tensor) -> tuple[int, int, LaunchShape]:
+    """R, N and the shape of the op's launches over them."""
+    R, device = v_RN.shape[0], v_RN.device
+    N = v_RN.numel() // R
+    return R, N, launch_shape(op, R, N, device, default_shape(R, N, device))
+
 
 def launch_sums(op: str, kernel: Any, v_RN: Tensor, sums: int, **arguments: Any) -> Tensor:
     """So many sums of every chunk of every row, [R, S, C] fp32."""
-    R, N = v_RN.shape
-    shape = launch_shape(op, R, N, v_RN.device)
-    C = triton.cdiv(N, shape.chunk)
+    R, N, shape = layout(op, v_RN)
+    C = cdiv(N, shape.chunk)
     sums_RSC = v_RN.new_empty(R, sums, C, dtype=torch.float32)
     launch(
         kernel, grid_of_rows(R, N, shape.chunk), shape, v_ptr=v_RN, **arguments, sums_ptr=sums_RSC,
@@ -255,18 +295,18 @@ def launch_sums(op: str, kernel: Any, v_RN: Tensor, sums: int, **arguments: Any)
 
 
 def launch_rows(
-    op: str, kernel: Any, v_RN: Tensor, sums_RSC: Tensor, results: tuple[Tensor, Tensor, Tensor],
-    **arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op: str, kernel: Any, v_RN: Tensor, sums_RSC: Tensor, results: Results, **arguments: Any
+) -> Results:
     """Fills the results of `empty_results` from the sums, in one program."""
-    R, N = v_RN.shape
-    shape = launch_shape(op, R, N, v_RN.device)
+    R, N, shape = layout(op, v_RN)
+    C = sums_RSC.shape[2]
     loss, rows_SR, flags_FR = results
-    if len(flags_FR):
+    if flags_FR.shape[0]:
         arguments["flags_ptr"] = flags_FR
     launch(
         kernel, (1,), shape, sums_ptr=sums_RSC, **arguments, rows_ptr=rows_SR, loss_ptr=loss,
-        rows=R, elements=N, chunks=sums_RSC.shape[2], ROWS=shape.rows,
+        rows=R, elements=N, chunks=C, PASSES=min(cdiv(C, AT_A_TIME.value), UNROLLED.value),
+        ROWS=shape.rows,
     )  # fmt: skip
     return results
 
@@ -275,8 +315,7 @@ def launch_gradient(
     op: str, kernel: Any, v_RN: Tensor, rows_SR: Tensor, upstream: Tensor, **arguments: Any
 ) -> Tensor:
     """The gradient of v [R, N] in its dtype."""
-    R, N = v_RN.shape
-    shape = launch_shape(op, R, N, v_RN.device)
+    R, N, shape = layout(op, v_RN)
     grad_RN = torch.empty_like(v_RN)
     launch(
         kernel, grid_of_rows(R, N, shape.block), shape, v_ptr=v_RN, **arguments, rows_ptr=rows_SR,
@@ -285,11 +324,8 @@ def launch_gradient(
     return grad_RN
 
 
-# ---- registration --------------------------------------------------------------------------------
-
-
-def empty_results(v_RN: Tensor, statistics: int, flags: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a loss op returns, not yet written."""
+def empty_results(v_RN: Tensor, statistics: int, flags: int) -> Results:
+    """What a loss returns, not yet written."""
     R = v_RN.shape[0]
     return (
         v_RN.new_empty((), dtype=torch.float32),
@@ -298,33 +334,61 @@ def empty_results(v_RN: Tensor, statistics: int, flags: int) -> tuple[Tensor, Te
     )
 
 
-def register_row_loss(
-    loss_op: Any, grad_op: Any, *, statistics: int, flags: int, tensors: int, constants: int = 0
-) -> None:
-    """Shapes and gradient of a loss op: (loss [], rows [statistics, R], flags [flags, R] bool).
+# ---- autograd ------------------------------------------------------------------------------------
 
-    Its gradient goes to its first input, v [R, N]. `grad_op` takes the first `tensors` inputs of
-    the loss op, the rows, the gradient of the loss, and the last `constants` inputs of the loss op.
-    Nothing else is kept for the backward pass.
+
+class RowLoss:
+    """A loss whose gradient goes to its first input, v, from two functions that launch kernels.
+
+    `loss` makes `Results` of contiguous inputs; `gradient` makes that of v of the first `tensors`
+    inputs of the loss, its rows, the gradient of the loss and the last `constants` inputs. Nothing
+    else is kept for the backward pass. Both are custom ops too, gardo::NAME and gardo::NAME_grad,
+    for what looks on.
     """
 
-    def fake_loss(v_RN: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-        return empty_results(v_RN, statistics, flags)
+    def __init__(
+        self, name: str, loss: Callable[..., Results], gradient: Callable[..., Tensor], *,
+        statistics: int, flags: int, tensors: int, constants: int = 0,
+    ) -> None:  # fmt: skip
+        self.loss, self.gradient = loss, gradient
+        self.tensors, self.constants = tensors, constants
+        self.op = torch.library.custom_op(f"gardo::{name}", loss, mutates_args=())
+        grad_op = torch.library.custom_op(f"gardo::{name}_grad", gradient, mutates_args=())
 
-    def fake_grad(v_RN: Tensor, *_: object) -> Tensor:
-        return torch.empty_like(v_RN)
+        def backward(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+            grad_RN = grad_op(*ctx.saved_tensors, upstream, *ctx.constants)
+            return grad_RN, *[None] * ctx.without_gradient
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:tensors], output[1])
-        ctx.constants = inputs[len(inputs) - constants :]
+        self.op.register_fake(lambda v_RN, *_: empty_results(v_RN, statistics, flags))
+        grad_op.register_fake(lambda v_RN, *_: torch.empty_like(v_RN))
+        self.op.register_autograd(backward, setup_context=self.save)
+
+    def __call__(self, v_RN: Tensor, *others: Any) -> Results:
+        if looked_on():
+            detached = (x.detach() if isinstance(x, Tensor) else x for x in others)
+            return self.op(v_RN, *detached)
+        return _Launches.apply(v_RN, self, others)
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        ctx.save_for_backward(*inputs[: self.tensors], output[1])
+        ctx.constants = inputs[len(inputs) - self.constants :]
         ctx.without_gradient = len(inputs) - 1
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # of rows and flags: two launches for nothing
 
-    def backward(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        grad_RN = grad_op(*ctx.saved_tensors, upstream.float(), *ctx.constants)
-        return grad_RN, *[None] * ctx.without_gradient
 
-    loss_op.register_fake(fake_loss)
-    grad_op.register_fake(fake_grad)
-    loss_op.register_autograd(backward, setup_context=save)
+class _Launches(torch.autograd.Function):
+    """`RowLoss` where nobody looks on. All inputs but v come as one tuple, which autograd does not
+    look into."""
+
+    @staticmethod
+    def forward(ctx: Any, v_RN: Tensor, row_loss: RowLoss, others: tuple[Any, ...]) -> Results:
+        results = row_loss.loss(v_RN, *others)
+        row_loss.save(ctx, (v_RN, *others), results)
+        ctx.gradient = row_loss.gradient
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor, None, None]:
+        return ctx.gradient(*ctx.saved_tensors, upstream, *ctx.constants), None, None

@@ -55,8 +55,8 @@ from gardo_kernels._launch import Backend, block_and_row, compute_dtype
 
 EPSILON = tl.constexpr(1e-10)
 
-TRANSFORMS: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {  # w(t); p
-    "uniform": (torch.ones_like, 1.0),
+TRANSFORMS: dict[str, tuple[Callable[[Tensor], Tensor | None], float | None]] = {  # w(t); p
+    "uniform": (lambda t: None, 1.0),  # None: 1 for every row
     "t": (lambda t: t, 1.0),
     "t2": (torch.square, 1.0),
     "huber": (lambda t: t / 2, 0.5),
@@ -127,10 +127,10 @@ def awm_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-# rows[statistic, row]: what is reported, and the gradient's three scalars
+# rows[statistic, row]: what is reported, in the order of AwmLoss; the gradient's three scalars
 POLICY, RATIO, LOG_RATIO, KL, EMA = (tl.constexpr(i) for i in range(5))
 POLICY_WEIGHT, KL_WEIGHT, EMA_WEIGHT = (tl.constexpr(i) for i in range(5, 8))
-STATISTICS, FLAGS = 8, 2  # flags: clipped high, clipped low
+REPORTED, STATISTICS, FLAGS = 5, 8, 2  # flags: clipped high, clipped low
 # sums[row, sum, chunk]: squares, but for the gain
 GAIN, REFERENCE_2, EMA_2, U_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
 SUMS = tl.constexpr(5)
@@ -139,7 +139,7 @@ SUMS = tl.constexpr(5)
 @triton.jit
 def _awm_loss_sums_kernel(
     v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, v_old_ptr, gate_ptr, sums_ptr, elements, chunks,
-    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, CURVED: tl.constexpr,
+    CURVED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2.
@@ -163,10 +163,10 @@ def _awm_loss_sums_kernel(
         if CURVED:
             u_2 += u * u
             error_2 += (v - target) * (v - target)
-        if HAS_REF:
+        if v_ref_ptr is not None:
             reference = shared.error_where(v, v_ref_ptr, at, inside & gated)
             reference_2 += reference * reference
-        if HAS_EMA:
+        if v_ema_ptr is not None:
             ema = v - shared.load_fp32(v_ema_ptr, at, inside)
             ema_2 += ema * ema
     here = sums_ptr + row * SUMS * chunks + chunk
@@ -195,7 +195,7 @@ def _curved_gain(gain, l, l_old, power):
 def _awm_loss_rows_kernel(
     sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
     power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip,
-    CURVED: tl.constexpr, ROWS: tl.constexpr,
+    CURVED: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
@@ -206,10 +206,10 @@ def _awm_loss_rows_kernel(
         advantage = shared.clamp(advantage, -adv_clip, adv_clip)
         w = shared.load_rows(w_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
-        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
+        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
         if CURVED:
-            l_old = shared.sum_chunks(sums_ptr, row, inside, chunks, U_2, SUMS) / elements
-            l = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+            l_old = shared.row_mean(sums_ptr, row, inside, chunks, elements, U_2, SUMS, PASSES)
+            l = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
             gain = _curved_gain(gain, l, l_old, power)
             curve = tl.exp((power - 1.0) * tl.log(l + EPSILON))
         else:
@@ -219,8 +219,8 @@ def _awm_loss_rows_kernel(
         policy, clipped_high, clipped_low = shared.clipped_term(
             advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
         )
-        kl = shared.sum_chunks(sums_ptr, row, inside, chunks, REFERENCE_2, SUMS) / elements
-        ema = shared.sum_chunks(sums_ptr, row, inside, chunks, EMA_2, SUMS) / elements
+        kl = shared.row_mean(sums_ptr, row, inside, chunks, elements, REFERENCE_2, SUMS, PASSES)
+        ema = shared.row_mean(sums_ptr, row, inside, chunks, elements, EMA_2, SUMS, PASSES)
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
@@ -243,7 +243,7 @@ def _awm_loss_rows_kernel(
 @triton.jit
 def _awm_loss_bwd_kernel(
     v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, rows_ptr, upstream_ptr, grad_ptr, rows, elements,
-    HAS_REF: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (sum over target, reference, EMA of weight (v - it)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
@@ -251,11 +251,11 @@ def _awm_loss_bwd_kernel(
     policy_weight = upstream * tl.load(rows_ptr + rows * POLICY_WEIGHT + row)
     v = shared.load_fp32(v_ptr, at, inside)
     grad = policy_weight * (v - shared.load_fp32(target_ptr, at, inside))
-    if HAS_REF:
+    if v_ref_ptr is not None:
         kl_weight = upstream * tl.load(rows_ptr + rows * KL_WEIGHT + row)
         kl = tl.load(rows_ptr + rows * KL + row)
         grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
-    if HAS_EMA:
+    if v_ema_ptr is not None:
         ema_weight = upstream * tl.load(rows_ptr + rows * EMA_WEIGHT + row)
         grad += ema_weight * (v - shared.load_fp32(v_ema_ptr, at, inside))
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -264,18 +264,17 @@ def _awm_loss_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::awm_loss", mutates_args=())
-def _awm_loss_op(
+def _launch_loss(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
-    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor, gate_R: Tensor | None, power: float,
-    clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
+    v_old_RN: Tensor, advantage_R: Tensor, w_R: Tensor | None, gate_R: Tensor | None,
+    power: float, clip_low: float, clip_high: float, beta: float, ema_beta: float, adv_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     log_low, log_high = shared.log_bounds(clip_low, clip_high)
     sums_RSC = shared.launch_sums(
         "awm_loss", _awm_loss_sums_kernel, v_RN, SUMS.value, target_ptr=target_RN,
         v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, v_old_ptr=v_old_RN, gate_ptr=gate_R,
-        HAS_REF=v_ref_RN is not None, HAS_EMA=v_ema_RN is not None, CURVED=power != 1,
+        CURVED=power != 1,
     )  # fmt: skip
     return shared.launch_rows(
         "awm_loss", _awm_loss_rows_kernel, v_RN, sums_RSC,
@@ -286,21 +285,19 @@ def _awm_loss_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("gardo::awm_loss_grad", mutates_args=())
-def _awm_loss_grad_op(
+def _launch_gradient(
     v_RN: Tensor, target_RN: Tensor, v_ref_RN: Tensor | None, v_ema_RN: Tensor | None,
     rows_SR: Tensor, upstream: Tensor,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
     return shared.launch_gradient(
         "awm_loss", _awm_loss_bwd_kernel, v_RN, rows_SR, upstream, target_ptr=target_RN,
-        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, HAS_REF=v_ref_RN is not None,
-        HAS_EMA=v_ema_RN is not None,
+        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN,
     )  # fmt: skip
 
 
-shared.register_row_loss(
-    _awm_loss_op, _awm_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4
+_awm_loss = shared.RowLoss(
+    "awm_loss", _launch_loss, _launch_gradient, statistics=STATISTICS, flags=FLAGS, tensors=4
 )
 
 
@@ -363,9 +360,8 @@ def awm_loss(
     inputs += (power if p is None else p, clip_low, clip_high, beta, ema_beta, adv_clip)
     if not kernels:
         return awm_loss_ref(*inputs)
-    loss, rows_SR, flags_FR = _awm_loss_op(*inputs)
-    statistics = (rows_SR[i.value] for i in (POLICY, RATIO, LOG_RATIO, KL, EMA))
-    return AwmLoss(loss, *statistics, *flags_FR.unbind(0))
+    loss, rows_SR, flags_FR = _awm_loss(*inputs)
+    return AwmLoss(loss, *rows_SR.unbind(0)[:REPORTED], *flags_FR.unbind(0))
 
 
 def examples(on: On) -> Examples:

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from gardo_kernels._examples import Examples, On
 from gardo_kernels._gram_tiles import one_group
-from gardo_kernels._launch import Backend, check_floating, check_rows, choose_backend, launch
+from gardo_kernels._launch import (
+    Backend,
+    cdiv,
+    check_floating,
+    check_rows,
+    choose_backend,
+    launch,
+    looked_on,
+)
 from gardo_kernels._launch_shape import LaunchShape, launch_shape
 
 
@@ -65,10 +73,11 @@ def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-WHOLE = 64  # n is filled up to a multiple of this many features, which needs no masks
-# A program of chords is one warp, which waits for no other: LANES along a row, each with four
-# features, one 128-bit load. SPLITS programs share a tile of rows.
-COLUMNS, SPLITS, LANES = 8, 4, 16
+WHOLE = 256  # n is filled up to a multiple of this many features, which needs no masks
+# A program of chords is four warps: LANES along a row, each with four features, one 128-bit load.
+# Few turns of its loop wait for memory; the warps' sums meet once, behind it. SPLITS programs share
+# a tile of rows.
+COLUMNS, SPLITS, LANES = 4, 6, 64
 _FEATURES = tl.constexpr(4)
 # block: features or group ids at a time. chunk: a group's distances at a time. rows: of a tile.
 # warps: of the normalisation. stages: of the chords' loads.
@@ -207,13 +216,12 @@ def _nearest_cosine_means_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::nearest_cosine", mutates_args=())
-def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_distances(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
     B, D = e_BD.shape
     shape = launch_shape("nearest_cosine", B, D, e_BD.device, DEFAULT)
-    T = triton.cdiv(B, shape.rows)
-    width = triton.cdiv(D, WHOLE) * WHOLE
+    T = cdiv(B, shape.rows)
+    width = cdiv(D, WHOLE) * WHOLE
     n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
     zero_B = e_BD.new_empty(B, dtype=torch.float32)
     leader_B = e_BD.new_empty(B, dtype=torch.int32)
@@ -231,7 +239,7 @@ def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
     nearest_B = e_BD.new_empty(B, dtype=torch.float32)
     mean_B = e_BD.new_empty(B, dtype=torch.float32)
     launch(
-        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=1, stages=3), n_ptr=n_BD,
+        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=4, stages=3), n_ptr=n_BD,
         zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2, nearest_ptr=parts_SB,
         sums_ptr=sums_SB, rows=B, width=width, ROWS=shape.rows, COLUMNS=COLUMNS, SPLITS=SPLITS,
         LANES=LANES, STAGES=shape.stages,
@@ -243,6 +251,11 @@ def _nearest_cosine_op(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
         BLOCK=shape.chunk,
     )  # fmt: skip
     return nearest_B, mean_B
+
+
+_nearest_cosine_op = torch.library.custom_op(
+    "gardo::nearest_cosine", _launch_distances, mutates_args=()
+)
 
 
 @_nearest_cosine_op.register_fake
@@ -275,7 +288,8 @@ def nearest_cosine(
             raise ValueError(f"{op}: group_B has dtype {group_B.dtype}; pass integers")
     if choose_backend(op, backend, e_BD) == "triton":
         group_B = None if group_B is None else group_B.long().contiguous()
-        return _nearest_cosine_op(e_BD.detach().contiguous(), group_B)
+        distances = _nearest_cosine_op if looked_on() else _launch_distances
+        return distances(e_BD.detach().contiguous(), group_B)
     return nearest_cosine_ref(e_BD, group_B)
 
 

@@ -1,8 +1,8 @@
 """DiffusionNFT's loss: the forward process, implicit positive and negative policies, a gated KL.
 
-For row b of R, freshly noised at time t: x_t = (1 - t) x0 + t noise, with preference r in [0, 1]
-and strength b,
+For row b of R, freshly noised at time t: x_t = (1 - t) x0 + t noise, with the strength b,
 
+    r  = clamp(clamp(A, +-adv_clip) / (2 adv_clip) + 1/2, 0, 1)        the preference
     v+ = b v + (1 - b) v_old        v- = (1 + b) v_old - b v        x0(+-) = x_t - t v(+-)
     weight(+-) = max(mean |x0(+-) - x0|, floor), without gradient
     L(+-)      = mean((x0(+-) - x0)^2) / weight(+-)
@@ -66,10 +66,11 @@ def nft_preference(advantage: Tensor, adv_clip: float = 5.0) -> Tensor:
 
 def nft_loss_ref(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
-    t_R: Tensor, r_R: Tensor, gate_R: Tensor, beta: float, policy_scale: float, floor: float,
-    b: float,
+    t_R: Tensor, advantage_R: Tensor, gate_R: Tensor, beta: float, adv_clip: float,
+    policy_scale: float, floor: float, b: float,
 ) -> NftLoss:  # fmt: skip
     """The formula in plain torch, all tensors in one dtype; autograd gives the gradient."""
+    r_R = nft_preference(advantage_R, adv_clip)
 
     def branch(v_branch_RN: Tensor) -> tuple[Tensor, Tensor]:
         error_RN = x_t_RN - t_R[:, None] * v_branch_RN - x0_RN
@@ -93,10 +94,10 @@ def nft_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-# rows[statistic, row]: what is reported, and the gradient's three scalars
+# rows[statistic, row]: what is reported, in the order of NftLoss; the gradient's three scalars
 POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS = (tl.constexpr(i) for i in range(6))
 PULL_PLUS, PULL_MINUS, KL_WEIGHT = (tl.constexpr(i) for i in range(6, 9))
-STATISTICS, FLAGS = 9, 0
+REPORTED, STATISTICS, FLAGS = 6, 9, 0
 # sums[row, sum, chunk]: of absolute values and squares
 PLUS_1, PLUS_2, MINUS_1, MINUS_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
 SUMS = tl.constexpr(5)
@@ -115,7 +116,7 @@ def _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b):
 @triton.jit
 def _nft_loss_sums_kernel(
     v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, gate_ptr, sums_ptr, elements, chunks, b,
-    HAS_REF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
     chunk, row = block_and_row(elements, CHUNK)
@@ -134,7 +135,7 @@ def _nft_loss_sums_kernel(
         plus_2 += (e - s) * (e - s)
         minus_1 += tl.abs(e + s)
         minus_2 += (e + s) * (e + s)
-        if HAS_REF:
+        if v_ref_ptr is not None:
             error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
     here = sums_ptr + row * SUMS * chunks + chunk
@@ -147,8 +148,8 @@ def _nft_loss_sums_kernel(
 
 @triton.jit
 def _nft_loss_rows_kernel(
-    sums_ptr, t_ptr, r_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
-    policy_scale, floor, ROWS: tl.constexpr,
+    sums_ptr, t_ptr, advantage_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
+    adv_clip, policy_scale, floor, PASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum = 0.0, 0.0
@@ -156,16 +157,18 @@ def _nft_loss_rows_kernel(
         row = first + tl.arange(0, ROWS)
         inside = row < rows
         t = shared.load_rows(t_ptr, row, inside)
-        r = shared.load_rows(r_ptr, row, inside)
+        advantage = shared.load_rows(advantage_ptr, row, inside)
+        advantage = shared.clamp(advantage, -adv_clip, adv_clip)
+        r = shared.clamp(advantage / (2.0 * adv_clip) + 0.5, 0.0, 1.0)
         gate = shared.load_rows(gate_ptr, row, inside)
-        weight_plus = shared.sum_chunks(sums_ptr, row, inside, chunks, PLUS_1, SUMS) / elements
-        weight_minus = shared.sum_chunks(sums_ptr, row, inside, chunks, MINUS_1, SUMS) / elements
-        weight_plus = tl.where(weight_plus < floor, floor, weight_plus)  # NaN stays
-        weight_minus = tl.where(weight_minus < floor, floor, weight_minus)
-        plus_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, PLUS_2, SUMS) / elements
-        minus_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, MINUS_2, SUMS) / elements
+        plus_1 = shared.row_mean(sums_ptr, row, inside, chunks, elements, PLUS_1, SUMS, PASSES)
+        minus_1 = shared.row_mean(sums_ptr, row, inside, chunks, elements, MINUS_1, SUMS, PASSES)
+        weight_plus = tl.where(plus_1 < floor, floor, plus_1)  # NaN stays
+        weight_minus = tl.where(minus_1 < floor, floor, minus_1)
+        plus_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, PLUS_2, SUMS, PASSES)
+        minus_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, MINUS_2, SUMS, PASSES)
         loss_plus, loss_minus = plus_2 / weight_plus, minus_2 / weight_minus
-        kl = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+        kl = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
         policy = policy_scale * (r * loss_plus + (1.0 - r) * loss_minus) / b
         policy_sum += tl.sum(tl.where(inside, policy, 0.0))
         kl_sum += tl.sum(gate * kl)
@@ -187,7 +190,7 @@ def _nft_loss_rows_kernel(
 @triton.jit
 def _nft_loss_bwd_kernel(
     v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, rows_ptr, upstream_ptr, grad_ptr,
-    rows, elements, b, HAS_REF: tl.constexpr, BLOCK: tl.constexpr,
+    rows, elements, b, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (plus (e - s) + minus (e + s) + kl_weight (v - v_ref)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
@@ -198,7 +201,7 @@ def _nft_loss_bwd_kernel(
     v = shared.load_fp32(v_ptr, at, inside)
     e, s = _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b)
     grad = plus * (e - s) + minus * (e + s)
-    if HAS_REF:
+    if v_ref_ptr is not None:
         kl = tl.load(rows_ptr + rows * KL + row)
         grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -207,27 +210,25 @@ def _nft_loss_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::nft_loss", mutates_args=())
-def _nft_loss_op(
+def _launch_loss(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
-    t_R: Tensor, r_R: Tensor, gate_R: Tensor | None, beta: float, policy_scale: float,
-    floor: float, b: float,
+    t_R: Tensor, advantage_R: Tensor, gate_R: Tensor | None, beta: float, adv_clip: float,
+    policy_scale: float, floor: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     sums_RSC = shared.launch_sums(
         "nft_loss", _nft_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, x_t_ptr=x_t_RN,
         x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, gate_ptr=gate_R, b=b,
-        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
     return shared.launch_rows(
         "nft_loss", _nft_loss_rows_kernel, v_RN, sums_RSC,
-        shared.empty_results(v_RN, STATISTICS, FLAGS), t_ptr=t_R, r_ptr=r_R, gate_ptr=gate_R, b=b,
-        beta=beta if v_ref_RN is not None else 0.0, policy_scale=policy_scale, floor=floor,
+        shared.empty_results(v_RN, STATISTICS, FLAGS), t_ptr=t_R, advantage_ptr=advantage_R,
+        gate_ptr=gate_R, b=b, beta=beta if v_ref_RN is not None else 0.0, adv_clip=adv_clip,
+        policy_scale=policy_scale, floor=floor,
     )  # fmt: skip
 
 
-@torch.library.custom_op("gardo::nft_loss_grad", mutates_args=())
-def _nft_loss_grad_op(
+def _launch_gradient(
     v_RN: Tensor, v_old_RN: Tensor, x_t_RN: Tensor, x0_RN: Tensor, v_ref_RN: Tensor | None,
     t_R: Tensor, rows_SR: Tensor, upstream: Tensor, b: float,
 ) -> Tensor:  # fmt: skip
@@ -235,13 +236,13 @@ def _nft_loss_grad_op(
     return shared.launch_gradient(
         "nft_loss", _nft_loss_bwd_kernel, v_RN, rows_SR, upstream, v_old_ptr=v_old_RN,
         x_t_ptr=x_t_RN, x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, b=b,
-        HAS_REF=v_ref_RN is not None,
     )  # fmt: skip
 
 
-shared.register_row_loss(
-    _nft_loss_op, _nft_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=6, constants=1
-)
+_nft_loss = shared.RowLoss(
+    "nft_loss", _launch_loss, _launch_gradient, statistics=STATISTICS, flags=FLAGS, tensors=6,
+    constants=1,
+)  # fmt: skip
 
 
 def nft_loss(
@@ -251,11 +252,12 @@ def nft_loss(
     x0: Tensor,
     t: Tensor,
     *,
-    r: Tensor,
+    advantage: Tensor,
     b: float,
     gate: Tensor | None = None,
     v_ref: Tensor | None = None,
     beta: float = 0.0,
+    adv_clip: float = 5.0,
     policy_scale: float = 5.0,
     floor: float = 1e-5,
     backend: Backend = "auto",
@@ -263,31 +265,30 @@ def nft_loss(
     """Loss of a micro-batch with a gradient to v, and the statistics of each row.
 
     v, v_old, x_t, x0, v_ref: [R, ...] of equal shape, any floating dtype; v_old is the sampling
-    (old) velocity at x_t. t, r: [R] in [0, 1], the noising time and `nft_preference` of the
-    advantage. b > 0. gate: [R] bool or the weight of each row's KL, None means 1 for every row;
-    rows of gate 0 need no reference, whatever v_ref holds there. The KL is averaged over all R
-    rows: a mean over other rows is asked for by weights. v_ref None leaves the KL out, which is
-    right for a micro-batch without gated rows. Only v receives a gradient.
+    (old) velocity at x_t. t: [R] in [0, 1], the noising time. advantage: [R], of which the loss
+    takes `nft_preference`. b > 0. gate: [R] bool or the weight of each row's KL, None means 1 for
+    every row; rows of gate 0 need no reference, whatever v_ref holds there. The KL is averaged over
+    all R rows: a mean over other rows is asked for by weights. v_ref None leaves the KL out, which
+    is right for a micro-batch without gated rows. Only v receives a gradient.
 
     Arithmetic and results are fp32 (fp64 where v, v_old, x_t or x0 is fp64).
 
-    ValueError for shapes, dtypes or devices that do not fit, b or floor not positive, beta
-    negative, and beta > 0 with neither v_ref nor a gate. Source: arXiv 2509.16117.
+    ValueError for shapes, dtypes or devices that do not fit, b, adv_clip or floor not positive,
+    beta negative, and beta > 0 with neither v_ref nor a gate. Source: arXiv 2509.16117.
     """
     op, samples = "nft_loss", {"v_old": v_old, "x_t": x_t, "x0": x0, "v_ref": v_ref}
-    row_values = {"t": t, "r": r, "gate": gate}
+    row_values = {"t": t, "advantage": advantage, "gate": gate}
     shared.check_tensors(op, v, samples, row_values)
-    shared.check_positive(op, b=b, floor=floor)
+    shared.check_positive(op, b=b, adv_clip=adv_clip, floor=floor)
     shared.check_kl(op, beta, gate, v_ref)
     kernels, inputs = shared.prepared(
         op, backend, (v, v_old, x_t, x0), samples.values(), row_values.values()
     )
-    inputs += (beta, policy_scale, floor, b)
+    inputs += (beta, adv_clip, policy_scale, floor, b)
     if not kernels:
         return nft_loss_ref(*inputs)
-    loss, rows_SR, _ = _nft_loss_op(*inputs)
-    reported = (POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS)
-    return NftLoss(loss, *(rows_SR[i.value] for i in reported))
+    loss, rows_SR, _ = _nft_loss(*inputs)
+    return NftLoss(loss, *rows_SR.unbind(0)[:REPORTED])
 
 
 def examples(on: On) -> Examples:
@@ -295,7 +296,7 @@ def examples(on: On) -> Examples:
     v_old, moved, x_t, x0, v_ref = on.samples(5)
     v, t = (v_old + 0.1 * moved).requires_grad_(), on.row_values(0.2, 0.8)
     out = nft_loss(
-        v, v_old, x_t, x0, t, r=t, b=1.0, gate=t, v_ref=v_ref, beta=0.1, policy_scale=1.0,
-        backend=on.backend,
+        v, v_old, x_t, x0, t, advantage=10 * t - 5, b=1.0, gate=t, v_ref=v_ref, beta=0.1,
+        policy_scale=1.0, backend=on.backend,
     )  # fmt: skip
     yield "", with_gradient(out, v)

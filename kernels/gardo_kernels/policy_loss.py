@@ -43,7 +43,6 @@ Shapes: R rows, N elements (any dimensions after the first).
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,9 +102,10 @@ def policy_loss_ref(
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-# rows[statistic, row]: what is reported, and the gradient's two scalars
-POLICY, RATIO, LOG_RATIO, KL, POLICY_WEIGHT, KL_WEIGHT = (tl.constexpr(i) for i in range(6))
-STATISTICS, FLAGS = 6, 2  # flags: clipped high, clipped low
+# rows[statistic, row]: what is reported, in the order of PolicyLoss; the gradient's two scalars
+POLICY, RATIO, LOG_RATIO, KL = (tl.constexpr(i) for i in range(4))
+POLICY_WEIGHT, KL_WEIGHT = (tl.constexpr(i) for i in range(4, 6))
+REPORTED, STATISTICS, FLAGS = 4, 6, 2  # flags: clipped high, clipped low
 # sums[row, sum, chunk]
 GAIN, ERROR_2 = (tl.constexpr(i) for i in range(2))
 SUMS = tl.constexpr(2)
@@ -114,7 +114,7 @@ SUMS = tl.constexpr(2)
 @triton.jit
 def _policy_loss_sums_kernel(
     v_ptr, v_old_ptr, u_ptr, v_ref_ptr, gate_ptr, sums_ptr, elements, chunks,
-    HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
     chunk, row = block_and_row(elements, CHUNK)
@@ -129,7 +129,7 @@ def _policy_loss_sums_kernel(
         if QUADRATIC:
             pull -= delta
         gain += pull * delta
-        if HAS_REF:
+        if v_ref_ptr is not None:
             error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
     here = sums_ptr + row * SUMS * chunks + chunk
@@ -141,7 +141,7 @@ def _policy_loss_sums_kernel(
 def _policy_loss_rows_kernel(
     sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
     loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high, beta, adv_clip,
-    ROWS: tl.constexpr,
+    PASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum = 0.0, 0.0
@@ -155,8 +155,8 @@ def _policy_loss_rows_kernel(
         weight = shared.load_rows(weight_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
         kl_scale = shared.load_rows(kl_scale_ptr, row, inside)
-        gain = shared.sum_chunks(sums_ptr, row, inside, chunks, GAIN, SUMS) / elements
-        error_2 = shared.sum_chunks(sums_ptr, row, inside, chunks, ERROR_2, SUMS) / elements
+        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
+        error_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
         log_ratio = strength * gain
         ratio = shared.exp_near_0(log_ratio)
         term, clipped_high, clipped_low = shared.clipped_term(
@@ -183,7 +183,7 @@ def _policy_loss_rows_kernel(
 @triton.jit
 def _policy_loss_bwd_kernel(
     v_ptr, v_old_ptr, u_ptr, v_ref_ptr, rows_ptr, upstream_ptr, grad_ptr, rows, elements,
-    HAS_REF: tl.constexpr, QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
+    QUADRATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad = upstream (kl_weight (v - v_ref) - policy_weight (u - q delta)), BLOCK of a row."""
     row, at, inside = shared.elements_of(elements, BLOCK)
@@ -195,7 +195,7 @@ def _policy_loss_bwd_kernel(
     if QUADRATIC:
         direction -= v - shared.load_fp32(v_old_ptr, at, inside)
     grad = -policy_weight * direction
-    if HAS_REF:
+    if v_ref_ptr is not None:
         kl = tl.load(rows_ptr + rows * KL + row)
         grad += shared.kl_pull(v, v_ref_ptr, kl_weight, kl, at, inside, BLOCK)
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -204,8 +204,7 @@ def _policy_loss_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gardo::policy_loss", mutates_args=())
-def _policy_loss_op(
+def _launch_loss(
     v_RN: Tensor, v_old_RN: Tensor, u_RN: Tensor, v_ref_RN: Tensor | None,
     advantage_R: Tensor, h_R: Tensor, B_R: Tensor, weight_R: Tensor | None,
     gate_R: Tensor | None, kl_scale_R: Tensor | None, clip_low: float, clip_high: float,
@@ -215,7 +214,7 @@ def _policy_loss_op(
     log_low, log_high = shared.log_bounds(clip_low, clip_high)
     sums_RSC = shared.launch_sums(
         "policy_loss", _policy_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, u_ptr=u_RN,
-        v_ref_ptr=v_ref_RN, gate_ptr=gate_R, HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic,
+        v_ref_ptr=v_ref_RN, gate_ptr=gate_R, QUADRATIC=quadratic,
     )  # fmt: skip
     return shared.launch_rows(
         "policy_loss", _policy_loss_rows_kernel, v_RN, sums_RSC,
@@ -226,20 +225,19 @@ def _policy_loss_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("gardo::policy_loss_grad", mutates_args=())
-def _policy_loss_grad_op(
+def _launch_gradient(
     v_RN: Tensor, v_old_RN: Tensor, u_RN: Tensor, v_ref_RN: Tensor | None,
     rows_SR: Tensor, upstream: Tensor, quadratic: bool,
 ) -> Tensor:  # fmt: skip
     """dL/dv [R, N] in the dtype of v."""
     return shared.launch_gradient(
         "policy_loss", _policy_loss_bwd_kernel, v_RN, rows_SR, upstream, v_old_ptr=v_old_RN,
-        u_ptr=u_RN, v_ref_ptr=v_ref_RN, HAS_REF=v_ref_RN is not None, QUADRATIC=quadratic,
+        u_ptr=u_RN, v_ref_ptr=v_ref_RN, QUADRATIC=quadratic,
     )  # fmt: skip
 
 
-shared.register_row_loss(
-    _policy_loss_op, _policy_loss_grad_op, statistics=STATISTICS, flags=FLAGS, tensors=4,
+_policy_loss = shared.RowLoss(
+    "policy_loss", _launch_loss, _launch_gradient, statistics=STATISTICS, flags=FLAGS, tensors=4,
     constants=1,
 )  # fmt: skip
 
@@ -294,9 +292,8 @@ def policy_loss(
     inputs += (clip_low, clip_high, beta, adv_clip, quadratic)
     if not kernels:
         return policy_loss_ref(*inputs)
-    loss, rows_SR, flags_FR = _policy_loss_op(*inputs)
-    statistics = (rows_SR[i.value] for i in (POLICY, RATIO, LOG_RATIO, KL))
-    return PolicyLoss(loss, *statistics, *flags_FR.unbind(0))
+    loss, rows_SR, flags_FR = _policy_loss(*inputs)
+    return PolicyLoss(loss, *rows_SR.unbind(0)[:REPORTED], *flags_FR.unbind(0))
 
 
 def examples(on: On) -> Examples:

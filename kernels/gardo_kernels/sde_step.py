@@ -21,6 +21,7 @@ tensor is written. Called once a denoise step by `gardo.rollout`.
 Shapes: R rows, N elements (any dimensions after the first), T steps, K columns of the table.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from gardo_kernels._launch import (
     INTERPRETED,
     Backend,
     block_and_row,
+    cdiv,
     check_device,
     check_like,
     check_rows,
@@ -42,8 +44,9 @@ from gardo_kernels._launch import (
     compute_dtype,
     grid_of_rows,
     launch,
+    looked_on,
 )
-from gardo_kernels._launch_shape import launch_shape
+from gardo_kernels._launch_shape import LaunchShape, launch_shape, leaves_idle
 from gardo_kernels.philox import (
     Seed,
     check_ids,
@@ -120,12 +123,12 @@ def sde_step_ref(
 def _sde_step_fwd_kernel(
     x_ptr, v_ptr, uncond_ptr, m_prev_ptr, table_ptr, step_ptr, seed_ptr, id_ptr,
     x_next_ptr, model_input_ptr, velocity_ptr, u_ptr, m_ptr, sums_ptr,
-    elements, steps, columns, guidance,
-    HAS_NOISE: tl.constexpr, GUIDED: tl.constexpr, HAS_M: tl.constexpr,
-    KEEP_MODEL_INPUT: tl.constexpr, KEEP_U: tl.constexpr, KEEP_M: tl.constexpr,
-    KEEP_SQUARE: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    elements, steps, columns, guidance, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of a row; sums[row, block] = the block's sum of (std z)^2."""
+    """BLOCK elements of a row; sums[row, block] = the block's sum of (std z)^2.
+
+    Inputs and outputs without a tensor are left out.
+    """
     block, row = block_and_row(elements, BLOCK)
     step = tl.load(step_ptr + row)
     in_table = (step >= 0) & (step < steps)  # a step outside the table gives NaN
@@ -141,18 +144,18 @@ def _sde_step_fwd_kernel(
     at = row * elements + element
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if GUIDED:
+    if uncond_ptr is not None:
         uncond = tl.load(uncond_ptr + at, mask=inside, other=0.0).to(tl.float32)
         velocity = (uncond + guidance * (v - uncond)).to(velocity_ptr.dtype.element_ty)
         tl.store(velocity_ptr + at, velocity, mask=inside)
         v = velocity.to(tl.float32)
     x_next = A * x + B * v
-    if HAS_M:
+    if m_prev_ptr is not None:
         x_next += C * tl.load(m_prev_ptr + at, mask=inside, other=0.0).to(tl.float32)
     else:
         x_next += tl.where(C == 0, 0.0, float("nan"))
     noise = tl.zeros((BLOCK,), tl.float32)
-    if HAS_NOISE:
+    if seed_ptr is not None:
         if std != 0:
             seed_low, seed_high = halves(tl.load(seed_ptr))
             id_low, id_high = halves(tl.load(id_ptr + row))
@@ -167,74 +170,77 @@ def _sde_step_fwd_kernel(
     else:
         x_next += tl.where(std == 0, 0.0, float("nan"))
     tl.store(x_next_ptr + at, x_next, mask=inside)
-    if KEEP_MODEL_INPUT:
+    if model_input_ptr is not None:
         rounded = x_next.to(model_input_ptr.dtype.element_ty)
         tl.store(model_input_ptr + at, rounded, mask=inside)
-    if KEEP_U:
+    if u_ptr is not None:
         tl.store(u_ptr + at, u_scale * noise, mask=inside)
-    if KEEP_M:
+    if m_ptr is not None:
         tl.store(m_ptr + at, x - sigma * v, mask=inside)
-    if KEEP_SQUARE:
+    if sums_ptr is not None:
         square = tl.sum(tl.where(inside, noise * noise, 0.0)) * std * std
         tl.store(sums_ptr + tl.program_id(0), square)
 
 
 # ---- op ------------------------------------------------------------------------------------------
 
+WIDE = LaunchShape(block=2048)
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def default_shape(R: int, N: int, device: torch.device, guided: bool = False) -> LaunchShape:
+    """16 elements a thread where registers hold them and no multiprocessor stays idle."""
+    return LaunchShape() if guided or leaves_idle(R, N, WIDE.block, device) else WIDE
+
+
 def _empty(
-    x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, model_dtype: torch.dtype, keep_u: bool,
+    x: Tensor, v: Tensor, uncond: Tensor | None, model_dtype: torch.dtype, keep_u: bool,
     keep_m: bool, keep_square: bool,
 ) -> Outputs:  # fmt: skip
-    """x', its copy, the guided velocity, u, m [R, N], square [R]; empty where not asked for."""
-    R, N = x_RN.shape
+    """x', its copy, the guided velocity, u, m like x, square [R]; empty where not asked for."""
 
-    def empty(kept: bool, dtype: torch.dtype = torch.float32, *, size: tuple[int, ...]) -> Tensor:
-        return x_RN.new_empty(size if kept else (0,), dtype=dtype)
+    def empty(kept: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(x.shape if kept else 0, dtype=dtype)
 
     return (
-        empty(True, size=(R, N)),
-        empty(model_dtype != torch.float32, model_dtype, size=(R, N)),
-        empty(uncond_RN is not None, v_RN.dtype, size=(R, N)),
-        empty(keep_u, size=(R, N)),
-        empty(keep_m, size=(R, N)),
-        empty(keep_square, size=(R,)),
+        empty(True),
+        empty(model_dtype != torch.float32, model_dtype),
+        empty(uncond is not None, v.dtype),
+        empty(keep_u),
+        empty(keep_m),
+        x.new_empty(x.shape[0] if keep_square else 0, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("gardo::sde_step", mutates_args=())
-def _sde_step_op(
-    x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, m_prev_RN: Tensor | None,
-    table_TK: Tensor, step_R: Tensor, seed: Tensor | None, sample_id_R: Tensor | None,
-    guidance: float, model_dtype: torch.dtype, keep_u: bool, keep_m: bool, keep_square: bool,
+def _launch_step(
+    x: Tensor, v: Tensor, uncond: Tensor | None, m_prev: Tensor | None, table_TK: Tensor,
+    step_R: Tensor, seed: Tensor | None, sample_id_R: Tensor | None, guidance: float,
+    model_dtype: torch.dtype, keep_u: bool, keep_m: bool, keep_square: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`Outputs` of inputs that are contiguous, as `_empty` lays them out."""
-    (R, N), (steps, columns) = x_RN.shape, table_TK.shape
-    shape = launch_shape("sde_step", R, N, x_RN.device)
-    x_next, model_input, velocity, u, m, square_R = _empty(
-        x_RN, v_RN, uncond_RN, model_dtype, keep_u, keep_m, keep_square
-    )
-    sums_RC = square_R.new_empty(len(square_R), triton.cdiv(N, shape.block))
+    R, (steps, columns) = x.shape[0], table_TK.shape
+    N = x.numel() // R
+    default = default_shape(R, N, x.device, guided=uncond is not None)
+    shape = launch_shape("sde_step", R, N, x.device, default)
+    outputs = _empty(x, v, uncond, model_dtype, keep_u, keep_m, keep_square)
+    x_next, model_input, velocity, u, m = (t if t.shape[0] else None for t in outputs[:5])
+    sums_RC = x.new_empty(R, cdiv(N, shape.block), dtype=torch.float32) if keep_square else None
     launch(
-        _sde_step_fwd_kernel, grid_of_rows(R, N, shape.block), shape, x_ptr=x_RN, v_ptr=v_RN,
-        uncond_ptr=uncond_RN, m_prev_ptr=m_prev_RN, table_ptr=table_TK, step_ptr=step_R,
-        seed_ptr=seed, id_ptr=sample_id_R, x_next_ptr=x_next, model_input_ptr=model_input,
-        velocity_ptr=velocity, u_ptr=u, m_ptr=m, sums_ptr=sums_RC, elements=N, steps=steps,
-        columns=columns, guidance=guidance, HAS_NOISE=seed is not None,
-        GUIDED=uncond_RN is not None, HAS_M=m_prev_RN is not None,
-        KEEP_MODEL_INPUT=model_dtype != torch.float32, KEEP_U=keep_u, KEEP_M=keep_m,
-        KEEP_SQUARE=keep_square, FAST=not INTERPRETED, BLOCK=shape.block,
+        _sde_step_fwd_kernel, grid_of_rows(R, N, shape.block), shape, x_ptr=x, v_ptr=v,
+        uncond_ptr=uncond, m_prev_ptr=m_prev, table_ptr=table_TK, step_ptr=step_R, seed_ptr=seed,
+        id_ptr=sample_id_R, x_next_ptr=x_next, model_input_ptr=model_input, velocity_ptr=velocity,
+        u_ptr=u, m_ptr=m, sums_ptr=sums_RC, elements=N, steps=steps, columns=columns,
+        guidance=guidance, FAST=not INTERPRETED, BLOCK=shape.block,
     )  # fmt: skip
-    if keep_square:
-        square_R = sums_RC.sum(1) / N
-    return x_next, model_input, velocity, u, m, square_R
+    return outputs if sums_RC is None else (*outputs[:5], sums_RC.sum(1) / N)
+
+
+_sde_step_op = torch.library.custom_op("gardo::sde_step", _launch_step, mutates_args=())
 
 
 @_sde_step_op.register_fake
-def _(x_RN: Tensor, v_RN: Tensor, uncond_RN: Tensor | None, *others: Any) -> Outputs:
-    return _empty(x_RN, v_RN, uncond_RN, *others[-4:])
+def _(x: Tensor, v: Tensor, uncond: Tensor | None, *others: Any) -> Outputs:
+    return _empty(x, v, uncond, *others[-4:])
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -253,8 +259,11 @@ def _backward(ctx, g_x, g_model_input, g_velocity, _u, g_m, _square):  # type: i
         for t in (g_x, g_model_input, g_velocity, g_m)
     )
     table_TK, step_R = ctx.saved_tensors
-    sigma, A, B, C = table_TK[step_R, :4].unsqueeze(-1).unbind(1)
-    g = sum(t for t in (g_x, g_model_input) if t is not None)  # 0 where neither is used
+    like = next(t for t in (g_x, g_model_input, g_velocity, g_m) if t is not None)
+    columns_R4 = table_TK[step_R, :4].view(-1, 4, *[1] * (like.ndim - 1))
+    sigma, A, B, C = columns_R4.unbind(1)
+    used = [t for t in (g_x, g_model_input) if t is not None]
+    g = sum(used) if used else torch.zeros_like(like)
     x, v, m_prev = A * g, B * g, C * g
     if g_velocity is not None:
         v = v + g_velocity
@@ -319,28 +328,24 @@ def sde_step(
             x, v, z, table_TK[step_R], uncond=uncond, guidance=guidance, m_prev=m_prev
         )
         return Step(
-            x=out.x,
-            model_input=out.x.to(model_dtype),
-            velocity=out.velocity,
-            u=out.u if keep_u else None,
-            m=out.m if keep_m else None,
+            x=out.x, model_input=out.x.to(model_dtype), velocity=out.velocity,
+            u=out.u if keep_u else None, m=out.m if keep_m else None,
             square_R=out.square_R if keep_square else None,
-        )
-    x_next, model_input, velocity, u, m, square_R = _sde_step_op(
-        *(None if t is None else t.flatten(1).contiguous() for t in (x, *samples.values())),
-        table_TK.contiguous(), step_R.contiguous(),
+        )  # fmt: skip
+    tensors = [None if t is None else t.contiguous() for t in (x, *samples.values())]
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    step: Callable[..., Any] = _sde_step_op if trained or looked_on() else _launch_step
+    x_next, model_input, velocity, u, m, square_R = step(
+        *tensors, table_TK.contiguous(), step_R.contiguous(),
         None if seed is None else seed_tensor(seed, x.device),
         None if sample_id is None else sample_id.contiguous(), guidance, model_dtype,
         keep_u, keep_m, keep_square,
     )  # fmt: skip
     return Step(
-        x=x_next.view(x.shape),
-        model_input=(x_next if model_dtype == torch.float32 else model_input).view(x.shape),
-        velocity=v if uncond is None else velocity.view(x.shape),
-        u=u.view(x.shape) if keep_u else None,
-        m=m.view(x.shape) if keep_m else None,
-        square_R=square_R if keep_square else None,
-    )
+        x=x_next, model_input=x_next if model_dtype == torch.float32 else model_input,
+        velocity=v if uncond is None else velocity, u=u if keep_u else None,
+        m=m if keep_m else None, square_R=square_R if keep_square else None,
+    )  # fmt: skip
 
 
 def _check_rows(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench_kernels as bench
-from core_ops import cases, measure, problems, released, report, shapes, targets
+from core_ops import cases, host, measure, problems, released, report, shapes, targets
 from core_ops.cases import Case
 from core_ops.counting import Counter
 from core_ops.machine import Machine
@@ -93,6 +93,18 @@ def test_launches_of_our_kernels(op, launches):
     with Counter() as theirs:
         problem.ways()["released"]()
     assert theirs.launches > 5 * count.launches and theirs.syncs > 0
+
+
+@pytest.mark.parametrize("op", shapes.OPS)
+def test_the_hosts_time_is_that_of_both_ways_without_a_launch(op):
+    case = shapes.PROBLEMS[op].counted_case(op, quick=True)
+    call = shapes.PROBLEMS[op](case, CPU).ways()["triton"]
+    with host.without_launches(), Counter() as count:
+        call()
+    assert count.triton_launches == count.syncs == 0
+    plain, custom = host.host_costs([case], Machine(), reps=2)
+    assert (plain["way"], custom["way"]) == ("eager", "custom op")
+    assert all(0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in (plain, custom))
 
 
 def test_a_problem_is_found_by_its_file(tmp_path, monkeypatch):

@@ -92,6 +92,41 @@ def test_a_gpu_is_asked_for_its_capability_once(monkeypatch):
     assert found == ["9.0", "9.3", "9.0", "9.3"] and asked == [0, 3]
 
 
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "chunk", "step"),
+    [(1, 100, 1024, 1024), (3, 65536, 1024, 1024), (8, 65536, 1024, 2048), (9, 65536, 4096, 2048),
+     (64, 262144, 4096, 2048)],
+)  # fmt: skip
+def test_programs_are_made_smaller_where_multiprocessors_would_idle(
+    monkeypatch, rows, elements, chunk, step
+):
+    """On 132 of them: 8 rows of 16 chunks are 128 programs; on a CPU nothing idles."""
+    monkeypatch.setattr(_launch_shape, "_multiprocessors", lambda index: 132)
+    of_step = import_module("gardo_kernels.sde_step").default_shape
+    assert _row_loss.default_shape(rows, elements, GPU).chunk == chunk
+    assert of_step(rows, elements, GPU).block == step
+    assert of_step(rows, elements, GPU, guided=True).block == 1024
+    assert _row_loss.default_shape(rows, elements, torch.device("cpu")).chunk == 4096
+
+
+def test_a_chunk_of_one_block_gives_the_same_numbers():
+    module, where = op_modules()["policy_loss"], On("triton", HERE)
+    expected = [results for _, results in module.examples(where)]
+    key = ("policy_loss", capability(HERE), size_class(where.rows, where.elements))
+    with trying(key, _row_loss.UNCHUNKED):
+        with recorded() as launches:
+            next(module.examples(where))
+        found = [results for _, results in module.examples(where)]
+    assert launches[0].arguments["CHUNK"] == launches[0].arguments["BLOCK"] == 1024
+    assert launches[0].grid == (2 * where.rows,)
+    for before, after in zip(expected, found, strict=True):
+        for x, y in zip(before, after, strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
+
+
 OTHER = LaunchShape(block=256, chunk=512, rows=2, warps=2, stages=1)
 
 

@@ -62,7 +62,8 @@ def problem(op):
     gate = torch.tensor([0.5, 2.0, 1.0])
     if op is nft_loss:
         v, v_old, x_t, x0, v_ref, _ = samples
-        return (v, v_old, x_t, x0, a), {"r": b, "gate": gate, "v_ref": v_ref}, {"b": 0.5}
+        rows = {"advantage": 10 * b - 5, "gate": gate, "v_ref": v_ref}
+        return (v, v_old, x_t, x0, a), rows, {"b": 0.5}
     v, v_old, u, v_ref, v_ema, _ = samples
     clip = {"clip_low": 0.2, "clip_high": 0.2}
     if op is awm_loss:
@@ -75,7 +76,7 @@ def problem(op):
 
 LOSSES = {
     policy_loss: ("v", "v_old", "u", "v_ref", "advantage", "h", "B", "weight", "gate", "kl_scale"),
-    nft_loss: ("v", "v_old", "x_t", "x0", "t", "v_ref", "r", "gate"),
+    nft_loss: ("v", "v_old", "x_t", "x0", "t", "v_ref", "advantage", "gate"),
     awm_loss: ("v", "v_old", "target", "v_ref", "v_ema", "advantage", "t", "gate"),
 }
 NAMES = pytest.mark.parametrize(

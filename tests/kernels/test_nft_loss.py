@@ -30,6 +30,11 @@ def golden():
     return v, v_old, (1 - t) * x0 + t * noise, x0, t
 
 
+def preferred(r):
+    """The advantage of which r is the preference."""
+    return 10 * r - 5
+
+
 def problem(rows=5, shape=(3, 4), dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     v, v_old, x_t, x0, v_ref = torch.randn(
@@ -38,7 +43,7 @@ def problem(rows=5, shape=(3, 4), dtype=torch.float64, seed=0):
     t, r = torch.rand(2, rows, generator=generator, dtype=torch.float64).to(dtype)
     gate = torch.arange(rows) % 2 == 0
     v_ref[~gate] = torch.nan
-    return (v, v_old, x_t, x0, t), {"r": r, "gate": gate, "v_ref": v_ref}
+    return (v, v_old, x_t, x0, t), {"advantage": preferred(r), "gate": gate, "v_ref": v_ref}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,8 @@ def test_golden(advantage, b, r, plus, minus, policy):
     v, v_old, x_t, x0, t = golden()
     r_R = nft_preference(torch.tensor([advantage]))
     assert r_R.item() == pytest.approx(r, rel=1e-6)
-    out = nft_loss(v, v_old, x_t, x0, t, r=r_R, b=b, v_ref=0.9 * v_old, beta=0.04)
+    advantage_R = torch.tensor([advantage])
+    out = nft_loss(v, v_old, x_t, x0, t, advantage=advantage_R, b=b, v_ref=0.9 * v_old, beta=0.04)
     assert out.loss_plus_R.item() == pytest.approx(plus, rel=1e-6)
     assert out.loss_minus_R.item() == pytest.approx(minus, rel=1e-6)
     assert out.policy_R.item() == pytest.approx(policy, rel=1e-6)
@@ -76,7 +82,8 @@ def test_gradient_treats_the_weights_as_constants(b):
     out = nft_loss(v.requires_grad_(), v_old, x_t, x0, t, **options, b=b, beta=0.3)
     (grad,) = torch.autograd.grad(out.loss, v)
     v, t_ = v.detach(), t.view(-1, 1, 1)
-    r_, gate, n = options["r"].view(-1, 1, 1), options["gate"], 12
+    r_R = nft_preference(options["advantage"])
+    r_, gate, n = r_R.view(-1, 1, 1), options["gate"], 12
     plus = x_t - t_ * (b * v + (1 - b) * v_old) - x0
     minus = x_t - t_ * ((1 + b) * v_old - b * v) - x0
     weights = [e.abs().mean((1, 2), keepdim=True) for e in (plus, minus)]
@@ -105,7 +112,7 @@ def test_perfect_predictions_meet_the_floor():
     t = torch.tensor([0.5, 0.25])
     x_t = x0 + t[:, None] * (noise - x0)
     v = ((x_t - x0) / t[:, None]).requires_grad_()
-    out = nft_loss(v, v.detach().clone(), x_t, x0, t, r=torch.full((2,), 0.5), b=1.0)
+    out = nft_loss(v, v.detach().clone(), x_t, x0, t, advantage=torch.zeros(2), b=1.0)
     torch.testing.assert_close(out.weight_plus_R, torch.full((2,), 1e-5))
     assert out.loss.isfinite() and out.loss.item() < 1e-6
     assert torch.autograd.grad(out.loss, v)[0].isfinite().all()
@@ -123,7 +130,7 @@ def test_the_kl_is_a_mean_over_all_rows():
         out = nft_loss(*arguments, **(options | {"gate": gate * weight}), b=1.0, beta=0.5)
         torch.testing.assert_close(out.loss - plain.loss, 0.5 * weight * plain.kl_R.mean())
     nothing = options | {"gate": torch.zeros(5, dtype=torch.bool)}
-    everything = {"r": options["r"], "v_ref": arguments[1]}
+    everything = {"advantage": options["advantage"], "v_ref": arguments[1]}
     out = nft_loss(*arguments, **nothing, b=1.0, beta=0.5)
     torch.testing.assert_close(out.loss, plain.loss)
     out = nft_loss(*arguments, **everything, b=1.0, beta=0.5)
@@ -141,7 +148,7 @@ def test_policy_scale_and_fp32():
 
 def test_only_v_receives_a_gradient():
     arguments, options = problem()
-    leaves = [*arguments, options["r"], options["v_ref"]]
+    leaves = [*arguments, options["advantage"], options["v_ref"]]
     for leaf in leaves:
         leaf.requires_grad_()
     out = nft_loss(*arguments, **options, b=1.0, beta=0.5)
@@ -170,9 +177,9 @@ def test_the_order_of_rows_does_not_matter(seed, rows, order):
 def test_the_branches_mirror_each_other(seed, b):
     # reflecting v in v_old exchanges the positive and the negative branch
     (v, v_old, x_t, x0, t), options = problem(seed=seed)
-    r = options["r"]
-    out = nft_loss(v, v_old, x_t, x0, t, r=r, b=b)
-    mirrored = nft_loss(2 * v_old - v, v_old, x_t, x0, t, r=1 - r, b=b)
+    advantage = options["advantage"]
+    out = nft_loss(v, v_old, x_t, x0, t, advantage=advantage, b=b)
+    mirrored = nft_loss(2 * v_old - v, v_old, x_t, x0, t, advantage=-advantage, b=b)
     torch.testing.assert_close(mirrored.loss, out.loss)
     torch.testing.assert_close(mirrored.loss_plus_R, out.loss_minus_R)
 
@@ -184,17 +191,17 @@ def test_bad_inputs():
         nft_loss(v, v_old, x_t[:, :1], x0, t, **good)
     with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
         nft_loss(v, v_old, x_t, x0, t[:3], **good)
-    with pytest.raises(ValueError, match="r has shape"):
-        nft_loss(v, v_old, x_t, x0, t, **(good | {"r": t[:3]}))
+    with pytest.raises(ValueError, match="advantage has shape"):
+        nft_loss(v, v_old, x_t, x0, t, **(good | {"advantage": t[:3]}))
     with pytest.raises(ValueError, match="x0 is on meta"):
         nft_loss(v, v_old, x_t, x0.to("meta"), t, **good)
     with pytest.raises(ValueError, match="v has shape"):
-        nft_loss(v[:0], v_old[:0], x_t[:0], x0[:0], t[:0], r=t[:0], b=1.0)
-    for name in ("b", "floor"):
+        nft_loss(v[:0], v_old[:0], x_t[:0], x0[:0], t[:0], advantage=t[:0], b=1.0)
+    for name in ("b", "floor", "adv_clip"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             nft_loss(v, v_old, x_t, x0, t, **(good | {name: 0.0}))
     with pytest.raises(ValueError, match="v_ref is None"):
-        nft_loss(v, v_old, x_t, x0, t, r=t, b=1.0, beta=0.1)
+        nft_loss(v, v_old, x_t, x0, t, advantage=t, b=1.0, beta=0.1)
 
 
 # ---- the kernels ---------------------------------------------------------------------------------
@@ -203,7 +210,7 @@ def test_bad_inputs():
 def of_kernels(**shape):
     """(samples and times, options) with row values in fp32, whatever the dtype of the samples."""
     (*samples, t), options = problem(**shape)
-    return (*samples, t.float()), options | {"r": options["r"].float()}
+    return (*samples, t.float()), options | {"advantage": options["advantage"].float()}
 
 
 @CASES
@@ -226,23 +233,23 @@ def test_kernels_are_the_reference(shape, dtype, b):
        floor=numbers(2.0**-10, 1))  # fmt: skip
 def test_kernels_with_any_coefficients(data, n, rows, seed, b, beta, scale, floor):
     (v, v_old, x_t, x0, _), _ = of_kernels(rows=rows, shape=(n,), dtype=torch.float32, seed=seed)
-    lists = {"t": numbers(0, 1), "r": numbers(0, 1), "gate": GATES}
-    t, r, gate = (
+    lists = {"t": numbers(0, 1), "advantage": numbers(-8, 8), "gate": GATES}
+    t, advantage, gate = (
         torch.tensor(data.draw(st.lists(values, min_size=rows, max_size=rows)))
         for values in lists.values()
     )
     v_ref = torch.where(gate[:, None] != 0, -v_old, torch.nan)
+    rows_R = {"advantage": advantage, "gate": gate, "v_ref": v_ref}
     (ours, grad), (exact, exact_grad) = both(
-        nft_loss, (v, v_old, x_t, x0, t), {"r": r, "gate": gate, "v_ref": v_ref}, b=b, beta=beta,
-        policy_scale=scale, floor=floor,
-    )  # fmt: skip
+        nft_loss, (v, v_old, x_t, x0, t), rows_R, b=b, beta=beta, policy_scale=scale, floor=floor
+    )
     check_statistics(ours, exact, 5e-6 * max(1.0, float(exact.policy_R.max())))
     # the gradient's two branches pull against each other: their sizes, not their difference, are
     # what the rounding is relative to
     alone = sum(
-        answer(nft_loss, (v, v_old, x_t, x0, t), {"r": torch.full((rows,), branch)}, "torch",
-               widen=True, b=b, policy_scale=scale, floor=floor)[1].norm()
-        for branch in (0.0, 1.0)
+        answer(nft_loss, (v, v_old, x_t, x0, t), {"advantage": torch.full((rows,), branch)},
+               "torch", widen=True, b=b, policy_scale=scale, floor=floor)[1].norm()
+        for branch in (-5.0, 5.0)
     )  # fmt: skip
     assert (grad.double() - exact_grad).norm() <= 1e-5 * (exact_grad.norm() + alone)
 
@@ -262,7 +269,8 @@ def test_errors_keep_their_digits_at_small_times():
     t = torch.tensor([0.001, 0.01, 0.1])
     x_t = (1 - t[:, None]) * x0 + t[:, None] * noise
     inputs = (v_old + 0.1 * step, v_old, x_t, x0, t)
-    (ours, grad), (exact, exact_grad) = both(nft_loss, inputs, {"r": torch.full((3,), 0.7)}, b=0.1)
+    rows = {"advantage": torch.full((3,), 2.0)}
+    (ours, grad), (exact, exact_grad) = both(nft_loss, inputs, rows, b=0.1)
     for name, theirs in vars(exact).items():
         torch.testing.assert_close(getattr(ours, name).double(), theirs, rtol=2e-6, atol=0)
     check_gradient(grad, exact_grad, torch.float32)
@@ -289,9 +297,10 @@ def test_kernels_do_not_read_what_they_did_not_write(monkeypatch):
 
 def test_opcheck():
     (v, v_old, x_t, x0, t), options = of_kernels(rows=3, dtype=torch.float32, shape=(40,))
-    tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["r"], options["gate"])
+    tensors = (v_old, x_t, x0, options["v_ref"].nan_to_num(), t, options["advantage"],
+               options["gate"])  # fmt: skip
     rows = [x.float().to(DEVICE) for x in tensors]
-    arguments = (v.to(DEVICE).requires_grad_(), *rows, 1.5, 5.0, 1e-5, 0.5)
+    arguments = (v.to(DEVICE).requires_grad_(), *rows, 1.5, 5.0, 5.0, 1e-5, 0.5)
     torch.library.opcheck(torch.ops.gardo.nft_loss.default, arguments)
 
 

@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gardo_kernels import policy_loss
+from gardo_kernels._launch_shape import LaunchShape, capability, size_class, trying
 from tests.kernels.policy_problem import CLIP, GUARD, PLAIN, of_kernels, of_rows, problem
 from tests.kernels.row_losses import (
     CASES,
@@ -96,7 +97,18 @@ def test_kernels_copy_what_is_strided_and_repeat_their_bits():
     inputs, options = of_kernels(rows=3, dtype=torch.float32, shape=(33, 70))
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
     assert not strided[0].is_contiguous()
-    check_repeats(policy_loss, inputs, options, 3, again=strided, **CLIP, beta=1.0)
+    check_repeats(policy_loss, inputs, options, 10, again=strided, **CLIP, beta=1.0)
+
+
+@pytest.mark.parametrize("elements", [70, 530])
+def test_more_chunks_than_a_pass_and_than_all_that_are_unrolled(elements):
+    """Chunks of four elements: 18, and 133 of which the last five are added in a loop."""
+    inputs, options = of_kernels(rows=1, dtype=torch.float32, shape=(elements,))
+    key = ("policy_loss", capability(torch.device(DEVICE)), size_class(1, elements))
+    with trying(key, LaunchShape(block=4, chunk=4)):
+        (ours, grad), (exact, exact_grad) = both(policy_loss, inputs, options, **CLIP, beta=1.5)
+    check_statistics(ours, exact, 3e-6)
+    check_gradient(grad, exact_grad, torch.float32)
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gardo_kernels._launch_shape import LaunchShape
+from gardo_kernels._row_loss import default_shape
 
-from ..cases import Call, Case, Outputs, Problem, TorchCall
+from ..cases import HERE, Call, Case, Outputs, Problem, TorchCall
 
 BETA = 0.04
 
@@ -31,13 +32,16 @@ class Trained(Problem):
 
     @classmethod
     def launch_shapes(cls, case: Case) -> list[LaunchShape]:
-        """Blocks of 4 to 16 elements a thread, in chunks of a few of them; then stages."""
+        """Blocks of 4 to 16 elements a thread, in chunks of one or a few of them; then stages."""
+        first = default_shape(*case.rows_and_elements, HERE)
+        chunks = (1024, 4096, 8192, 16384)
         sized = [
             shape._replace(chunk=chunk)
-            for shape, chunk in product(super().launch_shapes(case), (4096, 8192, 16384))
+            for shape, chunk in product(super().launch_shapes(case), chunks)
             if chunk >= shape.block
         ]
-        return [*sized, LaunchShape(stages=2), LaunchShape(stages=4)]
+        more = (first._replace(stages=stages) for stages in (2, 4))
+        return list(dict.fromkeys([first, *sized, *more]))
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)

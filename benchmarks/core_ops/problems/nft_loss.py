@@ -27,7 +27,7 @@ class NftLoss(Trained):
     def loss(self, v: Tensor, *, backend: str, dtype: torch.dtype | None = None) -> Outputs:
         v_old, x_t, x0, v_ref = self.wide(dtype, self.v_old, self.x_t, self.x0, self.given_ref)
         out = ops.nft_loss(
-            v, v_old, x_t, x0, self.t_R, r=ops.nft_preference(self.advantage_R), b=self.b,
+            v, v_old, x_t, x0, self.t_R, advantage=self.advantage_R, b=self.b,
             gate=self.gate_R, v_ref=v_ref, beta=BETA, backend=backend,
         )  # fmt: skip
         return {"loss": out.loss}

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import gardo_kernels as ops
 from gardo.flow import flux_sigmas, transitions
+from gardo_kernels._launch_shape import LaunchShape
 
 from .. import released
-from ..cases import NOISE_LEVEL, SEED, STEPS, Call, Case, Outputs, Problem, TorchCall
+from ..cases import HERE, NOISE_LEVEL, SEED, STEPS, Call, Case, Outputs, Problem, TorchCall
 
 
 class SdeStep(Problem):
@@ -26,6 +27,11 @@ class SdeStep(Problem):
     gates = ()
     special = (((16, 1024, 64), torch.bfloat16, "recorded"),)
     every_size = True
+
+    @classmethod
+    def launch_shapes(cls, case: Case) -> list[LaunchShape]:
+        first = import_module("gardo_kernels.sde_step").default_shape(*case.rows_and_elements, HERE)
+        return list(dict.fromkeys([first, *super().launch_shapes(case)]))
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)

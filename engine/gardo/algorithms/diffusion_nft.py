@@ -28,7 +28,7 @@ from gardo.algorithms.kl import KLSettings, asks_reference, gated_share, note_kl
 from gardo.rollout import fresh_points, noise_id
 from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout
-from gardo_kernels import nft_loss, nft_preference, random_uniform
+from gardo_kernels import nft_loss, random_uniform
 
 
 class DiffusionNFTSettings(KLSettings):
@@ -91,11 +91,12 @@ class DiffusionNFT(ForwardProcess):
             points.x_RX,
             points.extra["x0"],
             points.sigma_R,
-            r=nft_preference(batch.advantage_R, settings.advantage_clip),
+            advantage=batch.advantage_R,
             b=settings.guidance_strength,
             gate=batch.kl_weight_R if self.has_kl else None,
             v_ref=points.velocities["reference"] if self.has_kl else None,
             beta=settings.beta,
+            adv_clip=settings.advantage_clip,
             policy_scale=settings.advantage_clip,
             backend=self.world.kernels,
         )
