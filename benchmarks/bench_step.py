@@ -1,7 +1,8 @@
 """Where an iteration's seconds go, and what they are against other ways to run it.
 
     ./run bench step RECIPE [--set FIELD=VALUE ...] [--against SIDE ...] [--gpus N]
-    ./run bench step                                the committed cases, on a CPU: about 40 minutes
+    ./run bench step                                the committed cases, on a CPU: about 25 minutes
+    ./run bench step --case flux_wide --out FILE    FLUX.1-dev's width, a fifth of its depth: a GPU
 
 A side is `ours` (the recipe as it is), `released` (the released scripts' procedure,
 step/released.py), `strong` (torch's own operators, compiled blocks on a GPU, gated reference), or
@@ -25,14 +26,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+import real_width
 from pages import ROOT, fill, revision
+from step.models import make
 from step.ours import SIDES
 
 RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
@@ -50,13 +53,21 @@ class Case:
 
 
 ZERO = ("distributed.engine=zero", "distributed.stage=3")
+HUB, WIDE = "black-forest-labs/FLUX.1-dev", (4, 8)  # blocks of each kind, of 19 and 38
 CASES = {
-    "flux": Case(STEP / "flux.yaml", ("released", "reference_everywhere", "encoded_again"),
-                 model="flux"),
-    "flux_zero3": Case(STEP / "flux.yaml", ("released", "reference_everywhere", "gathered_each"),
-                       ZERO, "flux"),
+    "flux": Case(STEP / "flux.yaml", ("released", "reference_everywhere"), model="flux"),
+    "flux_zero3": Case(STEP / "flux.yaml", ("released", "reference_everywhere"), ZERO, "flux"),
     "sd3": Case(STEP / "sd3.yaml", ("released", "all_rows"), model="sd3"),
-}  # fmt: skip
+}
+# FLUX.1-dev's width in bf16, for a GPU
+WIDE_CASE = Case(
+    STEP / "flux.yaml",
+    ("released", "strong", "reference_everywhere"),
+    ("model.size=[512, 512]", "model.text_tokens=128", "distributed.engine=zero",
+     "distributed.stage=1", "distributed.precision=bfloat16"),
+    HUB,
+)  # fmt: skip
+ALL_CASES = {**CASES, "flux_wide": WIDE_CASE}
 
 
 # ---- one launch ----------------------------------------------------------------------------------
@@ -139,19 +150,21 @@ def normal(iteration: dict[str, Any]) -> dict[str, Any]:
     return {**iteration, "seconds": sum(phases.values()), "phases": phases, **metrics}
 
 
-def measured(case: Case, launches: int, iterations: int, folder: Path) -> dict[str, Measured]:
-    """All sides, in turns."""
+def measured(
+    case: Case, launches: int, iterations: int, folder: Path
+) -> Iterator[dict[str, Measured]]:
+    """All sides, in turns; after each turn, what there is."""
     sides = {side: Measured() for side in ("ours", *case.sides)}
+    for side, kept in sides.items():
+        kept.counts = launch(case, side, folder, iterations=3, count=True)
+        kept.counts["rows"] = kept.counts["iterations"][-1]["rows"]
     for turn in range(launches):
         for side, kept in sides.items():
             record = launch(case, side, folder, iterations)
             kept.launches.append([normal(i) for i in record.pop("iterations")[1:]])
             kept.told = record
             print(f"  turn {turn + 1}, {side}: {kept.seconds[-1]:.3f} s", flush=True)
-    for side, kept in sides.items():
-        kept.counts = launch(case, side, folder, iterations=3, count=True)
-        kept.counts["rows"] = kept.counts["iterations"][-1]["rows"]
-    return sides
+        yield sides
 
 
 def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[str, Any]]:
@@ -230,6 +243,32 @@ def sides_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gains_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What ours saves of each other side's seconds, and how much of what FLOPs promise that is."""
+    lines = [
+        "| case | beside | ours takes | saved | FLOPs promise | kept of it | phases but `other` |",
+        "|---" * 7 + "|",
+    ]
+    phases = {}
+    for row in rows:
+        if row["side"] == "ours" and row["phase"] != "iteration":
+            phases.setdefault(row["case"], {})[row["phase"]] = float(row["seconds"])
+    of_sides: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["phase"] == "iteration" and row["side"] != "ours":
+            of_sides.setdefault((row["case"], row["side"]), []).append(row)
+    for (case, side), of in of_sides.items():
+        takes = median(1 / float(row["against_ours"]) for row in of)
+        promised = 1 - 1 / float(of[0]["flops_against_ours"])
+        kept = f"{100 * (1 - takes) / promised:.0f} %" if promised else ""
+        known = 1 - phases[case]["other"] / sum(phases[case].values())
+        lines.append(
+            f"| {case} | `{side}` | {takes:.3f} | {100 * (1 - takes):.1f} % "
+            f"| {100 * promised:.1f} % | {kept} | {100 * known:.2f} % |"
+        )
+    return "\n".join(lines)
+
+
 def phases_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a phase of ours, for every case: seconds, share, calls, rows."""
     lines = ["| case | phase | s | share | calls | rows |", "|---" * 6 + "|"]
@@ -259,7 +298,7 @@ def main() -> None:
     parser.add_argument("--against", "--baseline", nargs="+", default=[], metavar="SIDE",
                         choices=["released", *SIDES])  # fmt: skip
     parser.add_argument("--gpus", type=int, default=1, help="ranks, by the deepspeed launcher")
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--case", nargs="+", choices=sorted(ALL_CASES), default=list(CASES))
     parser.add_argument("--launches", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=4, help="of a launch, with the first")
     parser.add_argument("--out", type=Path, help="the CSV; results/step.csv for the cases")
@@ -276,18 +315,21 @@ def main() -> None:
                     gpus=options.gpus)  # fmt: skip
         cases = {options.recipe.stem: case}
     else:
-        cases = {name: CASES[name] for name in options.case}
-    rows: list[dict[str, Any]] = []
+        cases = {name: ALL_CASES[name] for name in options.case}
+    path = options.out or (None if options.recipe else RESULTS)
+    done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in cases.items():
             print(name, flush=True)
+            rows = done
             ready = with_model(case, Path(scratch))
-            sides = measured(ready, options.launches, options.iterations, Path(scratch))
-            rows += rows_of(name, ready, sides)
-    tables = f"{sides_table(rows)}\n\n{phases_table(rows)}"
+            for sides in measured(ready, options.launches, options.iterations, Path(scratch)):
+                rows = [*done, *rows_of(name, ready, sides)]
+                if path:
+                    write(rows, path)
+            done = rows
+    tables = "\n\n".join([sides_table(done), gains_table(done), phases_table(done)])
     print(tables)
-    if path := options.out or (None if options.recipe else RESULTS):
-        write(rows, path)
     if not options.recipe and not options.out:
         fill(ROOT / "benchmarks" / "README.md", "step", tables)
 
@@ -296,13 +338,12 @@ def with_model(case: Case, scratch: Path) -> Case:
     """The case with its model made."""
     if not case.model:
         return case
-    from step.models import make
-
-    folder = scratch / case.model
-    if not folder.is_dir():
+    folder = scratch / case.model.replace("/", "--")
+    if not folder.is_dir() and case.model == HUB:
+        real_width.make(HUB, folder, WIDE)
+    elif not folder.is_dir():
         make(case.model, folder)
-    sets = (*case.sets, f"model.path={folder}")
-    return Case(case.recipe, case.sides, sets, case.model, case.gpus)
+    return replace(case, sets=(*case.sets, f"model.path={folder}"))
 
 
 if __name__ == "__main__":

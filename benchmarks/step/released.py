@@ -349,7 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load(options.recipe, options.sets)
         rank, _, world = ranks()
         use_threads(recipe, world)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True
         batch = options.batch or geometry(recipe, rank=rank, world=world, source=source).sampled
         engine = options.engine or recipe.distributed.engine
         record = run(

@@ -60,8 +60,7 @@ def sampled(s: Session, step: int) -> Rollout:
             beside=s.beside,
             kernels=recipe.kernels,
         )
-    with s.progress.phase("teachers"):
-        return taught_before_credit(s, rollout, plan.teachers)
+    return taught_before_credit(s, rollout, plan.teachers)
 
 
 def finished(
@@ -78,7 +77,8 @@ def taught_before_credit(s: Session, rollout: Rollout, teachers: Sequence[str]) 
         return rollout
     points = recorded_points(rollout)
     everywhere = torch.ones_like(points.sample_R, dtype=torch.bool)
-    points = taught(s, points, rollout, dict.fromkeys(teachers, everywhere))
+    with s.progress.phase("teachers"):
+        points = taught(s, points, rollout, dict.fromkeys(teachers, everywhere))
     shape = rollout.velocity_BTX.shape
     return replace(rollout, velocities={n: points.velocities[n].view(shape) for n in teachers})
 

@@ -19,6 +19,15 @@ COMPARED = ("loss", "policy_loss", "kl", "gate_share", "ratio", "grad_norm", "re
             "clip_fraction", "ema_kl", "kl_in_reward", "kl_loss")  # fmt: skip
 
 
+MEASURED = ("seconds", "calls", "rows", "images_per_second", "peak_bytes")
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The run's records without what its phases took: a probe of ours calls the model too."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
+
+
 def steps_of(folder: Path, case: Case) -> list[dict[str, Any]]:
     """The records of the iterations of a case's run."""
     return [r for r in read_metrics(folder / case.run / "metrics.jsonl") if r["kind"] == "step"]

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from gardo.distributed.saved import Saved, committed
-from gardo.report.metrics_log import read_metrics
 from tests.integration.cases import Case
-from tests.integration.checks import facts, seen
+from tests.integration.checks import facts, logged, seen
 from tests.integration.launch import launch
 
 EVALUATION = ("evaluation",)
@@ -76,12 +75,6 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cut_and_resume(ALL, ANYWHERE, tmp_path_factory.mktemp("anywhere"))
-
-
-def logged(run: Path) -> list[dict[str, Any]]:
-    """The run's records without what a clock measured."""
-    records = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
 def same_bits(folder: Path, case: Case, cut: int) -> None:

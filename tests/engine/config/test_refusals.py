@@ -378,7 +378,8 @@ ATTENTION = (
 RUN = (
     (
         "run: {colour: 42}",
-        "run.colour: unknown field. Known here: deterministic, folder, name, seed, steps.",
+        "run.colour: unknown field. Known here: bf16_reduced_precision_reduction, deterministic, "
+        "folder, name, seed, steps.",
     ),
     ("run: {steps: eighty}", "run.steps: 'eighty': input should be a valid integer"),
     ("run: {steps: 80.5}", "run.steps: 80.5: input should be a valid integer"),
