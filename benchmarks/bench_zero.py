@@ -208,7 +208,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "The built-in tiny Flux, width 96, 4 rows a micro-batch and 6 micro-batches an update on "
         f"each rank, one CPU thread a rank: median of {first['launches']} launches in turns of "
-        f"{first['repetitions']} iterations (least to most of a launch) (`./run bench zero`; "
+        f"{first['repetitions']} iterations\n(least to most of a launch; `./run bench zero`; "
         f"{first['machine']}, torch {first['torch']}, deepspeed {first['deepspeed']}, revision "
         f"{first['revision']}).",
     ])  # fmt: skip
