@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from core_ops.counting import Counter
 from gardo.planner.live import CPU_ATTENTION
 
+WRAPPERS = ("PeftModel", "DeepSpeedEngine")  # of a transformer, where one is called in its place
+
 
 class Executed:
     """Counts between `start` and `stop`, which may lie in different functions.
@@ -20,7 +22,7 @@ class Executed:
     """
 
     def __init__(self, transformer: nn.Module) -> None:
-        self._name = type(transformer).__name__
+        self._roots = {type(transformer).__name__, *WRAPPERS}
         self._counter = Counter()
         self._flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         self._open = ExitStack()
@@ -33,8 +35,9 @@ class Executed:
         self._open.close()
 
     def counts(self) -> dict[str, Any]:
+        by_module = self._flops.get_flop_counts()
         return {
             "launches": self._counter.launches,
             "waits": self._counter.syncs,
-            "flops": sum(self._flops.get_flop_counts()[self._name].values()),
+            "flops": sum(sum(by_module[root].values()) for root in self._roots & by_module.keys()),
         }
