@@ -277,10 +277,20 @@ def phases_table(rows: Sequence[dict[str, Any]]) -> str:
         total = sum(float(r["seconds"]) for r in of if r["case"] == row["case"])
         share = float(row["seconds"]) / total
         lines.append(
-            f"| {row['case']} | {row['phase']} | {row['seconds']:.3f} | {100 * share:.1f} % "
+            f"| {row['case']} | {row['phase']} | {float(row['seconds']):.3f} | {100 * share:.1f} % "
             f"| {row['calls']} | {row['rows']} |"
         )
     return "\n".join(lines)
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """All of them, and where they were measured."""
+    first = rows[0]
+    place = (
+        f"Measured on a {first['device']} with {first['threads']} threads, torch {first['torch']}, "
+        f"at revision {first['revision']}, {first['date']}."
+    )
+    return "\n\n".join([sides_table(rows), gains_table(rows), phases_table(rows), place])
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -302,6 +312,7 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=4, help="of a launch, with the first")
     parser.add_argument("--out", type=Path, help="the CSV; results/step.csv for the cases")
+    parser.add_argument("--redraw", action="store_true", help="the tables again, from the CSV")
     parser.add_argument("--list", action="store_true", help="what the sides are")
     options = parser.parse_args()
     if options.list:
@@ -309,6 +320,10 @@ def main() -> None:
             n: s.what for n, s in SIDES.items()
         }
         print("\n".join(f"{name:22} {what}" for name, what in said.items()))
+        return
+    if options.redraw:
+        with RESULTS.open(encoding="utf-8") as file:
+            fill(ROOT / "benchmarks" / "README.md", "step", tables(list(csv.DictReader(file))))
         return
     if options.recipe:
         case = Case(options.recipe.resolve(), tuple(options.against), tuple(options.sets),
@@ -328,10 +343,9 @@ def main() -> None:
                 if path:
                     write(rows, path)
             done = rows
-    tables = "\n\n".join([sides_table(done), gains_table(done), phases_table(done)])
-    print(tables)
+    print(tables(done))
     if not options.recipe and not options.out:
-        fill(ROOT / "benchmarks" / "README.md", "step", tables)
+        fill(ROOT / "benchmarks" / "README.md", "step", tables(done))
 
 
 def with_model(case: Case, scratch: Path) -> Case:

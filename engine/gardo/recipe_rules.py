@@ -93,9 +93,8 @@ def _diversity_fits(recipe: Recipe) -> None:
 
 def _distributed_fits(recipe: Recipe) -> None:
     if recipe.rollout.overlap and recipe.distributed.precision == "float32":
-        in_tf32 = [
-            n for n, r in reward_settings(recipe).items() if getattr(r, "dtype", "") == "tf32"
-        ]
+        judges = {n: getattr(r, "judge", r) for n, r in reward_settings(recipe).items()}
+        in_tf32 = [n for n, judge in judges.items() if getattr(judge, "dtype", "") == "tf32"]
         if in_tf32:
             raise ValueError(
                 f"rollout.overlap: rewards.{in_tf32[0]} in TF32 would have a model in float32 "

@@ -106,17 +106,24 @@ class Reward:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Inside, matrix products of float32 are what `dtype` says: in TF32 or not, on a GPU."""
+        """Inside, matrix products of float32 are what `dtype` says: in TF32 or not, on a GPU.
+
+        A reward without a `dtype` leaves them as they are.
+        """
         products = torch.backends.cuda.matmul
-        before, products.allow_tf32 = products.allow_tf32, self.in_tf32
+        before = products.allow_tf32
+        if self.in_tf32 is not None:
+            products.allow_tf32 = self.in_tf32
         try:
             yield
         finally:
             products.allow_tf32 = before
 
     @property
-    def in_tf32(self) -> bool:
-        return getattr(self.settings, "dtype", None) == "tf32"
+    def in_tf32(self) -> bool | None:
+        """None where the reward does not say."""
+        dtype = getattr(self.settings, "dtype", None)
+        return None if dtype is None else dtype == "tf32"
 
     @classmethod
     def check(cls, settings: Any, images_per_prompt: int) -> None:

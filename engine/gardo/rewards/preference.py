@@ -243,7 +243,7 @@ class Preference(Reward):
         self.scores_alone = provides(plugin, "score")
 
     @property
-    def in_tf32(self) -> bool:
+    def in_tf32(self) -> bool | None:
         return self.reward.in_tf32
 
     @classmethod

@@ -87,6 +87,16 @@ def test_products_are_as_the_reward_says_and_only_inside(dtype: str, on: float) 
     assert not TF32.allow_tf32
 
 
+def test_a_reward_without_a_dtype_leaves_products_as_they_are() -> None:
+    looks = Looks(RewardSettings(kind="looks", role="proxy"), torch.device("cpu"))
+    TF32.allow_tf32 = True
+    try:
+        said = Panel({"looks": looks}).differentiable_score(pictures(3), PROMPTS)
+        assert said.tolist() == [1.0] * 3 and TF32.allow_tf32
+    finally:
+        TF32.allow_tf32 = False
+
+
 def test_an_error_leaves_nothing_on() -> None:
     with pytest.raises(KeyError):
         panel(Fails, "tf32").differentiable_score(pictures(3), PROMPTS)
