@@ -41,7 +41,8 @@ def sampled(s: Session, step: int) -> Rollout:
     recipe, plan, data = s.recipe, s.algorithm.plan(step), s.recipe.data
     prompts = step_prompts(s.prompts, step, data.prompts_per_step, recipe.run.seed)
     groups = groups_of(s.geometry.first, s.geometry.samples, data.images_per_prompt)
-    s.policy.encode([prompts[group] for group in groups])  # while no weights are gathered
+    # while no weights are gathered
+    conditioning = s.policy.encode([prompts[group] for group in groups])
     with s.engine.reading(plan.weights):
         rollout = sample(
             s.policy,
@@ -56,6 +57,7 @@ def sampled(s: Session, step: int) -> Rollout:
             micro_batch=s.geometry.sampled,
             fill=s.geometry.fill,
             seed_1=s.algorithm.world.seed_on(s.engine.device),
+            conditioning=conditioning,
             finish=partial(finished, s, step) if recipe.rollout.overlap else None,
             beside=s.beside,
             kernels=recipe.kernels,

@@ -91,6 +91,7 @@ def sample(
     micro_batch: int | None = None,
     fill: bool = False,
     seed_1: Tensor | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
     finish: Finish | None = None,
     beside: Beside | None = None,
     kernels: Backend = "auto",
@@ -99,7 +100,8 @@ def sample(
 
     `prompts` are the step's P prompts; sample i belongs to prompt i // G. `micro_batch` images go
     through the model at once; `fill` repeats the last one until a short call has as many. `seed_1`
-    is the seed on the device, where the run keeps it (`World.seed_on`). `finish` makes images of a
+    is the seed on the device, where the run keeps it (`World.seed_on`); `conditioning` is that of
+    the prompts of `groups_of`, where they are encoded already. `finish` makes images of a
     micro-batch's latents, and perhaps scores them, `beside` the sampling of the next; without it
     they are decoded.
     """
@@ -108,7 +110,8 @@ def sample(
     sample_B = torch.arange(first, first + count)
     group_B = sample_B // images_per_prompt
     groups = groups_of(first, count, images_per_prompt)
-    conditioning = policy.encode([prompts[group] for group in groups])
+    if conditioning is None:
+        conditioning = policy.encode([prompts[group] for group in groups])
     prompt_B = group_B - groups.start
     seed_1 = to_device(seed_tensor(seed, "cpu"), device) if seed_1 is None else seed_1
     of_sample = tuple(prompts[g] for g in group_B.tolist())
