@@ -39,7 +39,7 @@ from step.models import make
 from step.ours import SIDES
 
 RESULTS = ROOT / "benchmarks" / "results" / "step.csv"
-FORWARD, TRAINED = ("sample", "teachers", "reference"), ("probe", "train")
+FORWARD, TRAINED = ("sample", "teachers"), ("probe", "train")
 STEP = ROOT / "benchmarks" / "step"
 
 
@@ -123,10 +123,10 @@ class Measured:
     @property
     def seconds(self) -> list[float]:
         """Of an iteration, by launch: the median."""
-        return [median(i["seconds"] for i in launch) for launch in self.launches]
+        return [median(sum(i["seconds"].values()) for i in launch) for launch in self.launches]
 
     def mean(self, kind: str) -> dict[str, float]:
-        """`phases` (seconds), `calls` or `rows` of an iteration, by phase: medians."""
+        """`seconds`, `calls` or `rows` of an iteration, by phase: medians."""
         every = [iteration[kind] for launch in self.launches for iteration in launch]
         names = dict.fromkeys(name for one in every for name in one)
         return {name: median(one.get(name, 0) for one in every) for name in names}
@@ -136,18 +136,6 @@ class Measured:
         rows = self.mean("rows")
         forward = sum(rows.get(name, 0) for name in FORWARD) * of_row["forward"]
         return forward + sum(rows.get(name, 0) for name in TRAINED) * of_row[trained]
-
-
-def normal(iteration: dict[str, Any]) -> dict[str, Any]:
-    """An iteration of either program: seconds, phases, calls, rows, loss."""
-    if "phases" in iteration:
-        return iteration
-    phases = iteration["seconds"]
-    metrics = {
-        "loss": iteration["metrics"]["loss"],
-        "gated": iteration["metrics"].get("gate_share"),
-    }
-    return {**iteration, "seconds": sum(phases.values()), "phases": phases, **metrics}
 
 
 def measured(
@@ -161,7 +149,7 @@ def measured(
     for turn in range(launches):
         for side, kept in sides.items():
             record = launch(case, side, folder, iterations)
-            kept.launches.append([normal(i) for i in record.pop("iterations")[1:]])
+            kept.launches.append(record.pop("iterations")[1:])
             kept.told = record
             print(f"  turn {turn + 1}, {side}: {kept.seconds[-1]:.3f} s", flush=True)
         yield sides
@@ -179,7 +167,7 @@ def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[
     }  # fmt: skip
     for side, kept in sides.items():
         executed, useful = kept.flops(of_row, "executed"), kept.flops(of_row, "training")
-        images = kept.mean("rows").get("decode") or ours.mean("rows")["decode"]
+        images = kept.mean("rows")["decode"]
         counted = kept.counts
         for turn, seconds in enumerate(kept.seconds, start=1):
             yield {
@@ -198,7 +186,7 @@ def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[
                 "launches": counted["launches"], "waits": counted["waits"],
                 **place,
             }  # fmt: skip
-        phases, calls, rows = (kept.mean(kind) for kind in ("phases", "calls", "rows"))
+        phases, calls, rows = (kept.mean(kind) for kind in ("seconds", "calls", "rows"))
         for phase, seconds in phases.items():
             yield {
                 "case": name, "side": side, "launch": "", "phase": phase,

@@ -46,10 +46,9 @@ from gardo.machine import ranks, use_threads
 from gardo.planner import geometry
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
-from gardo.report.memory import PeakMemory
+from gardo.report.phase_clock import PhaseClock, fields
 from gardo.rewards.base import Gathering, Panel
 from gardo.types import Prompt
-from step.clock import Calls, Clock
 from step.executed import Executed
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio
 from step.released_families import Samples, same_noise
@@ -102,13 +101,14 @@ class Released:
         images = recipe.data.prompts_per_step * recipe.data.images_per_prompt
         self.batches = images // (batch * self.accelerator.num_processes)
         self.executor = ThreadPoolExecutor(max_workers=8)
-        self.clock, self.calls = Clock(self.device), Calls(self.pipeline.transformer)
+        self.clock = PhaseClock(self.device)
+        self.clock.watch(self.pipeline.transformer)
         self.skips = recipe.model.family == "sd3"
         self.reset, self.reset_at, self.updates = recipe.model.family == "flux", 0, 0
 
     def iterate(self, epoch: int) -> dict[str, Any]:
         """One iteration and what it took."""
-        self.clock.start()
+        self.clock.take()
         self.pipeline.transformer.eval()
         samples = self.sampled(epoch)
         reset = self.reset_if_due(epoch)
@@ -117,15 +117,12 @@ class Released:
         if self.skips:
             kept = rows_kept(samples["advantages"], self.batches)
             samples = {name: value[kept] for name, value in samples.items()}
-        self.clock.lap("other")
-        trained = self.trained(samples)
-        seconds, phases = self.clock.stop()
+        with self.clock.phase("train"):
+            trained = self.trained(samples)
         steps, advantages = self.recipe.sampler.train_steps, samples["advantages"]
         return {
             "iteration": epoch,
-            "seconds": seconds,
-            "phases": phases,
-            **self.calls.take(),
+            **fields(self.clock.take()),
             "samples": self.batches * self.batch,
             "trained_rows": advantages.numel(),
             "gated_rows": int(samples["gate"].sum()) * steps,
@@ -150,40 +147,44 @@ class Released:
 
     def sampled(self, epoch: int) -> Samples:
         """Trajectories, rewards and features of all batches."""
-        self.calls.now = "sample"
         parts, waiting = [], []
+        phase = self.clock.phase
         for drawn in self.drawn(epoch):
-            text = self.family.encode(list(drawn.prompts))
-            prompt_ids = self.pipeline.tokenizer(
-                drawn.prompts,
-                padding="max_length",
-                max_length=PROMPT_TOKENS,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
-            self.clock.lap("encode")
-            same = self.recipe.sampler.same_initial_noise
-            generators = same_noise(drawn.prompts, 10_000 * epoch) if same else None
-            part = self.family.sample(text, generators)
-            self.clock.lap("sample")
-            images = self.family.decode(part["latents"][:, -1])
-            self.clock.lap("decode")
-            place = Gathering(
-                drawn.sample_B, drawn.group_B, self.recipe.run.seed, epoch, lambda tensor: tensor
-            )
-            waiting.append(
-                self.executor.submit(multi_score, self.panel, images, drawn.prompts, place)
-            )
-            time.sleep(0)
-            features = self.panel.rewards[self.features].score(images, drawn.prompts).detach()
-            self.clock.lap("reward")
+            with phase("encode"):
+                text = self.family.encode(list(drawn.prompts))
+                prompt_ids = self.pipeline.tokenizer(
+                    drawn.prompts,
+                    padding="max_length",
+                    max_length=PROMPT_TOKENS,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids.to(self.device)
+            with phase("sample"):
+                same = self.recipe.sampler.same_initial_noise
+                generators = same_noise(drawn.prompts, 10_000 * epoch) if same else None
+                part = self.family.sample(text, generators)
+            with phase("decode", rows=len(drawn.prompts)):
+                images = self.family.decode(part["latents"][:, -1])
+            with phase("reward"):
+                place = Gathering(
+                    drawn.sample_B,
+                    drawn.group_B,
+                    self.recipe.run.seed,
+                    epoch,
+                    lambda tensor: tensor,
+                )
+                waiting.append(
+                    self.executor.submit(multi_score, self.panel, images, drawn.prompts, place)
+                )
+                time.sleep(0)
+                features = self.panel.rewards[self.features].score(images, drawn.prompts).detach()
             part["next_latents"] = part["latents"][:, 1:]
             part["latents"] = part["latents"][:, :-1]
             parts.append({**part, "prompt_ids": prompt_ids, "features": features})
-        for part, scored in zip(parts, waiting, strict=True):
-            for name, value in scored.result().items():
-                part[f"reward {name}"] = torch.as_tensor(value, device=self.device).float()
-        self.clock.lap("reward")
+        with phase("reward"):
+            for part, scored in zip(parts, waiting, strict=True):
+                for name, value in scored.result().items():
+                    part[f"reward {name}"] = torch.as_tensor(value, device=self.device).float()
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     # ---- credit ----------------------------------------------------------------------------------
@@ -245,17 +246,14 @@ class Released:
                     info.clear()
             if self.average:
                 self.average.step(self.updates)
-        self.clock.lap("train")
         shown = ("loss", "kl_loss", "ratio_error")
         return {name: [update[name] for update in updates] for name in shown}
 
     def train_step(self, told: Samples, j: int, info: dict[str, list[Tensor]]) -> None:
         """A time step of a micro-batch: both forward passes, the backward pass, perhaps the step"""
         loaded, base = self.loaded, self.recipe.algorithm.base
-        self.calls.now = "train"
         v = self.family.training_velocity(loaded.transformer, told, j)
-        self.calls.now = "reference"
-        with torch.no_grad():
+        with self.clock.phase("teachers"), torch.no_grad():
             self.pipeline.transformer.set_adapter("old")
             v_ref = self.family.training_velocity(loaded.transformer, told, j)
             self.pipeline.transformer.set_adapter("default")
@@ -324,7 +322,7 @@ def run(
         "batch": batch,
         "device": str(released.device),
         "dtype": recipe.distributed.precision,
-        "peak_bytes": PeakMemory(released.device).reserved,
+        "peak_bytes": released.clock.memory.reserved,
         "iterations": records,
         **(executed.counts() if count else {}),
     }

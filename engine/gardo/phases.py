@@ -18,6 +18,7 @@ from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
 from gardo.report.metrics_log import step_records
+from gardo.report.phase_clock import fields
 from gardo.report.phase_table import as_text
 from gardo.rollout import (
     Part,
@@ -219,9 +220,7 @@ def log_step(
     record = {
         "kind": "step",
         "step": step,
-        "seconds": {name: phase.seconds for name, phase in spent.items()},
-        "calls": {name: phase.calls for name, phase in spent.items() if phase.calls},
-        "rows": {name: phase.rows for name, phase in spent.items() if phase.calls},
+        **fields(spent),
         "images_per_second": images / sum(phase.seconds for phase in spent.values()),
         "peak_bytes": peak,  # of the rank with most, since the start
         "rewards": {name: _summary(s, scores, name) for name in scores.rewards},

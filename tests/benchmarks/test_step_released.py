@@ -20,7 +20,6 @@ from gardo.rewards.base import Gathering
 from gardo.session import build_policy, world_of
 from gardo.types import Scores
 from step import models, released
-from step.clock import Clock
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio
 from step.released_families import same_noise
 from step.released_setup import held, prepare
@@ -58,8 +57,8 @@ def run(family: str) -> Iterator[tuple[released.Released, list[dict[str, Any]]]]
 
 def test_the_phases_are_all_of_an_iteration(run) -> None:
     for record in run[1]:
-        assert set(record["phases"]) == {"encode", "sample", "decode", "reward", "other", "train"}
-        assert sum(record["phases"].values()) == pytest.approx(record["seconds"], abs=0.01)
+        phases = {"encode", "sample", "decode", "reward", "train", "teachers", "other"}
+        assert set(record["seconds"]) == phases and min(record["seconds"].values()) > 0
 
 
 def test_the_reference_runs_on_every_row_that_trains_and_one_step_at_a_time(run, family) -> None:
@@ -68,12 +67,13 @@ def test_the_reference_runs_on_every_row_that_trains_and_one_step_at_a_time(run,
     for record in run[1]:
         assert record["trained_rows"] == kept * TRAINED
         assert record["rows"] == {
+            "decode": SAMPLES,
             "sample": guided * SAMPLES * STEPS,
             "train": guided * kept * TRAINED,
-            "reference": guided * kept * TRAINED,
+            "teachers": guided * kept * TRAINED,
         }
-        assert record["calls"] == {"sample": 2 * STEPS, "train": 2 * TRAINED,
-                                   "reference": 2 * TRAINED}  # fmt: skip
+        assert record["calls"] == {"decode": 2, "sample": 2 * STEPS, "train": 2 * TRAINED,
+                                   "teachers": 2 * TRAINED}  # fmt: skip
         assert record["gated_rows"] in (0, TRAINED)  # one sample, or none where the highest tie
         assert record["zero_std_ratio"] == (0.4 if family == "sd3" else 0.0)
         assert record["zero_advantage_rows"] == 0
@@ -196,16 +196,6 @@ def test_rows_without_an_advantage_are_left_out_but_for_as_many_as_the_batches_n
 def test_samples_of_a_prompt_start_alike() -> None:
     first, second, third = (torch.randn(3, generator=g) for g in same_noise(["a", "b", "a"], 7))
     assert torch.equal(first, third) and not torch.equal(first, second)
-
-
-def test_a_lap_is_the_time_since_the_last_one() -> None:
-    clock = Clock(CPU)
-    for _ in range(2):  # the second iteration forgets the first
-        clock.start()
-        for phase in ("a", "b", "a"):
-            clock.lap(phase)
-        wall, phases = clock.stop()
-        assert list(phases) == ["a", "b"] and sum(phases.values()) <= wall < 1
 
 
 def test_a_share_of_the_groups_ties() -> None:

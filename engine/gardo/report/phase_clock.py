@@ -34,6 +34,16 @@ class Spent:
     rows: int = 0
 
 
+def fields(spent: dict[str, Spent]) -> dict[str, dict[str, float]]:
+    """As a record has it: seconds of each phase, and calls and rows of those that have any."""
+    called = {name: phase for name, phase in spent.items() if phase.calls}
+    return {
+        "seconds": {name: phase.seconds for name, phase in spent.items()},
+        "calls": {name: phase.calls for name, phase in called.items()},
+        "rows": {name: phase.rows for name, phase in called.items()},
+    }
+
+
 class PhaseClock:
     """Of this process and its device; `clock` gives seconds, increasing.
 
