@@ -19,6 +19,7 @@ from gardo.nvidia import (
     unwanted,
 )
 from gardo.policies.attention import missing
+from gardo.policies.compiling import compile_trouble
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RankError, RecipeError
@@ -148,15 +149,47 @@ def kernels_trouble(recipe: Recipe, device: torch.device, source: str) -> str:
     return trouble
 
 
-def with_kernels_that_run(recipe: Recipe, group: Ranks, trouble: str) -> tuple[Recipe, str]:
-    """The recipe as this run uses it, and a note where that is not as it was asked for.
+def blocks_trouble(recipe: Recipe, device: torch.device, source: str) -> str:
+    """Why blocks do not compile on a GPU where `train.compile: auto` would; "" where they do.
 
-    One rank's trouble has all use plain torch: each decides from all ranks' samples what it
-    computes, gates for one, and may not differ from the others by a rounding.
+    RecipeError for `train.compile: blocks`. Something small is compiled to see.
     """
+    wanted = recipe.train.compile
+    if wanted == "none" or not (trouble := compile_trouble(device)):
+        return ""
+    if wanted == "blocks":
+        raise RecipeError(f"{source}: train.compile: blocks: {trouble}; or use none")
+    return trouble
+
+
+def settled_compile(recipe: Recipe, compile_: str) -> Recipe:
+    """The recipe with this `train.compile`."""
+    train = recipe.train.model_copy(update={"compile": compile_})
+    return recipe.model_copy(update={"train": train})
+
+
+def as_it_runs(
+    recipe: Recipe, group: Ranks, *, kernels: str, blocks: str
+) -> tuple[Recipe, list[str]]:
+    """The recipe as this run uses it, and notes where that is not as it was asked for.
+
+    `kernels` and `blocks` are this rank's troubles. One rank's has all do without: each decides
+    from all ranks' samples what it computes, gates for one, and may not differ from the others by a
+    rounding.
+    """
+    notes = []
+    if said := _said(group, kernels):
+        recipe = recipe.model_copy(update={"kernels": "torch"})
+        notes.append(f"kernels: auto is plain torch here, not Triton: {said}")
+    if recipe.train.compile == "auto":
+        said = _said(group, blocks)
+        recipe = settled_compile(recipe, "none" if said else "blocks")
+        if said:
+            notes.append(f"train.compile: auto is none here: {said}")
+    return recipe, notes
+
+
+def _said(group: Ranks, trouble: str) -> str:
+    """The first rank's trouble that has one."""
     here = trouble and f"{trouble} ({socket.gethostname()})"
-    said = [text for text in gather_text(group, here) if text]
-    if not said:
-        return recipe, ""
-    note = f"kernels: auto is plain torch here, not Triton: {said[0]}"
-    return recipe.model_copy(update={"kernels": "torch"}), note
+    return next(filter(None, gather_text(group, here)), "")

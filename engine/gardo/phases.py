@@ -228,7 +228,7 @@ def log_step(
         "events": [*filter(None, [contract.event]), *events],
         **_memory(s),
     }
-    s.write(record)
+    s.write(record | compiled(s))
     s.progress.step(record)
     if s.profile:
         s.profile.step()
@@ -240,6 +240,16 @@ def _memory(s: Session) -> dict[str, dict[str, int]]:
     peaks = s.progress.phases.memory.take()
     fullest = {name: s.engine.agree_max(peak) for name, peak in peaks.items()}
     return {"memory": fullest} if fullest else {}
+
+
+def compiled(s: Session) -> dict[str, int]:
+    """Graphs compiled since the last record, with a line that says so: none once all shapes have
+    been met."""
+    graphs, seconds = s.policy.compiled.take() if s.policy.compiled else (0, 0.0)
+    if not graphs:
+        return {}
+    s.progress.message(f"compiled {graphs} graphs of blocks in {seconds:.0f} s")
+    return {"compiled_graphs": graphs}
 
 
 def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:

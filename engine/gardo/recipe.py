@@ -56,6 +56,11 @@ class TrainSettings(Strict):
         description="what blocks run again in the backward pass: nothing, all but attention, all "
         "but attention and matmuls, all",
     )
+    compile: Literal["none", "blocks", "auto"] = Field(
+        "none",
+        description="has torch compile the transformer's blocks, for rollout, teachers and "
+        "training alike; auto: where a GPU is, and a compiler",
+    )
 
 
 class DataSettings(Strict):

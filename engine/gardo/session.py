@@ -24,16 +24,18 @@ from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
 from gardo.evaluation.evaluate import Evaluator
 from gardo.machine import (
+    as_it_runs,
+    blocks_trouble,
     check_accelerator,
     check_machine,
     kernels_trouble,
     ranks,
+    settled_compile,
     use_allocator,
     use_bf16_reductions,
     use_deterministic_kernels,
     use_device,
     use_threads,
-    with_kernels_that_run,
 )
 from gardo.planner import Geometry, geometry
 from gardo.planner.forecast import forecast
@@ -128,6 +130,8 @@ class Session:
         if self.profile:
             self.profile.close()
         self.progress.close()
+        if self.policy.compiled:
+            self.policy.compiled.close()
         self.checkpoints.close()
         if self.log:
             self.log.close()
@@ -248,6 +252,8 @@ def load_models(
         use_attention(
             policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
         )
+        if recipe.train.compile == "blocks":
+            policy.compile_blocks(recipe.train.activation_checkpointing)
         panel = build_panel(recipe, device)
     except FieldError as error:
         raise RecipeError(f"{source}: {error}") from error
@@ -283,18 +289,21 @@ def build_evaluator(recipe: Recipe, policy: Policy, panel: Panel, engine: Engine
     )
 
 
-def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry, str]:
+def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry, list[str]]:
     """Readies this rank and meets the others: all that is refused before anything heavy loads.
 
-    The recipe as it runs here, with a note where that is not as it was asked for.
+    The recipe as it runs here, with notes where that is not as it was asked for.
     """
     rank, local_rank, world = ranks()
     use_allocator()
     check_accelerator(recipe, source)
     device = use_device(local_rank)
     check_machine(recipe, world, device, source)
+    if recipe.train.compile == "auto" and device.type == "cpu":
+        recipe = settled_compile(recipe, "none")
     plan = geometry(recipe, rank=rank, world=world, source=source)
-    trouble = kernels_trouble(recipe, device, source)
+    kernels = kernels_trouble(recipe, device, source)
+    blocks = blocks_trouble(recipe, device, source)
     use_threads(recipe, world)
     use_bf16_reductions(recipe.run.bf16_reduced_precision_reduction)
     if recipe.run.deterministic:
@@ -304,8 +313,8 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
         check_folder(Path(recipe.run.folder), group)
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
-    runs, note = with_kernels_that_run(recipe, group, trouble)
-    return runs, device, plan, note
+    runs, notes = as_it_runs(recipe, group, kernels=kernels, blocks=blocks)
+    return runs, device, plan, notes
 
 
 def open_session(
@@ -323,7 +332,7 @@ def open_session(
     quiet_libraries()
     resume = resume and bool(committed(asked.checkpoint_folder))
     changes = check_changes(asked, source) if resume else []
-    recipe, device, plan, note = prepare(asked, source)
+    recipe, device, plan, notes = prepare(asked, source)
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     first = ranks()[0] == 0
@@ -359,7 +368,7 @@ def open_session(
         progress=progress,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
-    for said in filter(None, (engine.gather_note, note)):
+    for said in filter(None, (engine.gather_note, *notes)):
         progress.message(said)
     if resume:
         session.resume()

@@ -14,9 +14,10 @@ from gardo import cli, machine, train
 from gardo.config import load
 from gardo.distributed.group import Group
 from gardo.machine import (
+    as_it_runs,
+    blocks_trouble,
     check_accelerator,
     kernels_trouble,
-    with_kernels_that_run,
 )
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
@@ -172,9 +173,32 @@ def test_a_gpu_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_without_triton_takes_plain_torch_and_says_why(tmp_path: Path) -> None:
     recipe = triton_recipe(tmp_path, "auto")
-    assert with_kernels_that_run(recipe, Group(CPU), "") == (recipe, "")
-    used, note = with_kernels_that_run(recipe, Group(CPU), "no C compiler")
+    assert as_it_runs(recipe, Group(CPU), kernels="", blocks="") == (recipe, [])
+    used, notes = as_it_runs(recipe, Group(CPU), kernels="no C compiler", blocks="")
     assert used == recipe.model_copy(update={"kernels": "torch"}) != recipe
-    assert note == (
-        f"kernels: auto is plain torch here, not Triton: no C compiler ({socket.gethostname()})"
-    )
+    said = f"no C compiler ({socket.gethostname()})"
+    assert notes == [f"kernels: auto is plain torch here, not Triton: {said}"]
+
+
+def compiling(tmp_path: Path, wanted: str) -> Recipe:
+    return load(written(tmp_path), [f"train.compile={wanted}"])
+
+
+def test_blocks_that_do_not_compile_are_refused_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "compile_trouble", lambda device: "no g++")
+    assert blocks_trouble(compiling(tmp_path, "none"), CPU, "here.yaml") == ""
+    assert blocks_trouble(compiling(tmp_path, "auto"), CPU, "here.yaml") == "no g++"
+    with pytest.raises(RecipeError) as raised:
+        blocks_trouble(compiling(tmp_path, "blocks"), CPU, "here.yaml")
+    assert str(raised.value) == "here.yaml: train.compile: blocks: no g++; or use none"
+
+
+def test_a_gpu_run_compiles_unless_a_rank_cannot(tmp_path: Path) -> None:
+    recipe = compiling(tmp_path, "auto")
+    used, notes = as_it_runs(recipe, Group(CPU), kernels="", blocks="")
+    assert (used.train.compile, notes) == ("blocks", [])
+    used, notes = as_it_runs(recipe, Group(CPU), kernels="", blocks="no g++")
+    assert used.train.compile == "none"
+    assert notes == [f"train.compile: auto is none here: no g++ ({socket.gethostname()})"]

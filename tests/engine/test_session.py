@@ -57,6 +57,20 @@ def test_bf16_matmuls_add_up_in_fp32_unless_asked_otherwise(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("asked", "runs"), [("auto", "none"), ("blocks", "blocks")])
+def test_a_cpu_compiles_where_it_was_asked_for_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, runs: str
+) -> None:
+    """Calls that are compiled all have as many rows."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(machine, "compile_trouble", lambda device: "")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    fragment = f"{{distributed: {{engine: local}}, train: {{compile: {asked}}}}}"
+    made = load(written(tmp_path, fragment), [f"run.folder={tmp_path / 'runs'}"])
+    recipe, _, plan, notes = prepare(made, "here.yaml")
+    assert (recipe.train.compile, plan.fill, notes) == (runs, runs == "blocks", [])
+
+
 @pytest.mark.parametrize(
     ("fragment", "said"),
     [

@@ -117,6 +117,8 @@ LAYOUT: dict[str, Sections] = {
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
     "matmuls": {"train": {"activation_checkpointing": "matmuls"}},
+    "compiled": {"train": {"compile": "blocks"}},  # traced, then run by torch's own operators
+    "inductor": {"train": {"compile": "blocks"}},
     "buckets": {"distributed": {"reduce_bucket": 30_000, "sub_group": 50_000}},
     "host": {"distributed": {"slots": "host"}},
     "offload": {"distributed": {"offload": "optimizer"}},

@@ -25,6 +25,7 @@ from gardo.distributed.base import leave_process_group
 from gardo.distributed.blocks import leaves_of
 from gardo.distributed.checkpoint import Checkpoints, CheckpointSettings
 from gardo.phases import publish
+from gardo.policies import compiling
 from gardo.rollout import noise_id
 from gardo.session import Session, open_session
 from gardo.streams import Stream
@@ -91,6 +92,7 @@ def look(session: Session, case: Case, phases: PhaseGathers) -> tuple[dict[str, 
 
 def run(case: Case, folder: Path, gathers: AllGathers) -> None:
     fault = FAULTS[case.fault]
+    compiling.BACKEND = "aot_eager" if case.has("compiled") else "inductor"
     with fault.opening(gathers):
         session = open_session(
             check(recipe(case, folder), case.name), quiet=True, resume=case.resume or case.reshard

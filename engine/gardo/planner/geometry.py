@@ -60,7 +60,7 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
         samples=samples,
         first=rank * samples,
         sampled=micro_batch if batch == "like_train" else min(samples, batch or micro_batch),
-        fill=batch == "like_train",
+        fill=batch == "like_train" or recipe.train.compile != "none",
         rows=rows,
         micro_batch=micro_batch,
         accumulation=rows // micro_batch,

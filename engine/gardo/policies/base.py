@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gardo.hub import download_error
 from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
+from gardo.policies.compiling import Compiled, compile_blocks
 from gardo.policies.embeddings import Embeddings
 from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
@@ -87,6 +88,7 @@ class Policy:
             pipeline, self.encode_text, residence=settings.encoders, device=device, dtype=dtype
         )
         self.phase: Phase = no_phase  # what measures encoding and decoding
+        self.compiled: Compiled | None = None  # what the blocks' compilations took
         self.decode_batch = max(1, DECODED // (self.height * self.width))
         if self.height * self.width > DECODED:
             pipeline.vae.enable_tiling()
@@ -355,6 +357,11 @@ class Policy:
     def checkpoint_activations(self, mode: Checkpointing) -> None:
         """What blocks keep for their backward pass: see checkpointing.py."""
         checkpoint_blocks(self.transformer, mode)
+
+    def compile_blocks(self, mode: Checkpointing) -> None:
+        """Has torch compile the blocks, which `checkpoint_activations` was told `mode` of."""
+        compile_blocks(self.transformer, self.blocks(), mode)
+        self.compiled = Compiled(lambda: self.phase)
 
 
 def _encoder_folders(folder: Path) -> list[Path]:

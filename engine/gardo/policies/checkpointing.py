@@ -46,10 +46,8 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
     """Has the blocks of a diffusers transformer keep what `mode` says; `none` changes nothing."""
     if mode == "none":
         return
-    more: dict[str, Any] = {}
-    if mode != "full":
-        keeps = _policy(matmuls=mode == "matmuls")
-        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
+    inside = kept_inside(mode)
+    more: dict[str, Any] = {"context_fn": inside} if inside else {}
 
     def run(block: Any, *args: Any) -> Any:
         return checkpoint(
@@ -57,6 +55,15 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
         )
 
     transformer.enable_gradient_checkpointing(run)
+
+
+@functools.cache
+def kept_inside(mode: Checkpointing) -> Callable[[], Any] | None:
+    """`context_fn` of torch's checkpoint for what a mode keeps inside a block; None: nothing is."""
+    if mode in ("none", "full"):
+        return None
+    keeps = _policy(matmuls=mode == "matmuls")
+    return functools.partial(create_selective_checkpoint_contexts, keeps)
 
 
 def _policy(*, matmuls: bool) -> Callable[..., CheckpointPolicy]:

@@ -1,0 +1,89 @@
+"""Compiled blocks train like eager ones, however weights are gathered and activations kept.
+
+`compiled` traces blocks as torch.compile does and runs them by torch's own operators, which gives
+the same bits as eager blocks in seconds; `inductor` makes kernels, as a run does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cases import Case
+from tests.integration.checks import check_slots, check_teachers, compare, steps_of
+from tests.integration.coverings import alone
+from tests.integration.launch import launch, start, wait_for
+
+QUICK = {
+    "local": (0, [Case("gardo", "lora", "local", ("compiled", "matmuls"), probes=())]),
+    "two_ranks": (2, [Case("gardo", "full", "stage3", ("tight", "each", "full", "compiled"))]),
+}
+WHOLE = {
+    "local": (0, [
+        Case("gardo", "lora", "local", ("inductor",), probes=()),
+        Case("flow_grpo", "full", "local", ("sd3", "compiled"), steps=2, probes=()),
+        Case("diffusion_nft", "full", "local", ("inductor", "matmuls"), steps=2, probes=()),
+    ]),
+    "two_ranks": (2, [
+        Case("gardo", "lora", "stage3", ("tight", "once", "compiled")),
+        Case("flow_grpo", "full", "stage3", ("tight", "once", "matmuls", "compiled"), steps=2),
+        Case("gardo", "full", "stage2", ("full", "compiled")),
+        Case("flow_grpo", "lora", "stage1", ("selective", "compiled"), steps=2),
+        Case("gardo", "lora", "stage3", ("tight", "once", "inductor")),
+    ]),
+}  # fmt: skip
+Parts = dict[str, tuple[int, list[Case]]]
+
+
+def cases_of(parts: Parts) -> list[tuple[str, Case]]:
+    return [(world, case) for world, (_, cases) in parts.items() for case in cases]
+
+
+def run(parts: Parts, folder: Path) -> dict[str, Path]:
+    found = {name: folder / name for name in ("eager", *parts)}
+    for path in found.values():
+        path.mkdir()
+    eager = list(dict.fromkeys(alone(case) for _, case in cases_of(parts)))
+    wait_for([start(0, found["eager"], eager), start(0, found["local"], parts["local"][1])])
+    ranks, cases = parts["two_ranks"]
+    launch(ranks, found["two_ranks"], cases)
+    return found
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return run(QUICK, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return run(WHOLE, tmp_path_factory.mktemp("whole"))
+
+
+def check(folders: dict[str, Path], world: str, case: Case) -> None:
+    """Numbers, slots, and nothing compiled after the first iteration.
+
+    The second is the first to ask the reference: no shape is new then.
+    """
+    compare(folders["eager"], folders[world], case, rel=1e-3 if case.has("inductor") else 1e-4)
+    first, *others = (record.get("compiled_graphs", 0) for record in steps_of(folders[world], case))
+    assert first > 0 and not any(others)
+    if case.probes:
+        check_slots(folders[world], case)
+        check_teachers(folders[world], case)
+
+
+@pytest.mark.parametrize(("world", "case"), cases_of(QUICK), ids=str)
+def test_compiled_blocks_train_like_eager_ones(
+    quick: dict[str, Path], world: str, case: Case
+) -> None:
+    check(quick, world, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("world", "case"), cases_of(WHOLE), ids=str)
+def test_compiled_blocks_train_like_eager_ones_all(
+    whole: dict[str, Path], world: str, case: Case
+) -> None:
+    check(whole, world, case)
