@@ -11,13 +11,14 @@ of one has distance 0. A feature that is not finite makes its whole group NaN.
 nearest is d_i of GARDO (arXiv 2512.24138, eq. 8); 100 times mean_pairwise is the diversity the
 paper reports.
 
-Least traffic: the features once, n written and read again. Called once an iteration, under no_grad,
-by GARDO's diversity and by the evaluation.
+Least traffic: the features once; tiles of them again, in L2. Called once an iteration, under
+no_grad, by GARDO's diversity and by the evaluation.
 
-Groups take three launches: n, and where each group lies; squared chords in fp32, which keep the
-digits of small distances; the groups' means. One group of many rows takes n and then, in
-`_gram_tiles.py`, products on tensor cores. The matrix of all distances is never in memory. No
-atomics, no host synchronisation, the same bits every time.
+Groups take two launches: squared chords in fp32, which keep the digits of small distances, of rows
+that are divided by their lengths on the way; the groups' means. Near rows' pairs are computed once.
+One group of many rows takes n (`_unit_rows.py`) and products on tensor cores (`_gram_tiles.py`).
+The matrix of all distances is never in memory. No atomics, no host synchronisation, the same bits
+every time.
 
 Shapes: B samples, D features, G samples of one group (groups may differ in size and lie anywhere in
 the batch), S splits of a group's columns, T tiles of rows.
@@ -42,6 +43,7 @@ from gardo_kernels._launch import (
     looked_on,
 )
 from gardo_kernels._launch_shape import LaunchShape, launch_shape
+from gardo_kernels._unit_rows import unit_factors, unit_rows
 
 
 @torch.no_grad()
@@ -73,144 +75,154 @@ def nearest_cosine_ref(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Te
 
 # ---- kernels -------------------------------------------------------------------------------------
 
-WHOLE = 256  # n is filled up to a multiple of this many features, which needs no masks
-# A program of chords is four warps: LANES along a row, each with four features, one 128-bit load.
-# Few turns of its loop wait for memory; the warps' sums meet once, behind it. SPLITS programs share
-# a tile of rows.
-COLUMNS, SPLITS, LANES = 4, 6, 64
-_FEATURES = tl.constexpr(4)
-# block: features or group ids at a time. chunk: a group's distances at a time. rows: of a tile.
-# warps: of the normalisation. stages: of the chords' loads.
-DEFAULT = LaunchShape(block=1024, chunk=256, rows=8, warps=8, stages=2)
+# SPLITS programs share a tile of rows: a group of 24 is three tiles. LANES lie along a row, each
+# with one 128-bit load of features: a warp adds up its chords alone.
+SPLITS, LANES = 3, 32
+# block: features at a time of a length, and half as many as group ids. chunk: a group's distances
+# at a time. rows: of a tile.
+DEFAULT = LaunchShape(block=256, chunk=256, rows=8)
 MANY = 128  # rows of one group above which tiles are taken, not chords
 
 
 @triton.jit
-def _extent(group_ptr, group, rows, BLOCK: tl.constexpr):
-    """The first and the last row of each of these groups."""
-    first, last = tl.zeros(group.shape, tl.int32) + rows, tl.zeros(group.shape, tl.int32)
-    for start in range(0, rows, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        other = tl.load(group_ptr + column, mask=column < rows, other=0)
-        same = (other[None, :] == group[:, None]) & (column < rows)[None, :]
-        first = tl.minimum(first, tl.min(tl.where(same, column[None, :], rows), 1))
-        last = tl.maximum(last, tl.max(tl.where(same, column[None, :], 0), 1))
-    return first, last
+def _ids(group_ptr, row, rows, HAS_GROUPS: tl.constexpr):
+    """The groups of these rows; any of rows past the end."""
+    ids = row * 0
+    if HAS_GROUPS:
+        ids = tl.load(group_ptr + row, mask=row < rows, other=0)
+    return ids
 
 
 @triton.jit
-def _nearest_cosine_normalise_kernel(
-    e_ptr, group_ptr, n_ptr, zero_ptr, leader_ptr, bounds_ptr, rows, features, width,
-    HAS_GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """n of ROWS rows, filled up with zeros from `features` to `width`, and where their groups lie.
+def _extent(group_ptr, start, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The first and the last row of the groups of ROWS rows from `start` on."""
+    row = tl.minimum(start + tl.arange(0, ROWS), rows - 1)
+    group = tl.load(group_ptr + row)[:, None]
+    first, last = tl.full((BLOCK,), rows - 1, tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, rows, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        ids = tl.load(group_ptr + column, mask=column < rows, other=0)[None, :]
+        same = (tl.max((ids == group).to(tl.int32), 0) > 0) & (column < rows)
+        first = tl.minimum(first, tl.where(same, column, rows - 1))
+        last = tl.maximum(last, tl.where(same, column, 0))
+    return tl.min(first), tl.max(last)
 
-    zero is 1 for a row of zeros, NaN for one that is not finite, else 0. leader is the first row of
-    a row's group: the group's number from here on. bounds are the first and the last row of all
-    these groups.
-    """
-    tile = tl.program_id(0)
-    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)  # the last row again, at the end
-    row_ptr = e_ptr + row.to(tl.int64)[:, None] * features
-    largest = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, features, BLOCK):
-        feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(e))  # drops NaN, which the squares keep
-    scale = tl.max(largest, 1)[:, None]  # divided by it, no square under- or overflows
-    scale = tl.where(scale == 0, 1.0, scale)
-    square = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, features, BLOCK):
-        feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
-        square += e * e
-    squares = tl.sum(square, 1)  # 0 for zeros, NaN where not finite, else 1 or more
-    tl.store(zero_ptr + row, tl.where(squares == 0, 1.0, 0.0 * squares))
-    inverse = (1.0 / tl.sqrt(tl.where(squares == 0, 1.0, squares)))[:, None]
-    at = row.to(tl.int64)[:, None] * width
-    for start in range(0, width, BLOCK):
-        feature = start + tl.arange(0, BLOCK)[None, :]
-        e = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32) / scale
-        tl.store(n_ptr + at + feature, e * inverse, mask=feature < width)
-    first, last = row * 0, row * 0 + rows - 1
-    if HAS_GROUPS:
-        first, last = _extent(group_ptr, tl.load(group_ptr + row), rows, BLOCK)
-    tl.store(leader_ptr + row, first)
-    tl.store(bounds_ptr + 2 * tile, tl.min(first))
-    tl.store(bounds_ptr + 2 * tile + 1, tl.max(last))
+
+@triton.jit
+def _distances(
+    e_ptr, row, column, rows, features, ROWS: tl.constexpr, LANES: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d of ROWS rows and as many columns; of a row with itself 0, or NaN if it is not finite."""
+    row, column = tl.minimum(row, rows - 1), tl.minimum(column, rows - 1)
+    # in one call, so that equal rows get equal bits
+    either = tl.reshape(tl.join(row, column), (2 * ROWS,))
+    scale, inverse = unit_factors(e_ptr, either, features, 2 * ROWS, BLOCK, WIDE)
+    row_scale, column_scale = tl.split(tl.reshape(scale, (ROWS, 2)))
+    row_inverse, column_inverse = tl.split(tl.reshape(inverse, (ROWS, 2)))
+    row_ptr = e_ptr + row.to(tl.int64)[:, None, None, None] * features
+    column_ptr = e_ptr + column.to(tl.int64)[None, :, None, None] * features
+    lane = tl.arange(0, LANES)[None, None, :, None] * WIDE
+    lane += tl.arange(0, WIDE)[None, None, None, :]
+    chord = tl.zeros((ROWS, ROWS, LANES), tl.float32)
+    for start in range(0, features, LANES * WIDE):
+        feature = start + lane
+        a = tl.load(row_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+        b = tl.load(column_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)
+        a *= row_scale[:, None, None, None]
+        b *= column_scale[None, :, None, None]
+        # + 0, or a compiler fuses a product with the difference, and equal rows leave its rounding
+        a = tl.fma(a, row_inverse[:, None, None, None], 0.0)
+        b = tl.fma(b, column_inverse[None, :, None, None], 0.0)
+        difference = a - b
+        chord += tl.sum(difference * difference, 3)  # within a thread
+    distance = 0.5 * tl.sum(chord, 2)
+    distance = tl.where(distance > 2, 2.0, distance)  # NaN stays
+    directionless = row_inverse[:, None] * column_inverse[None, :] == 0  # not where one is NaN
+    return tl.where(directionless & (row[:, None] != column[None, :]), 1.0, distance)
 
 
 @triton.jit
 def _nearest_cosine_chords_kernel(
-    n_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, sums_ptr, rows, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
-    STAGES: tl.constexpr,
+    e_ptr, group_ptr, nearest_ptr, sums_ptr, bounds_ptr, rows, features, HAS_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """nearest, sums[split, row]: least distance and sum over every SPLITS-th tile of columns."""
+    """nearest, sums[split, row]: least distance and sum over every SPLITS-th tile of columns.
+
+    Of two tiles less than SPLITS apart the first alone computes the distances, and counts them
+    twice in the sum; the second's nearest are its columns', nearest[SPLITS + split, column]. Of
+    tiles farther apart, where a group is large or scattered, both do. bounds[tile] are the first
+    and the last row of all groups of the tile's rows.
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
-    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)
-    leader, zero = tl.load(leader_ptr + row), tl.load(zero_ptr + row)
-    row_ptr = n_ptr + row.to(tl.int64)[:, None, None, None] * width
-    lane = tl.arange(0, LANES)[None, None, :, None] * _FEATURES
-    lane += tl.arange(0, _FEATURES)[None, None, None, :]
-    first, last = tl.load(bounds_ptr + 2 * tile), tl.load(bounds_ptr + 2 * tile + 1)
+    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)  # the last row again, at the end
+    first, last = 0, rows - 1
+    if HAS_GROUPS:
+        first, last = _extent(group_ptr, tile * ROWS, rows, ROWS, 2 * BLOCK)
+    if split == 0:
+        tl.store(bounds_ptr + 2 * tile, first)
+        tl.store(bounds_ptr + 2 * tile + 1, last)
+    group = _ids(group_ptr, row, rows, HAS_GROUPS)
     nearest = tl.full((ROWS,), float("inf"), tl.float32)
+    mirrored = tl.full((ROWS,), float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(first + split * COLUMNS, last + 1, SPLITS * COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        other = tl.load(leader_ptr + column, mask=column < rows, other=-1)
-        pair = (other[None, :] == leader[:, None]) & (column[None, :] != row[:, None])
-        if tl.max(tl.max(pair.to(tl.int32), 1)) > 0:
-            column = tl.minimum(column, rows - 1)
-            column_ptr = n_ptr + column.to(tl.int64)[None, :, None, None] * width
-            chord = tl.zeros((ROWS, COLUMNS, LANES), tl.float32)
-            for depth in tl.range(0, width, LANES * _FEATURES, num_stages=STAGES):
-                difference = tl.load(row_ptr + depth + lane) - tl.load(column_ptr + depth + lane)
-                chord += tl.sum(difference * difference, 3)  # within a thread
-            distance = 0.5 * tl.sum(chord, 2)
-            distance = tl.where(distance > 2, 2.0, distance)  # NaN stays
-            either = zero[:, None] + tl.load(zero_ptr + column)[None, :]
-            distance = tl.where(either > 0, 1.0, distance)
-            total += tl.sum(tl.where(pair, distance, 0.0), 1)
-            least = tl.min(tl.where(pair, distance, float("inf")), 1)
-            nearest = tl.minimum(nearest, least)  # drops NaN, which the total keeps
+    start = first // ROWS
+    for turn in tl.range(0, last // ROWS + 1 - start, SPLITS, disable_licm=True):
+        other = start + turn + (tile + split - start) % SPLITS
+        column = other * ROWS + tl.arange(0, ROWS)
+        same = group[:, None] == _ids(group_ptr, column, rows, HAS_GROUPS)[None, :]
+        same &= (column < rows)[None, :]
+        mine = (other >= tile) | (other + SPLITS <= tile)
+        if mine & (tl.max(same.to(tl.int32)) > 0):
+            distance = _distances(e_ptr, row, column, rows, features, ROWS, LANES, WIDE, BLOCK)
+            least = tl.where(same & (row[:, None] != column[None, :]), distance, float("inf"))
+            nearest = tl.minimum(nearest, tl.min(least, 1))  # drops NaN, which the total keeps
+            both = (other > tile) & (other < tile + SPLITS)
+            mirrored = tl.where(both, tl.min(least, 0), mirrored)
+            total += tl.where(both, 2.0, 1.0) * tl.sum(tl.where(same, distance, 0.0), 1)
     tl.store(nearest_ptr + split * rows + row, nearest)
     tl.store(sums_ptr + split * rows + row, total)
+    column = (tile + split) * ROWS + tl.arange(0, ROWS)
+    tl.store(nearest_ptr + (SPLITS + split) * rows + column, mirrored, mask=column < rows)
 
 
 @triton.jit
 def _nearest_cosine_means_kernel(
-    parts_ptr, sums_ptr, zero_ptr, leader_ptr, bounds_ptr, nearest_ptr, mean_ptr, rows,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    parts_ptr, sums_ptr, group_ptr, bounds_ptr, nearest_ptr, mean_ptr, rows,
+    HAS_GROUPS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """nearest[row], the least of parts[split, row]; mean[row], over the pairs of the row's group.
+    """nearest[row], the least of parts[:, row]; mean[row], over the pairs of the row's group.
 
     The blocks start at multiples of BLOCK and are added in order: all rows of a group get the same
     bits.
     """
     tile = tl.program_id(0)
-    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), rows - 1)
-    leader = tl.load(leader_ptr + row)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    group = _ids(group_ptr, row, rows, HAS_GROUPS)
+    nearest = tl.full((ROWS,), float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = parts_ptr + split * rows + row
+        nearest = tl.minimum(nearest, tl.load(part, mask=row < rows, other=0.0))
+        beside = (row < rows) & (tile >= split)  # the tile that would have filled it is there
+        part += SPLITS * rows
+        nearest = tl.minimum(nearest, tl.load(part, mask=beside, other=float("inf")))
     first, last = tl.load(bounds_ptr + 2 * tile), tl.load(bounds_ptr + 2 * tile + 1)
     total, size = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < rows
-        other = tl.load(leader_ptr + column, mask=inside, other=-1)
         of_row = tl.zeros((BLOCK,), tl.float32)
-        for split in range(SPLITS):
-            of_row += tl.load(sums_ptr + split * rows + column, mask=inside, other=0.0)
-        same = other[None, :] == leader[:, None]
+        for split in tl.static_range(SPLITS):
+            of_row += tl.load(sums_ptr + split * rows + column, mask=column < rows, other=0.0)
+        ids = _ids(group_ptr, column, rows, HAS_GROUPS)
+        same = (ids[None, :] == group[:, None]) & (column < rows)[None, :]
         total += tl.sum(tl.where(same, of_row[None, :], 0.0), 1)
         size += tl.sum(same.to(tl.float32), 1)
-    nearest = tl.full((ROWS,), float("inf"), tl.float32)
-    for split in range(SPLITS):
-        nearest = tl.minimum(nearest, tl.load(parts_ptr + split * rows + row))
+    nearest = tl.where(size == 1, 0.0, nearest)
     nearest += 0.0 * total  # NaN where a row of the group is not finite, which a minimum drops
-    alone = 0.0 * tl.load(zero_ptr + row)
-    tl.store(nearest_ptr + row, tl.where(size == 1, alone, nearest))
+    tl.store(nearest_ptr + row, nearest, mask=row < rows)
     mean = total / tl.maximum(size * (size - 1.0), 1.0)
-    tl.store(mean_ptr + row, tl.where(size == 1, alone, mean))
+    tl.store(mean_ptr + row, mean, mask=row < rows)
 
 
 # ---- op ------------------------------------------------------------------------------------------
@@ -219,36 +231,25 @@ def _nearest_cosine_means_kernel(
 def _launch_distances(e_BD: Tensor, group_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nearest_B, mean_pairwise_B) fp32; features contiguous, group_B contiguous int64."""
     B, D = e_BD.shape
+    if group_B is None and B > MANY:
+        return one_group(unit_rows(e_BD))
     shape = launch_shape("nearest_cosine", B, D, e_BD.device, DEFAULT)
     T = cdiv(B, shape.rows)
-    width = cdiv(D, WHOLE) * WHOLE
-    n_BD = e_BD.new_empty(B, width, dtype=torch.float32)
-    zero_B = e_BD.new_empty(B, dtype=torch.float32)
-    leader_B = e_BD.new_empty(B, dtype=torch.int32)
-    bounds_T2 = e_BD.new_empty(T, 2, dtype=torch.int32)
-    launch(
-        _nearest_cosine_normalise_kernel, (T,), shape._replace(stages=3), e_ptr=e_BD,
-        group_ptr=group_B, n_ptr=n_BD, zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2,
-        rows=B, features=D, width=width, HAS_GROUPS=group_B is not None, ROWS=shape.rows,
-        BLOCK=shape.block,
-    )  # fmt: skip
-    if group_B is None and B > MANY:
-        return one_group(n_BD)
-    parts_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
+    parts_SB = e_BD.new_empty(2 * SPLITS, B, dtype=torch.float32)
     sums_SB = e_BD.new_empty(SPLITS, B, dtype=torch.float32)
+    bounds_T2 = e_BD.new_empty(T, 2, dtype=torch.int32)
     nearest_B = e_BD.new_empty(B, dtype=torch.float32)
     mean_B = e_BD.new_empty(B, dtype=torch.float32)
+    groups = {"group_ptr": group_B, "HAS_GROUPS": group_B is not None}
     launch(
-        _nearest_cosine_chords_kernel, (T, SPLITS), shape._replace(warps=4, stages=3), n_ptr=n_BD,
-        zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2, nearest_ptr=parts_SB,
-        sums_ptr=sums_SB, rows=B, width=width, ROWS=shape.rows, COLUMNS=COLUMNS, SPLITS=SPLITS,
-        LANES=LANES, STAGES=shape.stages,
+        _nearest_cosine_chords_kernel, (T, SPLITS), shape, e_ptr=e_BD, nearest_ptr=parts_SB,
+        sums_ptr=sums_SB, bounds_ptr=bounds_T2, rows=B, features=D, ROWS=shape.rows, SPLITS=SPLITS,
+        LANES=LANES, WIDE=16 // e_BD.element_size(), BLOCK=shape.block, **groups,
     )  # fmt: skip
     launch(
-        _nearest_cosine_means_kernel, (T,), shape._replace(warps=4, stages=3), parts_ptr=parts_SB,
-        sums_ptr=sums_SB, zero_ptr=zero_B, leader_ptr=leader_B, bounds_ptr=bounds_T2,
-        nearest_ptr=nearest_B, mean_ptr=mean_B, rows=B, ROWS=shape.rows, SPLITS=SPLITS,
-        BLOCK=shape.chunk,
+        _nearest_cosine_means_kernel, (T,), shape._replace(warps=4), parts_ptr=parts_SB,
+        sums_ptr=sums_SB, bounds_ptr=bounds_T2, nearest_ptr=nearest_B, mean_ptr=mean_B, rows=B,
+        ROWS=shape.rows, SPLITS=SPLITS, BLOCK=shape.chunk, **groups,
     )  # fmt: skip
     return nearest_B, mean_B
 
@@ -294,8 +295,9 @@ def nearest_cosine(
 
 
 def examples(on: On) -> Examples:
-    """Groups, and one group of many rows; see `_examples.py`."""
-    (e_BD,) = on.samples(1)
-    yield "", list(nearest_cosine(e_BD, on.row_index() // 3, backend=on.backend))
+    """Groups of one tile and of several, and one group of many rows; see `_examples.py`."""
+    for name, where, size in (("", on, 3), ("groups", replace(on, rows=60, elements=40), 44)):
+        (e_BD,) = where.samples(1)
+        yield name, list(nearest_cosine(e_BD, where.row_index() // size, backend=on.backend))
     (e_BD,) = replace(on, rows=MANY + 2, elements=40).samples(1)
     yield "one_group", list(nearest_cosine(e_BD, backend=on.backend))

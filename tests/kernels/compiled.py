@@ -44,10 +44,10 @@ POINTERS = {
     torch.bool: "*i1",
 }  # fmt: skip
 WHOLE = ("count", "elements", "features", "width")  # of a row: multiples of 16
-# The constants that say how many elements a program, or a turn of its loop, has in hand; of a
-# tile's, one is a row and one a column, and a lane has four.
-SIZES = {"BLOCK": 1, "ROWS": 1, "COLUMNS": 1, "DEPTH": 1, "TILE": 2}
-OF_A_LANE = 4
+# The constants that say how many elements a program, or a turn of its loop, has in hand. Of a tile
+# TILE or ROWS are its rows and its columns, and DEPTH or LANES with WIDE each its features.
+SIZES = {"BLOCK": 1, "ROWS": 1, "DEPTH": 1, "TILE": 2}
+PAIRED = {"ROWS": 2, "LANES": 1, "WIDE": 1}
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Spec:
     def per_program(self) -> int:
         """Elements."""
         constants = dict(self.constants)
-        sizes = [constants[name] ** power for name, power in SIZES.items() if constants.get(name)]
-        return prod(sizes) * OF_A_LANE * constants["LANES"] if "LANES" in constants else prod(sizes)
+        sizes = PAIRED if "LANES" in constants else SIZES
+        return prod(constants[name] ** power for name, power in sizes.items() if name in constants)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def test_reference_in_blocks_and_without_groups():
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter
 MODULE = import_module("gardo_kernels.nearest_cosine")
+UNIT = import_module("gardo_kernels._unit_rows")
 MANY = MODULE.MANY
 # n is rounded two or three times in each feature, by 2^-24 of it: a distance d by less than
 # sqrt(2 d) 2^-22 or 5e-7. Tensor cores add products of 22 bits with rounding towards 0.
@@ -190,9 +191,42 @@ def test_kernels_go_over_blocks_of_features_of_ids_and_of_means():
     e_BD, group_B = features(38, 70), unequal(38)
     with trying(key, MODULE.DEFAULT._replace(block=32, chunk=16)), recorded() as launches:
         kernels(e_BD, group_B)
-    assert [launch.arguments["BLOCK"] for launch in launches[::2]] == [32, 16]
+    assert [launch.arguments["BLOCK"] for launch in launches] == [32, 16]
     with trying(key, MODULE.DEFAULT._replace(block=32, chunk=16)):
         assert_close(kernels(e_BD, group_B), matrix(e_BD, group_B), CHORDS)
+
+
+def test_rows_of_one_group_are_divided_block_by_block():
+    e_BD = features(MANY + 1, UNIT.SHAPE.block + 30)
+    assert_close(kernels(e_BD), matrix(e_BD, None), TILES)
+
+
+@pytest.mark.parametrize("size", [8, 24, 30, 44])
+def test_pairs_of_tiles_are_computed_by_the_first_or_by_both(size):
+    """Groups of one tile, of as many as splits, and of more; twins in the first and each tile."""
+    e_BD, group_B = features(2 * size, 20), torch.arange(2 * size) // size
+    twins = torch.arange(size + 7, 2 * size, MODULE.DEFAULT.rows)
+    firsts = torch.arange(size, size + len(twins))
+    e_BD[twins] = e_BD[firsts]
+    ours = kernels(e_BD, group_B)
+    assert_close(ours, matrix(e_BD, group_B), CHORDS)
+    assert (ours[0] == 0).nonzero()[:, 0].tolist() == sorted([*firsts.tolist(), *twins.tolist()])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter runs")
+def test_near_tiles_are_computed_once(monkeypatch):
+    """Of three tiles of one group there are six pairs, a tile with itself included."""
+    computed = []
+
+    def counting(e_ptr, row, column, *sizes):
+        computed.append((int(row.handle.data[0]), int(column.handle.data[0])))
+        return distances(e_ptr, row, column, *sizes)
+
+    distances = MODULE._distances
+    monkeypatch.setattr(MODULE, "_distances", counting)
+    e_BD = features(24, 20)
+    assert_close(kernels(e_BD), matrix(e_BD, None), CHORDS)
+    assert sorted(computed) == [(a, b) for a in (0, 8, 16) for b in (0, 8, 16) if a <= b]
 
 
 @settings(deadline=None, max_examples=15)
@@ -251,6 +285,15 @@ def test_kernels_give_zero_rows_cosine_zero(rows):
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
 def test_kernels_do_not_mind_the_scale(rows, scale):
     e_BD = features(rows, 9) * scale
+    assert_close(kernels(e_BD), matrix(e_BD, None), TILES)
+
+
+@COUNTS
+def test_kernels_take_rows_of_any_scale_side_by_side(rows):
+    e_BD = features(rows, 9)
+    e_BD /= e_BD.abs().amax(1, keepdim=True)
+    scale = torch.tensor([1e-40, 1e-30, 1e-15, 1.0, 1e15, 1e30, 3.4e38])
+    e_BD *= scale[torch.arange(rows) % 7, None]
     assert_close(kernels(e_BD), matrix(e_BD, None), TILES)
 
 

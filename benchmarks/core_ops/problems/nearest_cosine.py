@@ -47,18 +47,17 @@ class NearestCosine(Problem):
 
     @classmethod
     def launch_shapes(cls, case: Case) -> list[LaunchShape]:
-        """One thing at a time for the groups, whose chords keep their one warp; all of a tile's."""
+        """One thing at a time for the groups; all of a tile's."""
         if cls.launched_as(case) == "gram_tiles":
             tiles = product((64, 128), (32, 64), (4, 8), (3, 2))
             return [LaunchShape(block=b, chunk=c, warps=w, stages=s) for b, c, w, s in tiles]
         default = import_module("gardo_kernels.nearest_cosine").DEFAULT
         return [
             default,
-            *(default._replace(block=block) for block in (512, 2048)),
+            *(default._replace(block=block) for block in (128, 512, 1024)),
             *(default._replace(chunk=chunk) for chunk in (128, 512)),
             *(default._replace(rows=rows) for rows in (4, 16)),
-            *(default._replace(warps=warps) for warps in (4, 16)),
-            *(default._replace(stages=stages) for stages in (1, 3, 4)),
+            *(default._replace(warps=warps) for warps in (2, 8)),
         ]
 
     def __init__(self, case: Case, device: torch.device) -> None:
