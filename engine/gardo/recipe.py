@@ -33,6 +33,11 @@ class Lora(Strict):
     path: str | None = Field(
         None, description="a LoRA to start from, of diffusers or PEFT; relative to the recipe"
     )
+    folded: bool = Field(
+        False,
+        description="adds the adapters of blocks up inside the layers' own outputs, in fewer "
+        "passes than PEFT does",
+    )
 
 
 class Full(Strict):

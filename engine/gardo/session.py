@@ -164,6 +164,8 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
             targets=tuple(weights.targets) if weights.targets else None,
             seed=recipe.run.seed,
         )
+        if weights.folded:
+            policy.fold_lora()
     else:
         policy.train_full()
     policy.checkpoint_activations(recipe.train.activation_checkpointing)

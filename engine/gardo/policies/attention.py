@@ -1,10 +1,8 @@
 """Which kernel computes attention: the backends that a recipe can name, and how a model is told.
 
-diffusers' dispatcher runs them. What it lacks is here: FlashAttention-4 out of its own package, and
-SD3's attention, which calls torch directly whatever the dispatcher is told. No model of ours passes
-an attention mask, and none is dropped silently: the dispatcher's flash backends refuse one.
-
-Shapes: B rows, L tokens, D width, H heads, E = D / H.
+diffusers' dispatcher runs them, asked by joint_attention.py. FlashAttention-4, which it lacks, is
+here, out of its own package. No model of ours passes an attention mask, and none is dropped
+silently: the dispatcher's flash backends refuse one.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from gardo.policies.joint_attention import FluxAttention, JointAttention
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,14 @@ def use_attention(transformer: Any, name: str, *, deterministic: bool = False) -
     torch.use_deterministic_algorithms. ValueError where an attention does not ask the dispatcher.
     """
     from diffusers.models.attention_processor import JointAttnProcessor2_0
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
+    ours = {JointAttnProcessor2_0: JointAttention, FluxAttnProcessor: FluxAttention}
     backend = _dispatched(BACKENDS[name], deterministic=deterministic)
     for module in transformer.modules():
         processor = getattr(module, "processor", None)
-        if type(processor) is JointAttnProcessor2_0:
-            processor = JointAttention()
+        if type(processor) in ours:
+            processor = ours[type(processor)]()
             module.set_processor(processor)
         if processor is None:
             continue
@@ -175,53 +176,3 @@ def _dispatched(backend: Backend, *, deterministic: bool) -> Any:
     slot = dispatcher._HUB_KERNELS_REGISTRY[member]
     slot.kernel_fn = functools.partial(kernel, deterministic=deterministic)
     return member
-
-
-class JointAttention:
-    """SD3's attention by the dispatcher: the values of diffusers' JointAttnProcessor2_0.
-
-    Image tokens come first, then text; the last block's text, and the second attention of a block
-    that has two, need nothing of the other.
-    """
-
-    _attention_backend: Any = None
-
-    def __init__(self) -> None:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        self._dispatch = dispatch_attention_fn
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, L, D] of the image, or that and [B, L, D] of the text."""
-        q, k, v = self._heads(
-            attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k)
-        )
-        if encoder_hidden_states is not None:
-            text = self._heads(
-                attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
-                (attn.norm_added_q, attn.norm_added_k),
-            )  # fmt: skip
-            q, k, v = (torch.cat(parts, 1) for parts in zip((q, k, v), text, strict=True))
-        out_BLHE = self._dispatch(
-            q, k, v, attn_mask=attention_mask, backend=self._attention_backend
-        )
-        out_BLD = out_BLHE.flatten(2).to(q.dtype)
-        image, text_out = out_BLD.tensor_split([hidden_states.shape[1]], dim=1)
-        image = attn.to_out[1](attn.to_out[0](image))
-        if encoder_hidden_states is None:
-            return image
-        return image, text_out if attn.context_pre_only else attn.to_add_out(text_out)
-
-    def _heads(
-        self, attn: Any, x_BLD: Tensor, layers: tuple[str, ...], norms: tuple[Any, Any]
-    ) -> list[Tensor]:
-        """Query, key and value [B, L, H, E]; the first two normed where the model norms them."""
-        parts = [getattr(attn, layer)(x_BLD).unflatten(-1, (attn.heads, -1)) for layer in layers]
-        normed = [norm(part) if norm else part for norm, part in zip(norms, parts, strict=False)]
-        return [*normed, parts[2]]

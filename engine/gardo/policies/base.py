@@ -25,6 +25,7 @@ from gardo.policies.compiling import Compiled, compile_blocks
 from gardo.policies.embeddings import Embeddings
 from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
+from gardo.policies.lora_linear import fold_adapters
 from gardo.policies.quantised import BASES, placing, quantise
 from gardo.policies.settings import PolicySettings, check_size
 from gardo.policies.targets import check_targets
@@ -328,6 +329,10 @@ class Policy:
         layer.reset_lora_parameters("default", "gaussian")
         for half in halves:
             half.to(self.device, self.dtype)
+
+    def fold_lora(self) -> None:
+        """Adds the adapters of the blocks as lora_linear.py says."""
+        fold_adapters(self.blocks())
 
     def start_from(self, lora: LoraFile) -> None:
         """Names the LoRA whose values training goes on from; the engine reads them.

@@ -1,0 +1,101 @@
+"""The attention of Flux and SD3 over text and image together: values of diffusers' own processors.
+
+Unlike SD3's own it asks diffusers' dispatcher, so that a recipe can choose what computes it
+(attention.py). Query, key and value are made by one call, which lets their adapters share a matmul
+(lora_linear.py). The output, a value for each of them, has the bits of diffusers'.
+
+Shapes: B rows, L tokens, D width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.policies.lora_linear import project
+
+IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+Heads = Sequence[Tensor]
+
+
+class JointAttention:
+    """SD3's: image tokens come first, then text.
+
+    The last block's text, and the second attention of a block that has two, need nothing of the
+    other.
+    """
+
+    _attention_backend: Any = None
+
+    def __init__(self) -> None:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        self._dispatch = dispatch_attention_fn
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, L, D] of the image, or that and [B, L, D] of the text."""
+        q, k, v = _heads(attn, hidden_states, IMAGE, (attn.norm_q, attn.norm_k))
+        if encoder_hidden_states is not None:
+            norms = attn.norm_added_q, attn.norm_added_k
+            text = _heads(attn, encoder_hidden_states, TEXT, norms)
+            q, k, v = (torch.cat(parts, 1) for parts in zip((q, k, v), text, strict=True))
+        out_BLD = self._attend(q, k, v, attention_mask)
+        image, text_out = out_BLD.tensor_split([hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image))
+        if encoder_hidden_states is None:
+            return image
+        return image, text_out if attn.context_pre_only else attn.to_add_out(text_out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, L, D] of query, key and value [B, L, H, E]."""
+        out_BLHE = self._dispatch(q, k, v, attn_mask=mask, backend=self._attention_backend)
+        return out_BLHE.flatten(2).to(q.dtype)
+
+
+class FluxAttention(JointAttention):
+    """Flux's: text tokens come first, then the image, and queries and keys are rotated.
+
+    A single block's has all tokens in one, and no projection of its own behind it.
+    """
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, L, D] of the image, and [B, L, D] of the text; or of all tokens."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        q, k, v = _heads(attn, hidden_states, IMAGE, (attn.norm_q, attn.norm_k))
+        if encoder_hidden_states is not None:
+            norms = attn.norm_added_q, attn.norm_added_k
+            text = _heads(attn, encoder_hidden_states, TEXT, norms)
+            q, k, v = (torch.cat(parts, 1) for parts in zip(text, (q, k, v), strict=True))
+        if image_rotary_emb is not None:
+            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        out_BLD = self._attend(q, k, v, attention_mask)
+        if encoder_hidden_states is None:
+            return out_BLD
+        text_out, image = out_BLD.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text_out.contiguous())
+
+
+def _heads(attn: Any, x_BLD: Tensor, layers: Sequence[str], norms: tuple[Any, Any]) -> Heads:
+    """Query, key and value [B, L, H, E]; the first two normed where the model norms them."""
+    made = project([getattr(attn, layer) for layer in layers], x_BLD)
+    parts = [part.unflatten(-1, (attn.heads, -1)) for part in made]
+    normed = [norm(part) if norm else part for norm, part in zip(norms, parts, strict=False)]
+    return [*normed, parts[2]]
