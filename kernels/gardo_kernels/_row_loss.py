@@ -258,7 +258,7 @@ def row_means(sums_ptr, row, rows, elements, chunks, SUMS: tl.constexpr, CHUNKS:
 @triton.jit
 def _load_sums(sums_ptr, SUM: tl.constexpr, chunk, row, chunks, rows):
     """sums[SUM, chunk, row], 0 outside, fp32 [CHUNKS, ROWS]; from L2, where all programs meet."""
-    at = (SUM * chunks + chunk[:, None]) * rows + row[None, :]  # 2^31 would be of terabytes
+    at = (SUM * chunks + chunk[:, None]) * rows + row[None, :]  # int32, as for the rows
     mask = (chunk < chunks)[:, None] & (row < rows)[None, :]
     return tl.load(sums_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
 
