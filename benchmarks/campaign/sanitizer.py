@@ -4,6 +4,10 @@
 
 The cases are the ops' own examples, as the doctor runs them. Without torch's caching allocator
 every tensor ends where its memory does, so that an access past it is one.
+
+racecheck looks at shared memory alone. Whether a loss's last program may read what the others have
+stored in global memory is not its question: `tests/kernels/test_compiled.py` looks at the order of
+stores and ticket, and the benchmark at ten runs' bits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What every op does before its arithmetic: choose a backend, refuse inputs that do not fit."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -17,14 +19,58 @@ Backend = Literal["auto", "triton", "torch"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Of every launch; written out because Triton's default is to change.
 OPTIONS = {"enable_fp_fusion": True}
+TICKETS = 2**16  # a MiB of a GPU's memory
 
 
 def launch(kernel: Any, grid: tuple[int, ...], shape: LaunchShape, **arguments: Any) -> None:
     """Runs the kernel over the grid with the shape's warps, on the GPU that its tensors are on."""
     device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    with _current(device):
         kernel[grid](**arguments, num_warps=shape.warps, num_stages=shape.stages, **OPTIONS)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, the GPU is the current one; on a CPU, and where it is so already, nothing is done."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def ticket(device: torch.device) -> Tensor:
+    """An int32 that is 0, for one launch of a kernel that counts in it and leaves it at 0.
+
+    Launches that could run at the same time never share one: it belongs to the stream, which runs
+    its launches one after the other, or to this one launch of a CUDA graph. So no launch needs a
+    memset before it; only a graph that is captured before anything was called, or after TICKETS
+    launches were captured, has one. On a CPU it is a new one every time: where the interpreter
+    stops with an error in a kernel, nothing is left behind.
+    """
+    if device.type != "cuda":
+        return torch.frombuffer(bytearray(4), dtype=torch.int32)
+    with _current(device):
+        if not torch.cuda.is_current_stream_capturing():
+            return _ticket_of_stream(device.index, torch.cuda.current_stream().cuda_stream)
+        unused = next(_unused_tickets().get(device.index, iter(())), None)
+        # what is allocated here belongs to the graph: it is not kept
+        return torch.zeros(1, dtype=torch.int32, device=device) if unused is None else unused
+
+
+@cache
+def _ticket_of_stream(index: int, stream: int) -> Tensor:
+    unused = _unused_tickets()
+    found = next(unused.get(index, iter(())), None)
+    if found is None:
+        # 16 bytes each: kernels are compiled for pointers that are as aligned as a tensor's
+        zeros = torch.zeros(TICKETS, 4, dtype=torch.int32, device=index)
+        torch.cuda.current_stream().synchronize()  # the next may be taken by another stream
+        unused[index] = map(zeros.__getitem__, range(TICKETS))
+        found = next(unused[index])
+    return found
+
+
+@cache
+def _unused_tickets() -> dict[int, Iterator[Tensor]]:
+    """By the GPU's index; what was handed out does not come back."""
+    return {}
 
 
 def looked_on() -> bool:

@@ -1,16 +1,12 @@
 """What the losses over rows share: clipped term, gated KL, checks, pieces of kernels, launches.
 
 A loss sums over each row in two stages, so that its bits do not depend on who comes first: every
-program writes the sums of a chunk of a row, then one program adds a row's chunks in order. That
-program stands between the sums and the gradient, so it waits for memory once and not once a sum: it
-has no loop over chunks unless a row has more than 128. The gradient takes its scalars from it; to
-add the chunks again in each of the gradient's programs would not start them earlier, because a
-stream runs one launch after the other.
+program of the forward launch stores the sums of a chunk of a row; the last to do so, as its ticket
+says, adds each row's chunks in order and makes of them what the loss returns. Nobody waits for it
+but the launch's end, so it waits for memory once and not once a sum, where one tile holds all.
 
-The losses import this module as `shared`.
-
-Shapes: R rows, N elements of a row, C chunks of it, S statistics of a row or sums of a chunk, F
-flags of a row.
+The losses import this module as `shared`. Shapes: R rows, N elements of a row, C chunks of it, S
+statistics of a row or sums, F flags of a row.
 """
 
 import math
@@ -35,6 +31,7 @@ from gardo_kernels._launch import (
     grid_of_rows,
     launch,
     looked_on,
+    ticket,
 )
 from gardo_kernels._launch_shape import LaunchShape, launch_shape, leaves_idle
 
@@ -223,28 +220,47 @@ def clamp(x, least, most):
     return tl.where(x > most, most, x)
 
 
-AT_A_TIME, UNROLLED = tl.constexpr(16), tl.constexpr(8)  # more of them would spill registers
+@triton.jit
+def is_last(ticket_ptr):
+    """Whether all other programs have stored their sums, so that this one may read them.
+
+    The thread that stores a program's sums, scalars, draws its ticket: the release covers them. The
+    others get the ticket from it behind a barrier: the acquire covers their loads. It is left at 0.
+    """
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
 
 
 @triton.jit
-def row_mean(
-    sums_ptr, row, inside, chunks, elements, SUM: tl.constexpr, SUMS: tl.constexpr,
-    PASSES: tl.constexpr,
-):  # fmt: skip
-    """One of sums[row, sum, chunk], added over the chunks, always in the same order, / elements.
+def row_means(sums_ptr, row, rows, elements, chunks, SUMS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Each sum of these rows over the chunks, added always in the same order, / elements.
 
-    The first PASSES times AT_A_TIME chunks without a loop, so that all are loaded at once.
+    The first CHUNKS of all sums without a loop: so they come together, with the rows' own values.
     """
-    at = sums_ptr + (row.to(tl.int64) * SUMS + SUM)[:, None] * chunks
-    total = tl.zeros((row.shape[0], AT_A_TIME), tl.float32)
-    for index in tl.static_range(PASSES):
-        chunk = index * AT_A_TIME + tl.arange(0, AT_A_TIME)[None, :]
-        total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
-    if PASSES == UNROLLED:
-        for first in range(UNROLLED * AT_A_TIME, chunks, AT_A_TIME):
-            chunk = first + tl.arange(0, AT_A_TIME)[None, :]
-            total += tl.load(at + chunk, mask=inside[:, None] & (chunk < chunks), other=0.0)
-    return tl.sum(total, 1) / elements
+    chunk = tl.arange(0, CHUNKS)
+    totals = ()
+    for SUM in tl.static_range(SUMS):
+        totals += (_load_sums(sums_ptr, SUM, chunk, row, chunks, rows),)  # type: ignore[assignment]
+    for first in range(CHUNKS, chunks, CHUNKS):
+        more = ()
+        for SUM in tl.static_range(SUMS):
+            loaded = _load_sums(sums_ptr, SUM, first + chunk, row, chunks, rows)
+            more += (totals[SUM] + loaded,)  # type: ignore[assignment]
+        totals = more
+    means = ()
+    for SUM in tl.static_range(SUMS):
+        means += (tl.sum(totals[SUM], 0) / elements,)  # type: ignore[assignment]
+    return means
+
+
+@triton.jit
+def _load_sums(sums_ptr, SUM: tl.constexpr, chunk, row, chunks, rows):
+    """sums[SUM, chunk, row], 0 outside, fp32 [CHUNKS, ROWS]; from L2, where all programs meet."""
+    at = (SUM * chunks + chunk[:, None]) * rows + row[None, :]  # int32, as for the rows
+    mask = (chunk < chunks)[:, None] & (row < rows)[None, :]
+    return tl.load(sums_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -266,8 +282,9 @@ def clipped_term(advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_
 # ---- launches ------------------------------------------------------------------------------------
 
 Results = tuple[Tensor, Tensor, Tensor]  # loss [], rows [S, R], flags [F, R] bool
-CHUNKED = LaunchShape()
+CHUNKED = LaunchShape(rows=32)
 UNCHUNKED = CHUNKED._replace(chunk=CHUNKED.block)
+TILE = 256  # rows x chunks of each sum at a time: with more, fewer programs fit a multiprocessor
 
 
 def default_shape(R: int, N: int, device: torch.device) -> LaunchShape:
@@ -282,31 +299,20 @@ def layout(op: str, v_RN: Tensor) -> tuple[int, int, LaunchShape]:
     return R, N, launch_shape(op, R, N, device, default_shape(R, N, device))
 
 
-def launch_sums(op: str, kernel: Any, v_RN: Tensor, sums: int, **arguments: Any) -> Tensor:
-    """So many sums of every chunk of every row, [R, S, C] fp32."""
-    R, N, shape = layout(op, v_RN)
-    C = cdiv(N, shape.chunk)
-    sums_RSC = v_RN.new_empty(R, sums, C, dtype=torch.float32)
-    launch(
-        kernel, grid_of_rows(R, N, shape.chunk), shape, v_ptr=v_RN, **arguments, sums_ptr=sums_RSC,
-        elements=N, chunks=C, CHUNK=shape.chunk, BLOCK=shape.block,
-    )  # fmt: skip
-    return sums_RSC
-
-
-def launch_rows(
-    op: str, kernel: Any, v_RN: Tensor, sums_RSC: Tensor, results: Results, **arguments: Any
+def launch_loss(
+    op: str, kernel: Any, v_RN: Tensor, results: Results, sums: int, **arguments: Any
 ) -> Results:
-    """Fills the results of `empty_results` from the sums, in one program."""
+    """Fills the results of `empty_results`, by way of so many sums of every chunk of every row."""
     R, N, shape = layout(op, v_RN)
-    C = sums_RSC.shape[2]
+    C, ROWS = cdiv(N, shape.chunk), min(shape.rows, 1 << (R - 1).bit_length())
     loss, rows_SR, flags_FR = results
     if flags_FR.shape[0]:
         arguments["flags_ptr"] = flags_FR
     launch(
-        kernel, (1,), shape, sums_ptr=sums_RSC, **arguments, rows_ptr=rows_SR, loss_ptr=loss,
-        rows=R, elements=N, chunks=C, PASSES=min(cdiv(C, AT_A_TIME.value), UNROLLED.value),
-        ROWS=shape.rows,
+        kernel, grid_of_rows(R, N, shape.chunk), shape, v_ptr=v_RN, **arguments,
+        sums_ptr=v_RN.new_empty(sums, C, R, dtype=torch.float32), ticket_ptr=ticket(v_RN.device),
+        rows_ptr=rows_SR, loss_ptr=loss, rows=R, elements=N, chunks=C, CHUNK=shape.chunk,
+        BLOCK=shape.block, ROWS_AT_A_TIME=ROWS, CHUNKS_AT_A_TIME=max(TILE // ROWS, 1),
     )  # fmt: skip
     return results
 

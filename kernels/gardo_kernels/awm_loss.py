@@ -36,7 +36,7 @@ arXiv 2512.24138.
 
 Least traffic: v, v_old, target, v_ema, and v_ref of gated rows for the row sums; for the gradient
 the same without v_old, and the gradient written. Called once for each micro-batch by
-`gardo.algorithms`. Three launches as in `policy_loss`.
+`gardo.algorithms`. Two launches as in `policy_loss`.
 
 Shapes: R rows, N elements (any dimensions after the first).
 """
@@ -131,20 +131,22 @@ def awm_loss_ref(
 POLICY, RATIO, LOG_RATIO, KL, EMA = (tl.constexpr(i) for i in range(5))
 POLICY_WEIGHT, KL_WEIGHT, EMA_WEIGHT = (tl.constexpr(i) for i in range(5, 8))
 REPORTED, STATISTICS, FLAGS = 5, 8, 2  # flags: clipped high, clipped low
-# sums[row, sum, chunk]: squares, but for the gain
+# sums[sum, chunk, row]: squares, but for the gain; the last two where p is not 1
 GAIN, REFERENCE_2, EMA_2, U_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
-SUMS = tl.constexpr(5)
+SUMS, CURVED_SUMS = tl.constexpr(3), tl.constexpr(5)
 
 
 @triton.jit
-def _awm_loss_sums_kernel(
-    v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, v_old_ptr, gate_ptr, sums_ptr, elements, chunks,
-    CURVED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def _awm_loss_fwd_kernel(
+    v_ptr, target_ptr, v_ref_ptr, v_ema_ptr, v_old_ptr, advantage_ptr, w_ptr, gate_ptr, sums_ptr,
+    ticket_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks, power, log_low, log_high,
+    clip_low, clip_high, beta, ema_beta, adv_clip, CURVED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS_AT_A_TIME: tl.constexpr, CHUNKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, :, chunk] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2.
+    """sums[:, chunk, row] = sums of delta (2 u - delta), (v - v_ref)^2, (v - v_ema)^2.
 
-    For p not 1 also those of l_old and l: u^2, (v - target)^2.
+    For p not 1 also those of l_old and l: u^2, (v - target)^2. The last program goes on to the
+    rows.
     """
     chunk, row = block_and_row(elements, CHUNK)
     gated = shared.is_gated(gate_ptr, row, BLOCK)
@@ -169,12 +171,19 @@ def _awm_loss_sums_kernel(
         if v_ema_ptr is not None:
             ema = v - shared.load_fp32(v_ema_ptr, at, inside)
             ema_2 += ema * ema
-    here = sums_ptr + row * SUMS * chunks + chunk
-    tl.store(here + chunks * GAIN, tl.sum(gain))
-    tl.store(here + chunks * REFERENCE_2, tl.sum(reference_2))
-    tl.store(here + chunks * EMA_2, tl.sum(ema_2))
-    tl.store(here + chunks * U_2, tl.sum(u_2))
-    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
+    here = sums_ptr + chunk * rows + row
+    tl.store(here + chunks * rows * GAIN, tl.sum(gain))
+    tl.store(here + chunks * rows * REFERENCE_2, tl.sum(reference_2))
+    tl.store(here + chunks * rows * EMA_2, tl.sum(ema_2))
+    if CURVED:
+        tl.store(here + chunks * rows * U_2, tl.sum(u_2))
+        tl.store(here + chunks * rows * ERROR_2, tl.sum(error_2))
+    if shared.is_last(ticket_ptr):
+        _awm_loss_rows(
+            advantage_ptr, w_ptr, gate_ptr, sums_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements,
+            chunks, power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip, CURVED,
+            ROWS_AT_A_TIME, CHUNKS_AT_A_TIME,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -192,10 +201,10 @@ def _curved_gain(gain, l, l_old, power):
 
 
 @triton.jit
-def _awm_loss_rows_kernel(
-    sums_ptr, advantage_ptr, w_ptr, gate_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
+def _awm_loss_rows(
+    advantage_ptr, w_ptr, gate_ptr, sums_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
     power, log_low, log_high, clip_low, clip_high, beta, ema_beta, adv_clip,
-    CURVED: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr,
+    CURVED: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum, ema_sum = 0.0, 0.0, 0.0
@@ -206,10 +215,12 @@ def _awm_loss_rows_kernel(
         advantage = shared.clamp(advantage, -adv_clip, adv_clip)
         w = shared.load_rows(w_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
-        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
+        means = shared.row_means(
+            sums_ptr, row, rows, elements, chunks, CURVED_SUMS if CURVED else SUMS, CHUNKS
+        )
+        gain, kl, ema = means[GAIN], means[REFERENCE_2], means[EMA_2]
         if CURVED:
-            l_old = shared.row_mean(sums_ptr, row, inside, chunks, elements, U_2, SUMS, PASSES)
-            l = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
+            l_old, l = means[U_2], means[ERROR_2]
             gain = _curved_gain(gain, l, l_old, power)
             curve = tl.exp((power - 1.0) * tl.log(l + EPSILON))
         else:
@@ -219,8 +230,6 @@ def _awm_loss_rows_kernel(
         policy, clipped_high, clipped_low = shared.clipped_term(
             advantage, log_ratio, ratio, log_low, log_high, clip_low, clip_high
         )
-        kl = shared.row_mean(sums_ptr, row, inside, chunks, elements, REFERENCE_2, SUMS, PASSES)
-        ema = shared.row_mean(sums_ptr, row, inside, chunks, elements, EMA_2, SUMS, PASSES)
         policy_sum += tl.sum(policy)  # rows outside have no advantage
         kl_sum += tl.sum(gate * kl)
         ema_sum += tl.sum(ema)
@@ -271,14 +280,10 @@ def _launch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     log_low, log_high = shared.log_bounds(clip_low, clip_high)
-    sums_RSC = shared.launch_sums(
-        "awm_loss", _awm_loss_sums_kernel, v_RN, SUMS.value, target_ptr=target_RN,
-        v_ref_ptr=v_ref_RN, v_ema_ptr=v_ema_RN, v_old_ptr=v_old_RN, gate_ptr=gate_R,
-        CURVED=power != 1,
-    )  # fmt: skip
-    return shared.launch_rows(
-        "awm_loss", _awm_loss_rows_kernel, v_RN, sums_RSC,
-        shared.empty_results(v_RN, STATISTICS, FLAGS), advantage_ptr=advantage_R, w_ptr=w_R,
+    return shared.launch_loss(
+        "awm_loss", _awm_loss_fwd_kernel, v_RN, shared.empty_results(v_RN, STATISTICS, FLAGS),
+        (CURVED_SUMS if power != 1 else SUMS).value, target_ptr=target_RN, v_ref_ptr=v_ref_RN,
+        v_ema_ptr=v_ema_RN, v_old_ptr=v_old_RN, advantage_ptr=advantage_R, w_ptr=w_R,
         gate_ptr=gate_R, power=power, log_low=log_low, log_high=log_high, clip_low=clip_low,
         clip_high=clip_high, beta=beta if v_ref_RN is not None else 0.0, ema_beta=ema_beta,
         adv_clip=adv_clip, CURVED=power != 1,

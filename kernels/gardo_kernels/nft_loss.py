@@ -18,8 +18,8 @@ the release. Source: DiffusionNFT, arXiv 2509.16117, and its released code; the 
 Least traffic: v, v_old, x_t, x0, and v_ref of gated rows, once for the row sums and once for the
 gradient, which is written. Called once for each micro-batch by `gardo.algorithms`.
 
-With e = x_t - t v_old - x0 and s = t b (v - v_old) the two errors are e - s and e + s. Three
-launches as in `policy_loss`; no fp64, no atomics, no host synchronisation.
+With e = x_t - t v_old - x0 and s = t b (v - v_old) the two errors are e - s and e + s. Two launches
+as in `policy_loss`, with one integer atomic a program; no fp64, no host synchronisation.
 
 Shapes: R rows, N elements (any dimensions after the first).
 """
@@ -98,7 +98,7 @@ def nft_loss_ref(
 POLICY, KL, WEIGHT_PLUS, WEIGHT_MINUS, LOSS_PLUS, LOSS_MINUS = (tl.constexpr(i) for i in range(6))
 PULL_PLUS, PULL_MINUS, KL_WEIGHT = (tl.constexpr(i) for i in range(6, 9))
 REPORTED, STATISTICS, FLAGS = 6, 9, 0
-# sums[row, sum, chunk]: of absolute values and squares
+# sums[sum, chunk, row]: of absolute values and squares
 PLUS_1, PLUS_2, MINUS_1, MINUS_2, ERROR_2 = (tl.constexpr(i) for i in range(5))
 SUMS = tl.constexpr(5)
 
@@ -114,11 +114,14 @@ def _errors(v, at, inside, v_old_ptr, x_t_ptr, x0_ptr, t, b):
 
 
 @triton.jit
-def _nft_loss_sums_kernel(
-    v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, gate_ptr, sums_ptr, elements, chunks, b,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def _nft_loss_fwd_kernel(
+    v_ptr, v_old_ptr, x_t_ptr, x0_ptr, v_ref_ptr, t_ptr, advantage_ptr, gate_ptr, sums_ptr,
+    ticket_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta, adv_clip, policy_scale, floor,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ROWS_AT_A_TIME: tl.constexpr,
+    CHUNKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, :, chunk] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2."""
+    """sums[:, chunk, row] = sums of |e - s|, (e - s)^2, |e + s|, (e + s)^2, (v - v_ref)^2; the last
+    program goes on to the rows."""
     chunk, row = block_and_row(elements, CHUNK)
     gated = shared.is_gated(gate_ptr, row, BLOCK)
     t = tl.load(t_ptr + row)
@@ -138,18 +141,23 @@ def _nft_loss_sums_kernel(
         if v_ref_ptr is not None:
             error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    here = sums_ptr + row * SUMS * chunks + chunk
-    tl.store(here + chunks * PLUS_1, tl.sum(plus_1))
-    tl.store(here + chunks * PLUS_2, tl.sum(plus_2))
-    tl.store(here + chunks * MINUS_1, tl.sum(minus_1))
-    tl.store(here + chunks * MINUS_2, tl.sum(minus_2))
-    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
+    here = sums_ptr + chunk * rows + row
+    tl.store(here + chunks * rows * PLUS_1, tl.sum(plus_1))
+    tl.store(here + chunks * rows * PLUS_2, tl.sum(plus_2))
+    tl.store(here + chunks * rows * MINUS_1, tl.sum(minus_1))
+    tl.store(here + chunks * rows * MINUS_2, tl.sum(minus_2))
+    tl.store(here + chunks * rows * ERROR_2, tl.sum(error_2))
+    if shared.is_last(ticket_ptr):
+        _nft_loss_rows(
+            t_ptr, advantage_ptr, gate_ptr, sums_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b,
+            beta, adv_clip, policy_scale, floor, ROWS_AT_A_TIME, CHUNKS_AT_A_TIME,
+        )  # fmt: skip
 
 
 @triton.jit
-def _nft_loss_rows_kernel(
-    sums_ptr, t_ptr, advantage_ptr, gate_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
-    adv_clip, policy_scale, floor, PASSES: tl.constexpr, ROWS: tl.constexpr,
+def _nft_loss_rows(
+    t_ptr, advantage_ptr, gate_ptr, sums_ptr, rows_ptr, loss_ptr, rows, elements, chunks, b, beta,
+    adv_clip, policy_scale, floor, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum = 0.0, 0.0
@@ -161,14 +169,12 @@ def _nft_loss_rows_kernel(
         advantage = shared.clamp(advantage, -adv_clip, adv_clip)
         r = shared.clamp(advantage / (2.0 * adv_clip) + 0.5, 0.0, 1.0)
         gate = shared.load_rows(gate_ptr, row, inside)
-        plus_1 = shared.row_mean(sums_ptr, row, inside, chunks, elements, PLUS_1, SUMS, PASSES)
-        minus_1 = shared.row_mean(sums_ptr, row, inside, chunks, elements, MINUS_1, SUMS, PASSES)
+        plus_1, plus_2, minus_1, minus_2, kl = shared.row_means(
+            sums_ptr, row, rows, elements, chunks, SUMS, CHUNKS
+        )
         weight_plus = tl.where(plus_1 < floor, floor, plus_1)  # NaN stays
         weight_minus = tl.where(minus_1 < floor, floor, minus_1)
-        plus_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, PLUS_2, SUMS, PASSES)
-        minus_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, MINUS_2, SUMS, PASSES)
         loss_plus, loss_minus = plus_2 / weight_plus, minus_2 / weight_minus
-        kl = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
         policy = policy_scale * (r * loss_plus + (1.0 - r) * loss_minus) / b
         policy_sum += tl.sum(tl.where(inside, policy, 0.0))
         kl_sum += tl.sum(gate * kl)
@@ -216,15 +222,12 @@ def _launch_loss(
     policy_scale: float, floor: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
-    sums_RSC = shared.launch_sums(
-        "nft_loss", _nft_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, x_t_ptr=x_t_RN,
-        x0_ptr=x0_RN, v_ref_ptr=v_ref_RN, t_ptr=t_R, gate_ptr=gate_R, b=b,
-    )  # fmt: skip
-    return shared.launch_rows(
-        "nft_loss", _nft_loss_rows_kernel, v_RN, sums_RSC,
-        shared.empty_results(v_RN, STATISTICS, FLAGS), t_ptr=t_R, advantage_ptr=advantage_R,
-        gate_ptr=gate_R, b=b, beta=beta if v_ref_RN is not None else 0.0, adv_clip=adv_clip,
-        policy_scale=policy_scale, floor=floor,
+    return shared.launch_loss(
+        "nft_loss", _nft_loss_fwd_kernel, v_RN, shared.empty_results(v_RN, STATISTICS, FLAGS),
+        SUMS.value, v_old_ptr=v_old_RN, x_t_ptr=x_t_RN, x0_ptr=x0_RN, v_ref_ptr=v_ref_RN,
+        t_ptr=t_R, advantage_ptr=advantage_R, gate_ptr=gate_R, b=b,
+        beta=beta if v_ref_RN is not None else 0.0, adv_clip=adv_clip, policy_scale=policy_scale,
+        floor=floor,
     )  # fmt: skip
 
 

@@ -33,10 +33,11 @@ arXiv 2510.22319.
 Least traffic: v, v_old, u, and v_ref of gated rows, once for the row sums and once for the
 gradient, which is written. Called once for each micro-batch by `gardo.algorithms`.
 
-Three launches: partial sums of a chunk of a row in each program; one program that adds them in a
-fixed order and makes every row's statistics, the loss and the gradient's two scalars; the gradient.
-No atomics, no host synchronisation, the same bits every time. Nothing is kept for the backward pass
-but the inputs and the rows.
+Two launches. Forward: every program stores partial sums of a chunk of a row and draws a ticket; who
+draws the last one adds them in a fixed order and makes every row's statistics, the loss and the
+gradient's two scalars. Backward: the gradient. The ticket is the one atomic, an integer; no
+floating-point atomics, no host synchronisation, the same bits every time. Nothing is kept for the
+backward pass but the inputs and the rows.
 
 Shapes: R rows, N elements (any dimensions after the first).
 """
@@ -106,17 +107,21 @@ def policy_loss_ref(
 POLICY, RATIO, LOG_RATIO, KL = (tl.constexpr(i) for i in range(4))
 POLICY_WEIGHT, KL_WEIGHT = (tl.constexpr(i) for i in range(4, 6))
 REPORTED, STATISTICS, FLAGS = 4, 6, 2  # flags: clipped high, clipped low
-# sums[row, sum, chunk]
+# sums[sum, chunk, row]
 GAIN, ERROR_2 = (tl.constexpr(i) for i in range(2))
 SUMS = tl.constexpr(2)
 
 
 @triton.jit
-def _policy_loss_sums_kernel(
-    v_ptr, v_old_ptr, u_ptr, v_ref_ptr, gate_ptr, sums_ptr, elements, chunks,
-    QUADRATIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+def _policy_loss_fwd_kernel(
+    v_ptr, v_old_ptr, u_ptr, v_ref_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr,
+    kl_scale_ptr, sums_ptr, ticket_ptr, rows_ptr, flags_ptr, loss_ptr, rows, elements, chunks,
+    log_low, log_high, clip_low, clip_high, beta, adv_clip, QUADRATIC: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ROWS_AT_A_TIME: tl.constexpr,
+    CHUNKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, :, chunk] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2."""
+    """sums[:, chunk, row] = a chunk's sums of delta (2 u - q delta) and (v - v_ref)^2; the last
+    program goes on to the rows."""
     chunk, row = block_and_row(elements, CHUNK)
     gated = shared.is_gated(gate_ptr, row, BLOCK)
     gain = tl.zeros((BLOCK,), tl.float32)
@@ -132,16 +137,22 @@ def _policy_loss_sums_kernel(
         if v_ref_ptr is not None:
             error = shared.error_where(v, v_ref_ptr, at, inside & gated)
             error_2 += error * error
-    here = sums_ptr + row * SUMS * chunks + chunk
-    tl.store(here + chunks * GAIN, tl.sum(gain))
-    tl.store(here + chunks * ERROR_2, tl.sum(error_2))
+    here = sums_ptr + chunk * rows + row
+    tl.store(here + chunks * rows * GAIN, tl.sum(gain))
+    tl.store(here + chunks * rows * ERROR_2, tl.sum(error_2))
+    if shared.is_last(ticket_ptr):
+        _policy_loss_rows(
+            advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, sums_ptr, rows_ptr,
+            flags_ptr, loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high,
+            beta, adv_clip, ROWS_AT_A_TIME, CHUNKS_AT_A_TIME,
+        )  # fmt: skip
 
 
 @triton.jit
-def _policy_loss_rows_kernel(
-    sums_ptr, advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, rows_ptr, flags_ptr,
+def _policy_loss_rows(
+    advantage_ptr, h_ptr, B_ptr, weight_ptr, gate_ptr, kl_scale_ptr, sums_ptr, rows_ptr, flags_ptr,
     loss_ptr, rows, elements, chunks, log_low, log_high, clip_low, clip_high, beta, adv_clip,
-    PASSES: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """rows[statistic, row] and the loss, by one program, in the order of chunks and rows."""
     policy_sum, kl_sum = 0.0, 0.0
@@ -155,8 +166,7 @@ def _policy_loss_rows_kernel(
         weight = shared.load_rows(weight_ptr, row, inside)
         gate = shared.load_rows(gate_ptr, row, inside)
         kl_scale = shared.load_rows(kl_scale_ptr, row, inside)
-        gain = shared.row_mean(sums_ptr, row, inside, chunks, elements, GAIN, SUMS, PASSES)
-        error_2 = shared.row_mean(sums_ptr, row, inside, chunks, elements, ERROR_2, SUMS, PASSES)
+        gain, error_2 = shared.row_means(sums_ptr, row, rows, elements, chunks, SUMS, CHUNKS)
         log_ratio = strength * gain
         ratio = shared.exp_near_0(log_ratio)
         term, clipped_high, clipped_low = shared.clipped_term(
@@ -212,16 +222,13 @@ def _launch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [] and the rows [STATISTICS, R], fp32, and flags; all inputs contiguous."""
     log_low, log_high = shared.log_bounds(clip_low, clip_high)
-    sums_RSC = shared.launch_sums(
-        "policy_loss", _policy_loss_sums_kernel, v_RN, SUMS.value, v_old_ptr=v_old_RN, u_ptr=u_RN,
-        v_ref_ptr=v_ref_RN, gate_ptr=gate_R, QUADRATIC=quadratic,
-    )  # fmt: skip
-    return shared.launch_rows(
-        "policy_loss", _policy_loss_rows_kernel, v_RN, sums_RSC,
-        shared.empty_results(v_RN, STATISTICS, FLAGS), advantage_ptr=advantage_R, h_ptr=h_R,
-        B_ptr=B_R, weight_ptr=weight_R, gate_ptr=gate_R, kl_scale_ptr=kl_scale_R, log_low=log_low,
-        log_high=log_high, clip_low=clip_low, clip_high=clip_high,
-        beta=beta if v_ref_RN is not None else 0.0, adv_clip=adv_clip,
+    return shared.launch_loss(
+        "policy_loss", _policy_loss_fwd_kernel, v_RN,
+        shared.empty_results(v_RN, STATISTICS, FLAGS), SUMS.value, v_old_ptr=v_old_RN, u_ptr=u_RN,
+        v_ref_ptr=v_ref_RN, advantage_ptr=advantage_R, h_ptr=h_R, B_ptr=B_R, weight_ptr=weight_R,
+        gate_ptr=gate_R, kl_scale_ptr=kl_scale_R, log_low=log_low, log_high=log_high,
+        clip_low=clip_low, clip_high=clip_high, beta=beta if v_ref_RN is not None else 0.0,
+        adv_clip=adv_clip, QUADRATIC=quadratic,
     )  # fmt: skip
 
 

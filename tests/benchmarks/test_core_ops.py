@@ -80,7 +80,7 @@ def test_a_triton_kernel_is_one_launch_with_its_tensors():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter runs")
 @pytest.mark.parametrize(("op", "launches"), [
-    ("policy_loss", 3), ("nft_loss", 3), ("awm_loss", 3), ("sde_step", 1), ("nearest_cosine", 2),
+    ("policy_loss", 2), ("nft_loss", 2), ("awm_loss", 2), ("sde_step", 1), ("nearest_cosine", 2),
 ])  # fmt: skip
 def test_launches_of_our_kernels(op, launches):
     dtype = torch.float32 if op == "nearest_cosine" else torch.bfloat16
@@ -327,4 +327,4 @@ def test_command_line(monkeypatch, capsys):
     assert {r["way"] for r in found["cpu"]} == {"released", "eager", "copy"}
     assert all(r["op"] == "policy_loss" and r["median_us"] > 0 for r in found["cpu"])
     ours = next(r for r in found["counts"] if r["way"] == "triton")
-    assert ours["triton_launches"] == 3 and found["targets"]
+    assert ours["triton_launches"] == 2 and found["targets"]

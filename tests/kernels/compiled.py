@@ -1,15 +1,18 @@
 """Compiles every kernel for sm_90 and sm_100 without a GPU; prints what the machine code is like.
 
-    python -m tests.kernels.compiled [OP ...]   a JSON list, one object a kernel and architecture
+    python -m tests.kernels.compiled [--rows ROWS] [OP ...]
 
-What is compiled is what the ops' examples launch, in bf16 and fp32, with the types and constants of
-the launch. Runs in a process of its own, because kernels that were defined under Triton's
-interpreter cannot be compiled. SASS is counted for each element that a thread computes; in a kernel
-with a loop, for each of one turn, to which what stands around the loop is added: an upper bound.
+A JSON list, one object a kernel and architecture. What is compiled is what the ops' examples
+launch, in bf16 and fp32, with the types and constants of the launch. Runs in a process of its own,
+because kernels that were defined under Triton's interpreter cannot be compiled. SASS is counted for
+each element that a thread computes; in a kernel with a loop, for each of one turn, to which what
+stands around the loop is added: an upper bound. What only the last program does, all others having
+left, is not of an element.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -37,6 +40,8 @@ from tests.kernels.launches import Launch, recorded
 
 ARCHITECTURES = (90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TICKET = re.compile(r"(@%p\d+) atom\.global\.gpu\.acq_rel\.add\.u32")  # PTX: a thread, an integer
+STORE = re.compile(r"^.*\bst\.global\b", re.MULTILINE)
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {
@@ -84,6 +89,7 @@ class Code:
     other: int  # other global accesses, such as a row's scalars
     doubles: int
     atomics: int
+    tickets: int  # of them integers that are drawn by the thread that has stored what came before
     drops: int  # minima and maxima of floats that drop NaN
 
 
@@ -104,13 +110,13 @@ def spec_of(launch: Launch) -> Spec:
                 more["num_stages"])  # fmt: skip
 
 
-def specs_of(op: str, module: ModuleType) -> dict[str, Spec]:
+def specs_of(op: str, module: ModuleType, rows: int) -> dict[str, Spec]:
     """Everything the op's examples launch, by name: kernel, example, dtype; those only to tell
     apart what differs."""
     launched: dict[str, dict[str, dict[str, Spec]]] = {}
     for dtype_name, dtype in DTYPES.items():
         with recorded() as launches:
-            for example, _ in module.examples(On("triton", torch.device("cpu"), dtype)):
+            for example, _ in module.examples(On("triton", torch.device("cpu"), dtype, rows)):
                 for spec in map(spec_of, launches):
                     kernel = spec.kernel.__name__.strip("_").removesuffix("_kernel")
                     name = "_".join([op, *[kernel.removeprefix(op).strip("_")], *[example]])
@@ -129,6 +135,20 @@ def specs_of(op: str, module: ModuleType) -> dict[str, Spec]:
 def output(tool: str, *arguments: str) -> str:
     done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def for_all(instructions: list[str]) -> int:
+    """How many of them stand before the exit at which all but the last program leave."""
+    atomics = [i for i, name in enumerate(instructions) if name.startswith("ATOM")]
+    return instructions.index("EXIT", atomics[0]) + 1 if atomics else len(instructions)
+
+
+def tickets(ptx: str) -> int:
+    """Atomic additions of an integer, each by the one thread that all stores before it are of."""
+    drawn = [(found[1], ptx[: found.start()]) for found in TICKET.finditer(ptx)]
+    return sum(
+        all(line.split()[0] == thread for line in STORE.findall(before)) for thread, before in drawn
+    )
 
 
 def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
@@ -158,7 +178,7 @@ def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
         name=name,
         architecture=architecture,
         instructions=len(found),
-        per_element=len(found) * 32 * spec.warps / spec.per_program,
+        per_element=for_all(found) * 32 * spec.warps / spec.per_program,
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
         spills=sum(n.startswith(("LDL", "STL")) for n in found),
@@ -166,17 +186,22 @@ def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
         other=len(vectors) - len(wide),
         doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)", n) is not None for n in found),
         atomics=sum(re.match(r"(ATOM|RED)G?(\.|$)", n) is not None for n in found),
+        tickets=tickets(kernel.asm["ptx"]),
         drops=sum(n.startswith("FMNMX") and ".NAN" not in n for n in found),
     )
 
 
-def codes(ops: Iterable[str]) -> Iterator[Code]:
+def codes(ops: Iterable[str], rows: int) -> Iterator[Code]:
     modules = op_modules()
     for op in ops or modules:
-        for name, spec in specs_of(op, modules[op]).items():
+        for name, spec in specs_of(op, modules[op], rows).items():
             for architecture in ARCHITECTURES:
                 yield compiled(op, name, spec, architecture)
 
 
 if __name__ == "__main__":
-    json.dump([asdict(code) for code in codes(sys.argv[1:])], sys.stdout, indent=1)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=On.rows, help="of the examples")
+    parser.add_argument("op", nargs="*")
+    options = parser.parse_args()
+    json.dump([asdict(code) for code in codes(options.op, options.rows)], sys.stdout, indent=1)
