@@ -57,6 +57,9 @@ REGISTERS = {  # where 64 are not enough
     "awm_loss_sums_fp32": 96,
     "sde_step_fwd_bf16": 80,  # sixteen elements a thread, loaded at once: 24 warps stay
     "sde_step_fwd_guided_bf16": 80,  # four inputs and five outputs: 24 warps stay
+    # the sums of columns too, which full fine-tuning asks for
+    "adaln_modulate_bwd_bf16": 80,
+    "qk_norm_rope_bwd_fp32": 80,
     # whole rows in registers, scaled, squared and written: few programs, once an iteration
     "nearest_cosine_normalise_bf16": 112,
     "nearest_cosine_normalise_fp32": 112,
