@@ -269,7 +269,7 @@ def test_bad_inputs():
         adaln_modulate(x, rows[:1], rows)
     with pytest.raises(ValueError, match="shift is on meta but x is on cpu"):
         adaln_modulate(x, rows, rows.to("meta"))
-    with pytest.raises(ValueError, match="shift has dtype torch.int64"):
+    with pytest.raises(ValueError, match="shift has dtype"):
         adaln_modulate(x, rows, rows.long())
     with pytest.raises(ValueError, match="y has shape"):
         gated_residual(x, x[:, :2], rows)
@@ -277,7 +277,7 @@ def test_bad_inputs():
         gated_residual(x, x, rows[:, None])
     with pytest.raises(ValueError, match="before has shape"):
         gelu(x, x[:, :2])
-    with pytest.raises(ValueError, match="x has dtype torch.int64"):
+    with pytest.raises(ValueError, match="x has dtype"):
         gelu(x.long())
     heads = torch.ones(2, 3, 2, 5)
     with pytest.raises(ValueError, match="pass cos and sin together"):
