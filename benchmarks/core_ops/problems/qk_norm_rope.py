@@ -1,0 +1,41 @@
+"""`qk_norm_rope` on the queries of Flux."""
+
+from __future__ import annotations
+
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+from torch.nn import functional as F
+
+from gardo_kernels._block_op import TOKENS
+from gardo_kernels._launch_shape import LaunchShape
+from gardo_kernels.qk_norm_rope import qk_norm_rope
+
+from ..cases import Case
+from ._block import EPS, Block, Given
+
+
+class QkNormRope(Block):
+    widths = (24, 128)
+    trained = ("x", "weight")
+    frozen = ("x",)
+
+    @classmethod
+    def default_shape(cls, case: Case) -> LaunchShape:
+        return TOKENS
+
+    def draw(self) -> Given:
+        _, L, _, E = self.case.shape
+        angle = self.randn(L, E // 2).repeat_interleave(2, 1)
+        x, weight = self.randn(*self.case.shape), 1 + self.randn(E) / 4
+        return {
+            "x": x.to(self.case.dtype), "weight": weight.to(self.case.dtype), "cos": angle.cos(),
+            "sin": angle.sin(),
+        }  # fmt: skip
+
+    def op(self, given: Given, backend: str) -> Tensor:
+        return qk_norm_rope(**given, eps=EPS, backend=backend)
+
+    def diffusers(self, given: Given) -> Tensor:
+        x, weight, cos, sin = given.values()
+        y = F.rms_norm(x, x.shape[-1:], weight, EPS)
+        return apply_rotary_emb(y, (cos, sin), sequence_dim=1)
