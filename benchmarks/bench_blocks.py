@@ -37,8 +37,9 @@ from core_ops.problems._block import TEXT, Block, Given
 from gardo_kernels import _launch
 from pages import ROOT, fill
 
-OPS = tuple(name for name, problem in PROBLEMS.items() if issubclass(problem, Block))
+OPS = {name: kind for name, kind in PROBLEMS.items() if issubclass(kind, Block)}
 SAMPLES, IMAGE = 3, 4096
+LAYOUTS = ("plain", "trained")  # the gradients that LoRA asks for, and those of full fine-tuning
 JOINED = "gated_residual, adaln_modulate"
 RESULTS = ROOT / "benchmarks" / "results" / "blocks_counts.csv"
 CPU = torch.device("cpu")
@@ -60,11 +61,11 @@ class Subject:
 
 def subjects() -> Iterator[Subject]:
     """Each op, under LoRA and in full fine-tuning; then the residual with the norm behind it."""
-    for layout in ("plain", "trained"):
+    for layout in LAYOUTS:
         made = {}
-        for name in OPS:
-            shape = (SAMPLES, TEXT + IMAGE, *PROBLEMS[name].widths)
-            problem: Any = PROBLEMS[name](Case(name, shape, layout=layout), CPU)
+        for name, kind in OPS.items():
+            shape = (SAMPLES, TEXT + IMAGE, kind.width)
+            problem: Any = kind(Case(name, shape, layout=layout), CPU)
             made[name] = problem
             yield Subject(
                 name, layout, problem.given, problem.diffusers,

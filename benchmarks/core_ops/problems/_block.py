@@ -22,17 +22,17 @@ Given = dict[str, Tensor]
 
 
 class Block(Problem):
-    """`given` holds the op's inputs by name; `widths` all dimensions behind samples and tokens."""
+    """A case is [samples, tokens, width]; `given` holds the op's inputs by name."""
 
     gates = ()
-    widths: tuple[int, ...] = (3072,)
+    width = 3072
     trained: tuple[str, ...]
     frozen: tuple[str, ...]  # of them, those that get a gradient under LoRA
 
     @classmethod
     def gpu_cases(cls, op: str) -> list[Case]:
         """Flux at 512 and 1024 px."""
-        shapes = [(B, TEXT + L, *cls.widths) for B, L in SIZES]
+        shapes = [(B, TEXT + L, cls.width) for B, L in SIZES]
         first = shapes[3]
         others = [Case(op, shape) for shape in shapes if shape != first]
         return [
@@ -47,7 +47,7 @@ class Block(Problem):
     @classmethod
     def counted_case(cls, op: str, quick: bool) -> Case:
         """A short sequence: bytes an element depend on its length by a row of D in L D."""
-        return Case(op, (2, 4 if quick else 128, *cls.widths))
+        return Case(op, (2, 4, 1536) if quick else (2, 128, cls.width))
 
     @classmethod
     def launch_shapes(cls, case: Case) -> list[LaunchShape]:

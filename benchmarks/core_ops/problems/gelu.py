@@ -16,7 +16,7 @@ RATIO = 4  # of the projection's width to the model's
 
 
 class Gelu(Block):
-    widths = (4 * 3072,)
+    width = 4 * 3072
     trained = frozen = ("x", "before")
 
     @classmethod

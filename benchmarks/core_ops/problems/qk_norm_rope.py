@@ -13,9 +13,10 @@ from gardo_kernels.qk_norm_rope import qk_norm_rope
 from ..cases import Case
 from ._block import EPS, Block, Given
 
+HEAD = 128  # elements
+
 
 class QkNormRope(Block):
-    widths = (24, 128)
     trained = ("x", "weight")
     frozen = ("x",)
 
@@ -24,13 +25,17 @@ class QkNormRope(Block):
         return TOKENS
 
     def draw(self) -> Given:
-        _, L, _, E = self.case.shape
+        B, L, D = self.case.shape
+        E = min(HEAD, D)
         angle = self.randn(L, E // 2).repeat_interleave(2, 1)
-        x, weight = self.randn(*self.case.shape), 1 + self.randn(E) / 4
+        x, weight = self.randn(B, L, D // E, E), 1 + self.randn(E) / 4
         return {
             "x": x.to(self.case.dtype), "weight": weight.to(self.case.dtype), "cos": angle.cos(),
             "sin": angle.sin(),
         }  # fmt: skip
+
+    def like_result(self) -> Tensor:
+        return self.randn(*self.given["x"].shape).to(self.case.dtype)
 
     def op(self, given: Given, backend: str) -> Tensor:
         return qk_norm_rope(**given, eps=EPS, backend=backend)
