@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from gardo_kernels import _block_op
 from gardo_kernels._examples import On, op_modules
@@ -109,10 +111,10 @@ def test_a_compiler_sees_one_graph(name):
 
     def keep(graph, _):
         targets.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
+        return make_boxed_func(graph)
 
     torch._dynamo.reset()
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(OPS[name].call, fullgraph=True, backend=backend)
     mine = answer(name, inputs, compiled, backend="triton")
     plain = answer(name, inputs, backend="triton")
@@ -124,7 +126,8 @@ OPENED = """
 import json, sys
 from unittest import mock
 import torch
-from torch._functorch.aot_autograd import aot_function
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from gardo_kernels import _launch
 from tests.kernels.block_ops import OPS
@@ -132,14 +135,16 @@ found = {}
 def keep(name):
     def compiler(graph, _):
         found.setdefault(name, []).append([str(node.target) for node in graph.graph.nodes])
-        return graph
+        return make_boxed_func(graph)
     return compiler
 with mock.patch.object(_launch, "kernels_run_on", lambda device: True), FakeTensorMode():
     for name, op in OPS.items():
         taken = {k: x.float().requires_grad_(k in op.trained)
                  for k, x in op.inputs(*op.shapes[0]).items()}
         call = lambda *values: op.call(**dict(zip(taken, values)), backend="triton")
-        aot_function(call, keep(name), keep(name))(*taken.values()).sum().backward()
+        backend = aot_autograd(fw_compiler=keep(name), bw_compiler=keep(name))
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        compiled(*taken.values()).sum().backward()
 json.dump(found, sys.stdout)
 """
 

@@ -28,6 +28,7 @@ class Block(Problem):
     width = 3072
     trained: tuple[str, ...]
     frozen: tuple[str, ...]  # of them, those that get a gradient under LoRA
+    again: tuple[str, ...] = ("x",)  # what the backward pass reads too
 
     @classmethod
     def gpu_cases(cls, op: str) -> list[Case]:
@@ -92,6 +93,10 @@ class Block(Problem):
         """Every input, the result and its gradient once, and the gradients."""
         tensors = [*self.given.values(), *(self.given[name] for name in self.leaves)]
         return sum(t.numel() * t.element_size() for t in [*tensors, *2 * [self.upstream]])
+
+    @property
+    def two_pass_bytes(self) -> int:
+        return self.least_bytes + sum(self.given[name].numel() for name in self.again) * self.size
 
     def with_gradients(self, given: Given, out: Tensor) -> Outputs:
         leaves = [given[name] for name in self.leaves]

@@ -15,6 +15,7 @@ from ._block import Block, Given
 class GatedResidual(Block):
     trained = ("x", "y", "gate")
     frozen = ("x", "y")
+    again = ()
 
     @classmethod
     def default_shape(cls, case: Case) -> LaunchShape:
