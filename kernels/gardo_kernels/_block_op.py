@@ -46,10 +46,10 @@ def launch(kernel: Any, grid: tuple[int, ...], shape: LaunchShape, **arguments: 
 class BlockOp:
     """An op of one result from two functions that launch kernels; gardo::NAME, gardo::NAME_grad.
 
-    `forward` makes the result of the inputs. `keep` says, of what needs a gradient, which inputs
-    the backward pass reads: the others come to it as None. `backward` gives the gradients of the
-    first inputs, from the function `gradient` (as launches, or as the op), what needs one, the
-    result's gradient, and the inputs.
+    `forward` makes the result of the inputs, tensors before constants. `keep` says, of what needs a
+    gradient, which tensors the backward pass reads: the others come to it as None. `backward` gives
+    the gradients of the first inputs, from the function `gradient` (as launches, or as the op),
+    what needs one, the result's gradient, and the inputs.
     """
 
     def __init__(

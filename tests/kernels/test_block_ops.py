@@ -129,6 +129,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._library.triton import get_triton_kernels_for_op
 from gardo_kernels import _launch
 from tests.kernels.block_ops import OPS
 found = {}
@@ -145,7 +146,9 @@ with mock.patch.object(_launch, "kernels_run_on", lambda device: True), FakeTens
         backend = aot_autograd(fw_compiler=keep(name), bw_compiler=keep(name))
         compiled = torch.compile(call, fullgraph=True, backend=backend)
         compiled(*taken.values()).sum().backward()
-json.dump(found, sys.stdout)
+in_key = {f"{name}{end}": len(get_triton_kernels_for_op(f"gardo::{name}{end}"))
+          for name in OPS for end in ("", "_grad")}
+json.dump([found, in_key], sys.stdout)
 """
 
 
@@ -157,8 +160,8 @@ def test_a_compiler_opens_the_ops_into_their_kernels():
         env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    graphs = json.loads(done.stdout)
-    assert set(graphs) == set(OPS)
+    graphs, kernels_in_key_of_cache = json.loads(done.stdout)
+    assert set(graphs) == set(OPS) and set(kernels_in_key_of_cache.values()) == {1}
     for forward, backward in graphs.values():
         for targets in (forward, backward):
             assert sum("triton_kernel_wrapper" in target for target in targets) == 1
