@@ -34,6 +34,7 @@ from core_ops.inductor import gpu_code
 from core_ops.machine import this_machine
 from core_ops.problems import PROBLEMS
 from core_ops.problems._block import TEXT, Block, Given
+from core_ops.problems.qk_norm_rope import rms_norm
 from gardo_kernels import _launch
 from pages import ROOT, fill
 
@@ -90,11 +91,6 @@ def joined(layout: str, residual: Any, norm: Any) -> Subject:
         ),
         residual.case.elements,
     )  # fmt: skip
-
-
-def rms_norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float) -> Tensor:
-    """On a GPU RMSNorm is one kernel each way, as LayerNorm is: it is counted by that one."""
-    return F.layer_norm(x, shape, weight, None, eps)
 
 
 def outputs(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
