@@ -26,7 +26,7 @@ from typing import Any
 from campaign.exit_codes import UNFINISHED
 from core_ops import report
 from core_ops.cases import Case
-from core_ops.counting import Counter, memory, tensors
+from core_ops.counting import Counter
 from core_ops.host import host_costs
 from core_ops.machine import Machine, this_machine
 from core_ops.measure import WAYS, measure, row_of, short
@@ -84,11 +84,11 @@ def counted(cases: Sequence[Case], machine: Machine) -> list[Row]:
             try:
                 with Counter() as count:
                     out = call()
-                kept = sum(memory(tensors(out)).values())
+                temporaries = count.allocated - count.kept(out)
                 row |= {
                     "launches": count.launches, "triton_launches": count.triton_launches,
                     "bytes_per_element": round(count.bytes / case.elements, 1),
-                    "temporaries_per_element": round((count.allocated - kept) / case.elements, 1),
+                    "temporaries_per_element": round(temporaries / case.elements, 1),
                     "least_per_element": round(problem.least_bytes / case.elements, 1),
                     "syncs": count.syncs,
                 }  # fmt: skip

@@ -62,6 +62,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches = self.triton_launches = self.bytes = self.allocated = self.syncs = 0
+        self._made: set[int] = set()
         self._depth = 0
         self._in_kernel = False
 
@@ -90,7 +91,8 @@ class Counter(TorchDispatchMode):
         if self._in_kernel:  # the interpreter's own copies
             return func(*args, **kwargs)
         given = tensors(args, kwargs)
-        if func.namespace != "aten" and not given:  # a range of the profiler
+        # a range of the profiler; what a fake tensor is asked of its device
+        if (func.namespace != "aten" and not given) or func.namespace == "prim":
             return func(*args, **kwargs)
         if func.namespace != "aten":
             # Straight to the op's implementation, with this mode on again for what it does.
@@ -104,7 +106,9 @@ class Counter(TorchDispatchMode):
             return out
         before, after = given, tensors(out)
         known = memory(before)
-        self.allocated += sum(size for at, size in memory(after).items() if at not in known)
+        made = {at: size for at, size in memory(after).items() if at not in known}
+        self.allocated += sum(made.values())
+        self._made |= made.keys()
         masked = name in MASKABLE and any(
             t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1])
         )
@@ -114,6 +118,11 @@ class Counter(TorchDispatchMode):
             self.launches += 1
             self.bytes += bytes_of(before) + bytes_of(after)
         return out
+
+    def kept(self, *results: Any) -> int:
+        """Bytes of what was allocated inside and is among the results."""
+        kept = memory(tensors(*results))
+        return sum(size for at, size in kept.items() if at in self._made)
 
     def _wrap_launchers(self) -> None:
         """Both ways in which Triton starts a kernel, interpreted and compiled."""

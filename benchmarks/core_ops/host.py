@@ -18,7 +18,7 @@ from unittest import mock
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from gardo_kernels import _row_loss
+from gardo_kernels import _block_op, _row_loss
 from gardo_kernels._examples import op_modules
 
 from .cases import Call, Case
@@ -48,7 +48,7 @@ def without_launches() -> Iterator[None]:
 def as_custom_ops() -> Iterator[None]:
     """As if something looked on."""
     with ExitStack() as stack:
-        for module in (_row_loss, *op_modules().values()):
+        for module in (_row_loss, _block_op, *op_modules().values()):
             if hasattr(module, "looked_on"):
                 stack.enter_context(mock.patch.object(module, "looked_on", lambda: True))
         yield

@@ -171,7 +171,7 @@ def draw_counts(rows: Sequence[Row], path: Path) -> None:
                     if r["way"] == way and r[name] != ""]  # fmt: skip
             axis.bar([x + 0.27 * (i - 1) for x, _ in some], [y for _, y in some], 0.25, label=way)
         axis.set(ylabel=name.replace("_", " "), yscale="log")
-        axis.set_xticks(range(len(ops)), ops, rotation=20)
+        axis.set_xticks(range(len(ops)), ops, rotation=40, ha="right")
         axis.legend(fontsize=7)
     drawn.savefig(path, dpi=120)
     plt.close(drawn)

@@ -48,7 +48,7 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
     torch.bool: "*i1",
 }  # fmt: skip
-WHOLE = ("count", "elements", "features", "width")  # of a row: multiples of 16
+WHOLE = ("count", "elements", "features", "width", "before", "row_stride")  # multiples of 16
 # The constants that say how many elements a program, or a turn of its loop, has in hand. Of a tile
 # TILE or ROWS are its rows and its columns, and DEPTH or LANES with WIDE each its features.
 SIZES = {"BLOCK": 1, "ROWS": 1, "DEPTH": 1, "TILE": 2}
@@ -153,7 +153,7 @@ def tickets(ptx: str) -> int:
 
 def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
     names, types = spec.kernel.arg_names, dict(spec.types)
-    aligned = [n for n, kind in types.items() if kind.startswith("*") or n in WHOLE]
+    aligned = [n for n, kind in types.items() if kind.startswith("*") or n.endswith(WHOLE)]
     source = ASTSource(
         spec.kernel,
         {n: types.get(n, "constexpr") for n in names},

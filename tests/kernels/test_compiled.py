@@ -65,6 +65,9 @@ REGISTERS = {  # where 64 are not enough
     # tiles of sums in registers; of chords, three programs stay on a multiprocessor
     "nearest_cosine_chords_bf16": 168,
     "nearest_cosine_chords_fp32": 168,
+    # the sums of columns too, which full fine-tuning asks for
+    "adaln_modulate_bwd_bf16": 80,
+    "qk_norm_rope_bwd_fp32": 80,
     "nearest_cosine_gram_squares_one_group": 168,
     "nearest_cosine_gram_tiles_one_group": 168,
 }
