@@ -3,6 +3,7 @@
     ./run bench step RECIPE [--set FIELD=VALUE ...] [--against SIDE ...] [--gpus N]
     ./run bench step                                the committed cases, on a CPU: about 25 minutes
     ./run bench step --case flux_wide --out FILE    FLUX.1-dev's width, a fifth of its depth: a GPU
+    ./run bench step --case flux_wide_ways --out F  the same: compiled, folded, by our kernels
 
 A side is `ours` (the recipe as it is), `released` (the released scripts' procedure,
 step/released.py), `strong` (torch's own operators, compiled blocks on a GPU, gated reference), or
@@ -67,7 +68,10 @@ WIDE_CASE = Case(
      "distributed.stage=1", "distributed.precision=bfloat16"),
     HUB,
 )  # fmt: skip
-ALL_CASES = {**CASES, "flux_wide": WIDE_CASE}
+WAYS = ("compiled", "folded", "block_kernels", "compiled_folded", "kernels_folded")
+ALL_CASES = {
+    **CASES, "flux_wide": WIDE_CASE, "flux_wide_ways": replace(WIDE_CASE, sides=WAYS)
+}  # fmt: skip
 
 
 # ---- one launch ----------------------------------------------------------------------------------

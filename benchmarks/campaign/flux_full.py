@@ -34,6 +34,7 @@ from .flux_bench import Call, FluxBench
 from .flux_model import (
     ATTENTION,
     FULL,
+    PATHS,
     SMALL,
     TRAINED,
     Shape,
@@ -59,7 +60,7 @@ KINDS = ("matmul", "attention", "norm and elementwise", "LoRA's matmuls", "other
 class Case(Call):
     """`work`: weights, sample, train or profile."""
 
-    path: str = "eager"  # or compiled, block by block
+    path: str = "eager"  # of PATHS
     attention: str = "native"
     block: str = ""  # whose profile: double or single
 
@@ -82,7 +83,9 @@ def cases(shape: Shape) -> list[Case]:
         train(few, "matmuls"),
         *(train(size, "full") for size in others),
         *(Case("profile", few, short, block=block) for block in ("double", "single")),
-        sample(many, path="compiled"), train(few, "full", path="compiled"),
+        *(work for path in PATHS[1:]
+          for work in (sample(many, path=path), train(few, "matmuls", path=path))),
+        train(few, "full", path="compiled"),
         *(work for name in ATTENTION[1:]
           for work in (sample(many, attention=name), train(few, "full", attention=name))),
         *(train(size, mode) for mode in ("matmuls", "selective", "none") for size in others),
@@ -121,14 +124,14 @@ class Bench(FluxBench):
             row = self.timed(case)
         finally:
             self.policy.transformer.enable_adapters()
-        return [row | {"graphs": graphs() if case.path == "compiled" else ""}]
+        return [row | {"graphs": graphs() if "compiled" in case.path else ""}]
 
     def expected_s(self, case: Case) -> float:
         """By estimate, not yet by measurement."""
         if case.work == "weights":
             return 0.0
         compiling, each = {"sample": (40.0, 0.2), "train": (60.0, 0.7)}.get(case.work, (0.0, 1.0))
-        return 2.0 + each * case.micro_batch + compiling * (case.path == "compiled")
+        return 2.0 + each * case.micro_batch + compiling * ("compiled" in case.path)
 
     # ---- where a block's time goes ---------------------------------------------------------------
 

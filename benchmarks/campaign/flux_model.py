@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from core_ops.machine import Machine, this_machine
 from gardo.flow import transitions
+from gardo.policies import compiling
 from gardo.policies.attention import BACKENDS, missing, use_attention
 from gardo.policies.checkpointing import THIN
 from gardo.policies.flux import FluxPolicy, FluxSettings
@@ -66,7 +67,7 @@ SMALL = Shape(
         "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (8, 12, 12),
     },
     size=(16, 16), text_tokens=(4, 8), rank=5,
-    sampling=(1, 3), training=(2, 1), compiler="eager",
+    sampling=(1, 3), training=(2, 1), compiler="aot_eager",
 )  # fmt: skip
 
 
@@ -176,23 +177,35 @@ def rows_of(policy: FluxPolicy, samples: int, text_tokens: int) -> Rows:
 
 # ---- how it runs ---------------------------------------------------------------------------------
 
+# Blocks as diffusers and PEFT run them; with the LoRA folded; by our kernels; compiled one by one.
+PATHS = (
+    "eager", "folded", "kernels", "kernels, folded", "compiled", "compiled, folded",
+    "compiled, kernels, folded",
+)  # fmt: skip
+
 
 def set_up(
     policy: FluxPolicy, *, path: str, attention: str, checkpointing: str, compiler: str
 ) -> None:
-    """Blocks eager or compiled one by one, an attention backend, what a forward pass keeps."""
-    for block in policy.blocks():
-        block.__dict__.pop("forward", None)  # the compiled one; the class has its own
+    """Which of PATHS the blocks take, an attention backend, what a forward pass keeps."""
+    for module in policy.transformer.modules():
+        module.__dict__.pop("forward", None)  # a compiled one, or ours; the class has its own
+        if hasattr(module, "is_folded"):
+            module.__class__ = type(module).__base__
+        if hasattr(module, "processor"):
+            module.processor.norm_and_turn = None
     policy.transformer.disable_gradient_checkpointing()
     policy.checkpoint_activations(checkpointing)
     choose_attention(policy, attention)
-    if path == "compiled":
+    if "folded" in path:
+        policy.fold_lora(checkpointing)
+    if "kernels" in path:
+        policy.use_block_kernels("auto")
+    if "compiled" in path:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        # Blocks of a kind share their graphs; were they not to, the rest would silently run eagerly
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for block in policy.blocks():
-            block.forward = torch.compile(block.forward, dynamic=False, backend=compiler)
+        compiling.BACKEND = compiler
+        policy.compile_blocks(checkpointing)
 
 
 def graphs() -> int:

@@ -111,6 +111,8 @@ def cases(shape: Shape) -> list[Case]:
             equal(short, train_attention=name))),
         equal(short, train_path="compiled"), unequal(short, train_path="compiled"),
         unequal(short, rollout_path="compiled", train_path="compiled"),
+        *(unequal(short, rollout_path=path, train_path=path)
+          for path in ("folded", "kernels", "compiled, folded")),
         equal(short, rollout_path="compiled", train_path="compiled"),
     ]  # fmt: skip
 

@@ -58,14 +58,6 @@ def reference_everywhere(session: Session) -> None:
     session.algorithm.teachers = everywhere  # type: ignore[method-assign]
 
 
-def blocks_compiled(session: Session) -> None:
-    """Each block of the transformer by torch.compile, on a GPU: on a CPU it gains nothing."""
-    if session.engine.device.type != "cuda":
-        return
-    for block in session.policy.blocks():
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
-
-
 def encoded_again(session: Session) -> None:
     """Nothing is remembered of a prompt."""
     embeddings = session.policy.embeddings
@@ -76,8 +68,17 @@ SIDES = {
     "ours": Side("as the recipe says"),
     "strong": Side(
         "torch's own operators instead of the kernels, compiled blocks on a GPU",
-        ("kernels=torch",),
-        blocks_compiled,
+        ("kernels=torch", "train.compile=auto"),
+    ),
+    "compiled": Side("compiled blocks", ("train.compile=blocks",)),
+    "folded": Side("the LoRA folded into its layers", ("train.weights.folded=true",)),
+    "block_kernels": Side("our kernels between matmuls", ("model.block_kernels=true",)),
+    "compiled_folded": Side(
+        "compiled blocks, the LoRA folded", ("train.compile=blocks", "train.weights.folded=true")
+    ),
+    "kernels_folded": Side(
+        "our kernels between matmuls, the LoRA folded",
+        ("model.block_kernels=true", "train.weights.folded=true"),
     ),
     "reference_everywhere": Side("the reference on every row", (), reference_everywhere),
     "encoded_again": Side("prompts through the text encoders every time", (), encoded_again),

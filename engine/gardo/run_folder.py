@@ -39,7 +39,7 @@ def open_log(recipe: Recipe, progress: Progress, first_step: int) -> MetricsLog:
 
 # of a run that has started, with all that is inside
 FIXED = re.compile(
-    r"(model\.(?!(encoders|attention)$)|train\.(weights(?!\.folded$)|ema|optimizer\.name)|algorithm(\.base)*\.name).*"
+    r"(model\.(?!(encoders|attention|block_kernels)$)|train\.(weights(?!\.folded$)|ema|optimizer\.name)|algorithm(\.base)*\.name).*"
 )
 
 

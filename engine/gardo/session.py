@@ -165,7 +165,7 @@ def build_policy(recipe: Recipe, device: torch.device) -> Policy:
             seed=recipe.run.seed,
         )
         if weights.folded:
-            policy.fold_lora()
+            policy.fold_lora(recipe.train.activation_checkpointing)
     else:
         policy.train_full()
     policy.checkpoint_activations(recipe.train.activation_checkpointing)
@@ -254,6 +254,8 @@ def load_models(
         use_attention(
             policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
         )
+        if recipe.model.block_kernels:
+            policy.use_block_kernels(recipe.kernels)
         if recipe.train.compile == "blocks":
             policy.compile_blocks(recipe.train.activation_checkpointing)
         panel = build_panel(recipe, device)

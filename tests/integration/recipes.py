@@ -119,6 +119,9 @@ LAYOUT: dict[str, Sections] = {
     "matmuls": {"train": {"activation_checkpointing": "matmuls"}},
     "compiled": {"train": {"compile": "blocks"}},  # traced, then run by torch's own operators
     "inductor": {"train": {"compile": "blocks"}},
+    "folded": {"train": {"weights": {**WEIGHTS["lora"]["weights"], "folded": True}}},
+    "block_kernels": {"model": {"block_kernels": True}},
+    "math": {"model": {"attention": "_native_math"}},
     "buckets": {"distributed": {"reduce_bucket": 30_000, "sub_group": 50_000}},
     "host": {"distributed": {"slots": "host"}},
     "offload": {"distributed": {"offload": "optimizer"}},

@@ -24,6 +24,7 @@ from tests.integration.launch import start, wait_for
 GOLDEN = ROOT / "tests" / "golden" / "tiny_flux_gardo.json"
 CASE = Case("gardo", "lora", "local", ("large",), steps=5, probes=())
 TRITON = CASE.but(kernels="triton", steps=3)  # until after the reset: the interpreter is slow
+WAYS = [CASE.plus("folded"), CASE.plus("compiled", "folded", "block_kernels")]
 
 
 def curve(folder: Path, case: Case) -> list[dict]:
@@ -38,12 +39,14 @@ def curve(folder: Path, case: Case) -> list[dict]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     wait_for([start(0, folder, [case]) for case in (CASE, TRITON)])
+    wait_for([start(0, folder, [case]) for case in WAYS])
     return folder
 
 
-@pytest.mark.parametrize("case", [CASE, TRITON], ids=str)
+@pytest.mark.parametrize("case", [CASE, TRITON, *WAYS], ids=str)
 def test_the_golden_curve_holds(trained: Path, case: Case) -> None:
-    """By plain torch, and by every kernel that the engine calls, here in Triton's interpreter."""
+    """By plain torch, by every kernel that the engine calls, here in Triton's interpreter, and
+    however the model is run."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     now = curve(trained, case)
     assert len(golden) == CASE.steps and len(now) == case.steps

@@ -32,7 +32,7 @@ CASES = [
     saving("diffusion_nft", "full", "stage1", "ema"),
     saving("refl", "full", "stage0").plus("behind"),
     EIGHT_BIT,
-    saving("gardo_awm", "lora", "stage3"),
+    saving("gardo_awm", "lora", "stage3").plus("folded"),
 ]
 MORE = [
     saving("gardo_nft", "lora", "stage2", "bf16_masters"),
@@ -43,6 +43,8 @@ MORE = [
     saving("flow_grpo", "full", "stage3", "deepspeed_cpu", "offload"),
     saving("gardo", "lora", "stage1", "deepspeed_cpu", "offload", "bf16_masters"),
     saving("kl_in_reward", "lora", "stage3"),
+    saving("gardo", "lora", "stage3", "tight", "compiled", "folded"),
+    saving("gardo", "full", "stage2", "compiled"),
 ]
 MIDDLE = 5  # gradient steps: between the two updates of the last of three iterations
 ALL = [

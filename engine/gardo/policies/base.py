@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gardo.hub import download_error
-from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks
+from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks, kept_inside
 from gardo.policies.compiling import Compiled, compile_blocks
 from gardo.policies.embeddings import Embeddings
 from gardo.policies.kohya import Layout
@@ -39,6 +39,7 @@ from gardo.policies.weights import (
 )
 from gardo.settings import FieldError, is_hub_id, model_path
 from gardo.types import Phase, no_phase
+from gardo_kernels import Backend
 
 Wait = Callable[[], None]
 
@@ -330,9 +331,10 @@ class Policy:
         for half in halves:
             half.to(self.device, self.dtype)
 
-    def fold_lora(self) -> None:
-        """Adds the adapters of the blocks as lora_linear.py says."""
-        fold_adapters(self.blocks())
+    def fold_lora(self, mode: Checkpointing = "none") -> None:
+        """Adds the adapters of the blocks as lora_linear.py says; `mode` is what
+        `checkpoint_activations` is told."""
+        fold_adapters(self.blocks(), in_place=kept_inside(mode) is None)
 
     def start_from(self, lora: LoraFile) -> None:
         """Names the LoRA whose values training goes on from; the engine reads them.
@@ -362,6 +364,12 @@ class Policy:
     def checkpoint_activations(self, mode: Checkpointing) -> None:
         """What blocks keep for their backward pass: see checkpointing.py."""
         checkpoint_blocks(self.transformer, mode)
+
+    def use_block_kernels(self, backend: Backend) -> None:
+        """Has the blocks take gardo_kernels between their matmuls; before they are compiled."""
+        from gardo.policies.block_kernels import use_block_kernels  # a compiler's, a second
+
+        use_block_kernels(self.blocks(), backend)
 
     def compile_blocks(self, mode: Checkpointing) -> None:
         """Has torch compile the blocks, which `checkpoint_activations` was told `mode` of."""

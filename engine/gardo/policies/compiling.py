@@ -84,17 +84,15 @@ def compile_blocks(transformer: Any, blocks: Iterable[nn.Module], mode: Checkpoi
     if inside is not None:
         transformer.disable_gradient_checkpointing()
     for block in blocks:
-        forward = block.forward
+        forward: Any = block.forward
         if inside is not None:
-            kind: Any = type(block)
-            forward = types.MethodType(_checkpointed(kind, inside), block)
+            forward = types.MethodType(_checkpointed(forward.__func__, inside), block)
         block.forward = torch.compile(forward, dynamic=False, backend=BACKEND)
 
 
 @functools.cache
-def _checkpointed(kind: type, keeps: Callable[[], Any]) -> Callable[..., Any]:
-    """The class's forward with a checkpoint around it; one function for all blocks of the kind."""
-    original = kind.forward  # type: ignore[attr-defined]
+def _checkpointed(original: Callable[..., Any], keeps: Callable[[], Any]) -> Callable[..., Any]:
+    """A block's forward with a checkpoint around it; one function for all blocks of a kind."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

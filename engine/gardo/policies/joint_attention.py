@@ -9,7 +9,7 @@ Shapes: B rows, L tokens, D width, H heads, E = D / H.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from gardo.policies.lora_linear import project
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-Heads = Sequence[Tensor]
 
 
 class JointAttention:
@@ -29,6 +28,8 @@ class JointAttention:
     """
 
     _attention_backend: Any = None
+    # norm and rotation in one, of gardo_kernels; None: the model's own norms
+    norm_and_turn: Callable[..., Tensor] | None = None
 
     def __init__(self) -> None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -43,10 +44,10 @@ class JointAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, L, D] of the image, or that and [B, L, D] of the text."""
-        q, k, v = _heads(attn, hidden_states, IMAGE, (attn.norm_q, attn.norm_k))
+        q, k, v = self._heads(attn, hidden_states, IMAGE, (attn.norm_q, attn.norm_k))
         if encoder_hidden_states is not None:
             norms = attn.norm_added_q, attn.norm_added_k
-            text = _heads(attn, encoder_hidden_states, TEXT, norms)
+            text = self._heads(attn, encoder_hidden_states, TEXT, norms)
             q, k, v = (torch.cat(parts, 1) for parts in zip((q, k, v), text, strict=True))
         out_BLD = self._attend(q, k, v, attention_mask)
         image, text_out = out_BLD.tensor_split([hidden_states.shape[1]], dim=1)
@@ -54,6 +55,29 @@ class JointAttention:
         if encoder_hidden_states is None:
             return image
         return image, text_out if attn.context_pre_only else attn.to_add_out(text_out)
+
+    def _heads(
+        self,
+        attn: Any,
+        x_BLD: Tensor,
+        layers: Sequence[str],
+        norms: tuple[Any, Any],
+        turn: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """Query, key and value [B, L, H, E]; the first two normed where the model norms them.
+
+        `turn` are the cos and sin [L, E] of the kernel that norms and turns.
+        """
+        made = project([getattr(attn, layer) for layer in layers], x_BLD)
+        parts = [part.unflatten(-1, (attn.heads, -1)) for part in made]
+        for index, norm in enumerate(norms):
+            if norm is None:
+                continue
+            if self.norm_and_turn is None:
+                parts[index] = norm(parts[index])
+            else:
+                parts[index] = self.norm_and_turn(parts[index], norm.weight, *turn, eps=norm.eps)
+        return parts
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[B, L, D] of query, key and value [B, L, H, E]."""
@@ -78,24 +102,19 @@ class FluxAttention(JointAttention):
         """[B, L, D] of the image, and [B, L, D] of the text; or of all tokens."""
         from diffusers.models.embeddings import apply_rotary_emb
 
-        q, k, v = _heads(attn, hidden_states, IMAGE, (attn.norm_q, attn.norm_k))
+        first = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        tables = image_rotary_emb or ()
+        norms, turn = (attn.norm_q, attn.norm_k), [table[first:] for table in tables]
+        q, k, v = self._heads(attn, hidden_states, IMAGE, norms, turn)
         if encoder_hidden_states is not None:
-            norms = attn.norm_added_q, attn.norm_added_k
-            text = _heads(attn, encoder_hidden_states, TEXT, norms)
+            norms, turn = (attn.norm_added_q, attn.norm_added_k), [t[:first] for t in tables]
+            text = self._heads(attn, encoder_hidden_states, TEXT, norms, turn)
             q, k, v = (torch.cat(parts, 1) for parts in zip(text, (q, k, v), strict=True))
-        if image_rotary_emb is not None:
+        if image_rotary_emb is not None and self.norm_and_turn is None:
             q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
         out_BLD = self._attend(q, k, v, attention_mask)
         if encoder_hidden_states is None:
             return out_BLD
-        text_out, image = out_BLD.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        text_out, image = out_BLD.tensor_split([first], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text_out.contiguous())
-
-
-def _heads(attn: Any, x_BLD: Tensor, layers: Sequence[str], norms: tuple[Any, Any]) -> Heads:
-    """Query, key and value [B, L, H, E]; the first two normed where the model norms them."""
-    made = project([getattr(attn, layer) for layer in layers], x_BLD)
-    parts = [part.unflatten(-1, (attn.heads, -1)) for part in made]
-    normed = [norm(part) if norm else part for norm, part in zip(norms, parts, strict=False)]
-    return [*normed, parts[2]]

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 ADAPTER = "default"  # diffusers' name of the only one there is
 
 
-def fold_adapters(blocks: Iterable[nn.Module]) -> None:
+def fold_adapters(blocks: Iterable[nn.Module], *, in_place: bool) -> None:
     """Has the adapted linears of the blocks add their adapter as it is said above.
 
-    Their class changes to a subclass of itself, of the same name; what PEFT does otherwise
-    (dropout, variants such as DoRA) stays as it is.
+    `in_place`: nothing keeps what a layer itself has made, so that the sum may take its place when
+    there are gradients too; without them it always does. Classes change to subclasses of
+    themselves, of the same names; what PEFT does otherwise (dropout, variants such as DoRA) stays.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -38,6 +39,8 @@ def fold_adapters(blocks: Iterable[nn.Module]) -> None:
             if isinstance(layer, LoraLayer) and _is_plain(layer):
                 kind: Any = type(layer)
                 layer.__class__ = _folded(kind)
+                # of a quantised layer autograd does not let it be changed
+                layer.in_place = in_place and type(layer.get_base_layer()) is nn.Linear
 
 
 def _is_plain(layer: Any) -> bool:
@@ -76,17 +79,15 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 def _together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     halves = [layer.lora_A[ADAPTER].weight for layer in layers]
-    a = halves[0] if len(halves) == 1 else torch.cat(halves)
-    parts = F.linear(x, a).split([half.shape[0] for half in halves], -1)
-    return [
-        _added(layer, layer.base_layer(x), part) for layer, part in zip(layers, parts, strict=True)
-    ]
+    flat = x.flatten(0, -2)
+    few = F.linear(flat, halves[0] if len(halves) == 1 else torch.cat(halves))
+    parts = few.split([half.shape[0] for half in halves], -1)
+    made = (_added(layer, flat, part) for layer, part in zip(layers, parts, strict=True))
+    return [out.unflatten(0, x.shape[:-1]) for out in made]
 
 
-def _added(layer: Any, out: Tensor, part: Tensor) -> Tensor:
-    """out [..., N] + s part [..., r] B' [r, N]."""
-    b, scale = layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
-    flat, few = out.flatten(0, -2), part.flatten(0, -2)
-    if torch.is_grad_enabled():  # checkpoints keep `out`
-        return torch.addmm(flat, few, b.t(), alpha=scale).view_as(out)
-    return flat.addmm_(few, b.t(), alpha=scale).view_as(out)
+def _added(layer: Any, x: Tensor, part: Tensor) -> Tensor:
+    """x W' + s part B', [T, N], of x [T, D] and part [T, r]."""
+    out, b = layer.base_layer(x), layer.lora_B[ADAPTER].weight
+    add = out.addmm_ if layer.in_place or not torch.is_grad_enabled() else out.addmm
+    return add(part, b.t(), alpha=layer.scaling[ADAPTER])

@@ -50,6 +50,11 @@ class PolicySettings(Strict):
         description="what computes attention",
         json_schema_extra={"enum": [name for name, b in BACKENDS.items() if b.backward]},
     )
+    block_kernels: bool = Field(
+        False,
+        description="has the model's blocks take our kernels between their matmuls: norms, "
+        "modulation, rotation, gates, GELU",
+    )
 
     @field_validator("path")
     @classmethod

@@ -13,12 +13,12 @@ from tests.engine.policies.built_in import Calls, built_in, sampled, trained
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums in another order
 
 
-def policies(family: str) -> tuple[Policy, Policy]:
+def policies(family: str, mode="none") -> tuple[Policy, Policy]:
     """Of one LoRA: as PEFT adds it, and folded."""
     peft, folded = built_in(family), built_in(family)
     for policy in (peft, folded):
         use_attention(policy.transformer, "native")
-    folded.fold_lora()
+    folded.fold_lora(mode)
     return peft, folded
 
 
@@ -39,7 +39,7 @@ def test_sampling_and_training_see_the_same_bits() -> None:
 
 @pytest.mark.parametrize("mode", ["selective", "matmuls", "full"])
 def test_checkpoints_change_no_bit(mode) -> None:
-    _, folded = policies("flux")
+    _, folded = policies("flux", mode)
     expected, gradients = trained(folded)
     out, again = trained(folded, mode)
     assert torch.equal(out, expected)
