@@ -1,6 +1,6 @@
 """Whole blocks of the published models: what they launch, move and compute, eager and compiled.
 
-    ./run bench model [--out FILE]
+    ./run bench model [--out FILE] [--block KIND] [--weights lora|full]
 
 On no GPU, and on none's clock: one block of each kind on fake tensors at its published width, bf16,
 512 px, forward and backward as LoRA and as full fine-tuning ask for it. `eager` is counted as it
@@ -29,6 +29,7 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "0"  # kernels as a compiler is shown them; none runs
 
 import torch
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -40,6 +41,7 @@ from core_ops.host import without_launches
 from core_ops.inductor import gpu_code
 from core_ops.machine import this_machine
 from gardo.policies.attention import use_attention
+from gardo.policies.block_kernels import use_block_kernels
 from gardo.policies.flux import FluxPolicy
 from gardo.policies.lora_files import lora_config
 from gardo.policies.lora_linear import fold_adapters
@@ -56,6 +58,7 @@ WAYS = {  # what is changed of the model: the LoRA folded, our kernels
     "kernels": (False, True),
     "folded, kernels": (True, True),
 }
+FAKE = FakeTensorMode()
 Row = dict[str, Any]
 
 
@@ -122,22 +125,23 @@ class Subject:
     def made(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The block, and all tensors of a call by name; those that train ask for a gradient."""
         folded, kernels = WAYS[self.way]
-        block = self.kind.block().to(torch.bfloat16).requires_grad_(self.weights == "full")
-        holder = nn.ModuleDict({"blocks": nn.ModuleList([block])})
-        if self.weights == "lora":
-            from peft import inject_adapter_in_model
-
-            targets = self.kind.policy.lora_targets
-            inject_adapter_in_model(lora_config(rank=RANK, alpha=RANK, targets=targets), holder)
-            holder.to(torch.bfloat16)
-            if folded:
-                fold_adapters([block], in_place=True)
+        with torch.device("meta"):
+            block = self.kind.block().requires_grad_(self.weights == "full")
+            holder = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+            if self.weights == "lora":
+                config = lora_config(rank=RANK, alpha=RANK, targets=self.kind.policy.lora_targets)
+                inject_adapter_in_model(config, holder)
+        if folded:
+            fold_adapters([block], in_place=True)
         use_attention(holder, "native")
         if kernels:
-            from gardo.policies.block_kernels import use_block_kernels
-
             use_block_kernels([block], "triton")
-        return block, dict(block.named_parameters()) | self._activations()
+        with FAKE:
+            weights = {
+                name: torch.empty(p.shape, dtype=torch.bfloat16, requires_grad=p.requires_grad)
+                for name, p in block.named_parameters()
+            }
+            return block, weights | self._activations()
 
     def _activations(self) -> dict[str, Tensor]:
         """Their gradients go on to the block before; a LoRA leaves the time embedding alone."""
@@ -154,7 +158,7 @@ class Subject:
         if self.kind.rotary:
             tokens = IMAGE + self.kind.text
             for name in ("cos", "sin"):
-                given[name] = torch.empty(tokens, self.kind.rotary)
+                given[name] = torch.empty(tokens, self.kind.rotary, dtype=torch.float32)
         return given
 
 
@@ -209,12 +213,16 @@ def share(computed: int, moved: int) -> float:
 
 def rows_of(kind: Kind, weights: str) -> Iterator[Row]:
     tokens = ROWS * (IMAGE + kind.text)
-    computed = flops(*Subject(kind, weights, "as it is").made())
+    plain = Subject(kind, weights, "as it is").made()
+    with FAKE:
+        computed = flops(*plain)
     for way, (folded, _) in WAYS.items():
         if folded and weights == "full":
             continue
         for mode, counts in (("eager", eager), ("compiled", compiled)):
-            forward, backward = counts(*Subject(kind, weights, way).made())
+            made = Subject(kind, weights, way).made()
+            with FAKE:
+                forward, backward = counts(*made)
             both = forward[1] + backward[1]
             yield {
                 "block": kind.name, "weights": weights, "model": way, "mode": mode,
@@ -242,13 +250,15 @@ def table(rows: list[dict[str, str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    parser.add_argument("--block", choices=[kind.name for kind in KINDS], help="of this kind alone")
+    parser.add_argument("--weights", choices=["lora", "full"], help="these alone")
     options = parser.parse_args()
     facts = this_machine("cpu").facts()
     names = ("torch", "triton", "revision", "date")
     rows: list[Row] = []
-    with mock.patch.object(_launch, "kernels_run_on", lambda device: True), FakeTensorMode():
-        for kind in KINDS:
-            for weights in ("lora", "full"):
+    with mock.patch.object(_launch, "kernels_run_on", lambda device: True):
+        for kind in [kind for kind in KINDS if options.block in (None, kind.name)]:
+            for weights in [options.weights] if options.weights else ["lora", "full"]:
                 for row in rows_of(kind, weights):
                     rows.append(row | {name: facts[name] for name in names})
                     print(row, file=sys.stderr, flush=True)

@@ -179,8 +179,8 @@ def rows_of(policy: FluxPolicy, samples: int, text_tokens: int) -> Rows:
 
 # Blocks as diffusers and PEFT run them; with the LoRA folded; by our kernels; compiled one by one.
 PATHS = (
-    "eager", "folded", "kernels", "kernels, folded", "compiled", "compiled, folded",
-    "compiled, kernels, folded",
+    "eager", "folded", "kernels", "kernels+folded", "compiled", "compiled+folded",
+    "compiled+kernels+folded",
 )  # fmt: skip
 
 

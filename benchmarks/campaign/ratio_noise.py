@@ -105,14 +105,14 @@ def cases(shape: Shape) -> list[Case]:
         equal(short, "none", lora_b="zero"), unequal(short, "none"),
         Case(many, many, short), Case(most, one, short),
         unequal(long), equal(long),
+        *(unequal(short, rollout_path=path, train_path=path)
+          for path in ("folded", "kernels", "compiled+folded")),
         *(case for name in ATTENTION[1:] for case in (
             unequal(short, rollout_attention=name, train_attention=name),
             equal(short, rollout_attention=name, train_attention=name),
             equal(short, train_attention=name))),
         equal(short, train_path="compiled"), unequal(short, train_path="compiled"),
         unequal(short, rollout_path="compiled", train_path="compiled"),
-        *(unequal(short, rollout_path=path, train_path=path)
-          for path in ("folded", "kernels", "compiled, folded")),
         equal(short, rollout_path="compiled", train_path="compiled"),
     ]  # fmt: skip
 

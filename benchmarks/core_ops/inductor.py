@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._inductor import compile_fx, ir, scheduler
+from torch._inductor.codecache import CacheBase
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
@@ -32,6 +33,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -75,6 +77,8 @@ def gpu_in_name() -> Iterator[None]:
         (cuda, "is_available"): True, (cuda, "device_count"): 1, (cuda, "current_device"): 0,
         (cuda, "get_device_capability"): (9, 0), (cuda, "get_device_properties"): H100,
         (DeviceProperties, "create"): H100, (scheduler, "has_triton"): True,
+        # where the choices of a tuned machine would be looked up
+        (CacheBase, "get_system"): {"hash": "none", "device": {"name": "H100"}, "version": {}},
     }  # fmt: skip
     with ExitStack() as stack:
         for (owner, name), value in answers.items():
@@ -102,23 +106,25 @@ def gpu_code(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Co
         results = (out,) if isinstance(out, Tensor) else out
         leaves = [x for x in inputs if x.requires_grad]
         torch.autograd.grad(results, leaves, [torch.empty_like(x) for x in results])
-        forward, backward = (_lowered(*graph) for graph in graphs)
+        with _disable_current_modes():  # a lowering has its own
+            forward, backward = (_lowered(*graph) for graph in graphs)
     return forward, backward
 
 
 def _lowered(graph: GraphModule, inputs: list[Tensor]) -> Code:
     mode = FakeTensorMode()
     with mode:
+        on_cpu = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs]
         on_gpu = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA) for x in inputs
         ]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*on_cpu)
+    with V.set_fake_mode(mode):
+        compile_fx._recursive_post_grad_passes(graph, is_inference=False)
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": CUDA}
     with gpu_in_name():
-        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*on_gpu)
-        with V.set_fake_mode(mode):
-            compile_fx._recursive_post_grad_passes(graph, is_inference=False)
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*on_gpu)
         lowering = GraphLowering(graph, example_inputs=on_gpu, is_inference=False)
         with (
