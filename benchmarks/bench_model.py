@@ -253,6 +253,8 @@ def main() -> int:
     parser.add_argument("--block", choices=[kind.name for kind in KINDS], help="of this kind alone")
     parser.add_argument("--weights", choices=["lora", "full"], help="these alone")
     options = parser.parse_args()
+    if options.out == RESULTS and (options.block or options.weights):
+        parser.error("--block and --weights count a part: say where it goes with --out")
     facts = this_machine("cpu").facts()
     names = ("torch", "triton", "revision", "date")
     rows: list[Row] = []
