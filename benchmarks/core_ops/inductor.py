@@ -134,7 +134,7 @@ def _lowered(graph: GraphModule, inputs: list[Tensor]) -> Code:
             lowering.run(*on_gpu)
             text = lowering.codegen()[0].value
             moved, nodes, _ = lowering.count_bytes()
-            heavy = sum(size for node, size in nodes if _is_library(node))
+            heavy = sum(4 * size for node, size in nodes if _is_library(node))  # told in words
     kernels = (*KERNEL.findall(text), *EXTERN.findall(text))
     return Code(kernels, int(moved), int(moved - heavy), text)
 
