@@ -47,10 +47,11 @@ def test_together_they_leave_the_least(rows: Rows) -> None:
         )
 
 
-def test_a_compiler_launches_less_than_eager(rows: Rows) -> None:
-    plain = "as it is"
-    eager, compiled = (numbers(rows[plain, mode], "launches") for mode in ("eager", "compiled"))
-    assert all(a < b for a, b in zip(compiled, eager, strict=True))
+@pytest.mark.parametrize("name", ["launches", "kb_token"])
+def test_a_compiler_leaves_less_than_eager(rows: Rows, name: str) -> None:
+    for model in ("as it is", "folded"):
+        eager, compiled = (numbers(rows[model, mode], name) for mode in ("eager", "compiled"))
+        assert all(a < b for a, b in zip(compiled, eager, strict=True))
 
 
 def test_what_is_computed_does_not_change(rows: Rows) -> None:
