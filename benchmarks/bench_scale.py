@@ -1,6 +1,6 @@
 """How an iteration grows: with images, with trained steps, over time, and with GPUs.
 
-    ./run bench scale [PART ...]        parts: images steps time gathers gpus; all: about 20 minutes
+    ./run bench scale [PART ...]        parts: images steps time gathers gpus; all: about 15 minutes
 
 images, steps   seconds of the tiny Flux at four sizes each, one process, the least of 3 launches in
                 turns and 5 iterations of each: what a size adds to the one before it, of an image

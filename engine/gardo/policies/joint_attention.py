@@ -103,7 +103,7 @@ class FluxAttention(JointAttention):
         from diffusers.models.embeddings import apply_rotary_emb
 
         first = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        tables = image_rotary_emb or ()
+        tables = image_rotary_emb or () if self.norm_and_turn else ()  # cut for the kernel alone
         norms, turn = (attn.norm_q, attn.norm_k), [table[first:] for table in tables]
         q, k, v = self._heads(attn, hidden_states, IMAGE, norms, turn)
         if encoder_hidden_states is not None:
