@@ -9,8 +9,8 @@ launches (core_ops/counting.py), `compiled` is read from the code that Inductor 
 (policies/lora_linear.py), and with our kernels between matmuls (policies/block_kernels.py). Bytes
 are those of all that is neither a matmul nor attention.
 
-The share of the matmul ceiling is A MODEL: FLOPs at the rate that `gardo plan` assumes, beside
-bytes at a stated bandwidth, one after the other.
+The share of the matmul ceiling is A MODEL (block_traffic.py): FLOPs at the rate that `gardo plan`
+assumes, beside bytes at a stated bandwidth, one after the other.
 
 Writes results/model_counts.csv and the table of benchmarks/README.md.
 """
@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from block_traffic import COUNTS, MATMULS, MEMORY, share
 from core_ops import report
 from core_ops.counting import Counter
 from core_ops.host import without_launches
@@ -49,9 +50,7 @@ from gardo.policies.sd3 import SD3Policy
 from gardo_kernels import _launch
 from pages import ROOT, fill
 
-RESULTS = ROOT / "benchmarks" / "results" / "model_counts.csv"
 ROWS, IMAGE, TEXT, RANK = 3, 1024, 512, 64
-MATMULS, MEMORY = 790e12, 3.0e12  # FLOP/s and bytes/s of an H100 at work, both assumed
 WAYS = {  # what is changed of the model: the LoRA folded, our kernels
     "as it is": (False, False),
     "folded": (True, False),
@@ -205,12 +204,6 @@ def flops(block: nn.Module, given: dict[str, Tensor]) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def share(computed: int, moved: int) -> float:
-    """Of the matmul ceiling: the model."""
-    seconds = computed / MATMULS
-    return round(seconds / (seconds + moved / MEMORY), 3)
-
-
 def rows_of(kind: Kind, weights: str) -> Iterator[Row]:
     tokens = ROWS * (IMAGE + kind.text)
     plain = Subject(kind, weights, "as it is").made()
@@ -230,8 +223,8 @@ def rows_of(kind: Kind, weights: str) -> Iterator[Row]:
                 "forward_kb_token": round(forward[1] / tokens / 1e3, 1),
                 "backward_kb_token": round(backward[1] / tokens / 1e3, 1),
                 "mflop_token": round(sum(computed) / tokens / 1e6, 1),
-                "share_sampling": share(computed[0], forward[1]),
-                "share_training": share(sum(computed), both),
+                "share_sampling": round(share(computed[0], forward[1]), 3),
+                "share_training": round(share(sum(computed), both), 3),
             }  # fmt: skip
 
 
@@ -249,11 +242,11 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    parser.add_argument("--out", type=Path, default=COUNTS, help="the CSV file")
     parser.add_argument("--block", choices=[kind.name for kind in KINDS], help="of this kind alone")
     parser.add_argument("--weights", choices=["lora", "full"], help="these alone")
     options = parser.parse_args()
-    if options.out == RESULTS and (options.block or options.weights):
+    if options.out == COUNTS and (options.block or options.weights):
         parser.error("--block and --weights count a part: say where it goes with --out")
     facts = this_machine("cpu").facts()
     names = ("torch", "triton", "revision", "date")
@@ -265,8 +258,8 @@ def main() -> int:
                     rows.append(row | {name: facts[name] for name in names})
                     print(row, file=sys.stderr, flush=True)
     report.write(options.out, rows)
-    if options.out == RESULTS:
-        fill(ROOT / "benchmarks" / "README.md", "model counts", table(report.read(RESULTS)))
+    if options.out == COUNTS:
+        fill(ROOT / "benchmarks" / "README.md", "model counts", table(report.read(COUNTS)))
     print(table(report.read(options.out)))
     return 0
 

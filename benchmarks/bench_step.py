@@ -1,7 +1,7 @@
 """Where an iteration's seconds go, and what they are against other ways to run it.
 
     ./run bench step RECIPE [--set FIELD=VALUE ...] [--against SIDE ...] [--gpus N]
-    ./run bench step                                the committed cases, on a CPU: about 25 minutes
+    ./run bench step                                the committed cases, on a CPU: about 45 minutes
     ./run bench step --case flux_wide --out FILE    FLUX.1-dev's width, a fifth of its depth: a GPU
     ./run bench step --case flux_wide_ways --out F  the same: compiled, folded, by our kernels
 
@@ -11,15 +11,16 @@ ours with one thing changed (step/ours.py; --list names them). Each launch is a 
 the sides in turns, because two launches of one side differ by up to 10 %; of every launch the first
 iteration is left out. A side's seconds are the median over launches of their medians, and what it
 gains the median over turns. FLOPs are counted from the shapes of modules and checked against
-torch's counter; what they predict stands beside what was measured.
+torch's counter; what they predict stands beside what was measured, for Flux on a GPU together with
+the bytes that each way to run its blocks moves (block_traffic.py, a model).
 
-Without a RECIPE writes results/step.csv and its tables in benchmarks/README.md.
+Without a RECIPE writes results/step.csv and its tables in benchmarks/README.md; `--case` measures
+its cases again and leaves the others' rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -35,6 +36,8 @@ from typing import Any
 import torch
 
 import real_width
+from block_traffic import seconds as seconds_of
+from core_ops.report import read, write
 from pages import ROOT, fill, revision
 from step.models import make
 from step.ours import SIDES
@@ -55,10 +58,12 @@ class Case:
 
 ZERO = ("distributed.engine=zero", "distributed.stage=3")
 HUB, WIDE = "black-forest-labs/FLUX.1-dev", (4, 8)  # blocks of each kind, of 19 and 38
+WAYS = ("compiled", "folded", "block_kernels", "compiled_folded", "kernels_folded")
 CASES = {
     "flux": Case(STEP / "flux.yaml", ("released", "reference_everywhere"), model="flux"),
     "flux_zero3": Case(STEP / "flux.yaml", ("released", "reference_everywhere"), ZERO, "flux"),
     "sd3": Case(STEP / "sd3.yaml", ("released", "all_rows"), model="sd3"),
+    "flux_ways": Case(STEP / "flux.yaml", WAYS, model="flux"),
 }
 # FLUX.1-dev's width in bf16, for a GPU
 WIDE_CASE = Case(
@@ -68,7 +73,6 @@ WIDE_CASE = Case(
      "distributed.stage=1", "distributed.precision=bfloat16"),
     HUB,
 )  # fmt: skip
-WAYS = ("compiled", "folded", "block_kernels", "compiled_folded", "kernels_folded")
 ALL_CASES = {
     **CASES, "flux_wide": WIDE_CASE, "flux_wide_ways": replace(WIDE_CASE, sides=WAYS)
 }  # fmt: skip
@@ -135,8 +139,8 @@ class Measured:
         names = dict.fromkeys(name for one in every for name in one)
         return {name: median(one.get(name, 0) for one in every) for name in names}
 
-    def flops(self, of_row: dict[str, float], trained: str) -> float:
-        """Of an iteration, `trained` being what a trained row costs."""
+    def of_rows(self, of_row: dict[str, float], trained: str = "executed") -> float:
+        """FLOPs or bytes of an iteration, `trained` being what a trained row costs."""
         rows = self.mean("rows")
         forward = sum(rows.get(name, 0) for name in FORWARD) * of_row["forward"]
         return forward + sum(rows.get(name, 0) for name in TRAINED) * of_row[trained]
@@ -170,7 +174,7 @@ def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     for side, kept in sides.items():
-        executed, useful = kept.flops(of_row, "executed"), kept.flops(of_row, "training")
+        executed, useful = kept.of_rows(of_row), kept.of_rows(of_row, "training")
         images = kept.mean("rows")["decode"]
         counted = kept.counts
         for turn, seconds in enumerate(kept.seconds, start=1):
@@ -178,7 +182,7 @@ def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[
                 "case": name, "side": side, "launch": turn, "phase": "iteration",
                 "seconds": round(seconds, 4), "calls": "", "rows": "",
                 "against_ours": round(seconds / ours.seconds[turn - 1], 4),
-                "flops_against_ours": round(executed / ours.flops(of_row, "executed"), 4),
+                "predicted_against_ours": round(predicted(kept, ours, of_row), 4),
                 "images_per_second_per_gpu": round(images / seconds, 3),
                 "gflop": round(executed / 1e9, 1),
                 "gflop_counted": round(counted["flops"] / 1e9, 1),
@@ -199,19 +203,29 @@ def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[
             }  # fmt: skip
 
 
+def predicted(side: Measured, ours: Measured, of_row: dict[str, float]) -> float:
+    """What the side's seconds are of ours by FLOPs; by bytes too, where both sides know theirs."""
+    both = side.told.get("row_bytes"), ours.told.get("row_bytes")
+    each = [
+        seconds_of(kept.of_rows(of_row), kept.of_rows(moved) if all(both) else 0.0)
+        for kept, moved in zip((side, ours), both, strict=True)
+    ]
+    return each[0] / each[1]
+
+
 def of_counted(counted: dict[str, Any], of_row: dict[str, float]) -> float:
     """What the shapes of modules say of the iteration that torch's counter saw."""
     kept = Measured([[{"rows": counted["rows"]}]])
-    return kept.flops(of_row, "executed")
+    return kept.of_rows(of_row)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
 def sides_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a case and side: seconds, what they are of ours, what FLOPs predict, counts."""
+    """A line a case and side: seconds, what they are of ours, what is predicted, counts."""
     lines = [
-        "| case | side | s an iteration | of ours | FLOPs predict | images/s | MFU, executed "
+        "| case | side | s an iteration | of ours | predicted | images/s | MFU, executed "
         "| GFLOP by shapes / counted | launches | waits | peak GB |",
         "|---" * 11 + "|",
     ]
@@ -227,7 +241,7 @@ def sides_table(rows: Sequence[dict[str, Any]]) -> str:
         last = of[-1]
         lines.append(
             f"| {key[0]} | `{key[1]}` | {middle('seconds'):.2f} | {middle('against_ours'):.3f}"
-            f"{spread} | {middle('flops_against_ours'):.3f} "
+            f"{spread} | {middle('predicted_against_ours'):.3f} "
             f"| {middle('images_per_second_per_gpu'):.2f} | {middle('mfu_executed'):.2f} "
             f"| {last['gflop_of_counted']} / {last['gflop_counted']} "
             f"| {last['launches']} | {last['waits']} | {last['peak_gb']} |"
@@ -236,9 +250,9 @@ def sides_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def gains_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What ours saves of each other side's seconds, and how much of what FLOPs promise that is."""
+    """What ours saves of each other side's seconds, and how much of what was promised that is."""
     lines = [
-        "| case | beside | ours takes | saved | FLOPs promise | kept of it | phases but `other` |",
+        "| case | beside | ours takes | saved | promised | kept of it | phases but `other` |",
         "|---" * 7 + "|",
     ]
     phases = {}
@@ -251,7 +265,7 @@ def gains_table(rows: Sequence[dict[str, Any]]) -> str:
             of_sides.setdefault((row["case"], row["side"]), []).append(row)
     for (case, side), of in of_sides.items():
         takes = median(1 / float(row["against_ours"]) for row in of)
-        promised = 1 - 1 / float(of[0]["flops_against_ours"])
+        promised = 1 - 1 / float(of[0]["predicted_against_ours"])
         kept = f"{100 * (1 - takes) / promised:.0f} %" if promised else ""
         known = 1 - phases[case]["other"] / sum(phases[case].values())
         lines.append(
@@ -277,20 +291,16 @@ def phases_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """All of them, and where they were measured."""
-    first = rows[0]
-    place = (
-        f"Measured on a {first['device']} with {first['threads']} threads, torch {first['torch']}, "
-        f"at revision {first['revision']}, {first['date']}."
-    )
-    return "\n\n".join([sides_table(rows), gains_table(rows), phases_table(rows), place])
-
-
-def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        place = (
+            f"on a {row['device']} with {row['threads']} threads, torch {row['torch']}, "
+            f"at revision {row['revision']}, {row['date']}"
+        )
+        cases = places.setdefault(place, [])
+        cases += [row["case"]] * (row["case"] not in cases)
+    measured_on = "\n".join(f"{', '.join(names)}: measured {p}." for p, names in places.items())
+    return "\n\n".join([sides_table(rows), gains_table(rows), phases_table(rows), measured_on])
 
 
 def main() -> None:
@@ -314,8 +324,7 @@ def main() -> None:
         print("\n".join(f"{name:22} {what}" for name, what in said.items()))
         return
     if options.redraw:
-        with RESULTS.open(encoding="utf-8") as file:
-            fill(ROOT / "benchmarks" / "README.md", "step", tables(list(csv.DictReader(file))))
+        fill(ROOT / "benchmarks" / "README.md", "step", tables(read(RESULTS)))
         return
     if options.recipe:
         case = Case(options.recipe.resolve(), tuple(options.against), tuple(options.sets),
@@ -324,6 +333,7 @@ def main() -> None:
     else:
         cases = {name: ALL_CASES[name] for name in options.case}
     path = options.out or (None if options.recipe else RESULTS)
+    kept = [row for row in read(RESULTS) if row["case"] not in cases] if path == RESULTS else []
     done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, case in cases.items():
@@ -333,11 +343,11 @@ def main() -> None:
             for sides in measured(ready, options.launches, options.iterations, Path(scratch)):
                 rows = [*done, *rows_of(name, ready, sides)]
                 if path:
-                    write(rows, path)
+                    write(path, [*kept, *rows])
             done = rows
     print(tables(done))
-    if not options.recipe and not options.out:
-        fill(ROOT / "benchmarks" / "README.md", "step", tables(done))
+    if path == RESULTS:
+        fill(ROOT / "benchmarks" / "README.md", "step", tables(read(path)))
 
 
 def with_model(case: Case, scratch: Path) -> Case:

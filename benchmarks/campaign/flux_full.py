@@ -12,7 +12,8 @@ not measured again.
 Times are medians from an idle device: at micro-batch 1 the host's launches show. `first_call_s` has
 the compilation in it, and of `weights` it is the time to make them; `peak_gib` and `held_gib` are
 the most that tensors took and what they took afterwards, without an optimizer, on a GPU of
-`gpu_gib`.
+`gpu_gib`. `modelled_percent` is what the counted traffic of whole blocks lets one expect of
+`percent_of_ceiling` (block_traffic.py), a model at that ceiling.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from block_traffic import MATMULS, flux_traffic, share
 from core_ops.machine import Machine
 
 from .flux_bench import Call, FluxBench
@@ -40,6 +42,7 @@ from .flux_model import (
     Shape,
     add_lora,
     build,
+    flops,
     graphs,
     rows_of,
     set_up,
@@ -51,7 +54,7 @@ COLUMNS = (
     "work", "micro_batch", "checkpointing", "path", "attention", "lora", "text_tokens", "block",
     "kind", "share_percent", "ms", "least_ms", "reps", "first_call_s", "graphs", "peak_gib",
     "held_gib", "gpu_gib", "model_tflop", "executed_tflop", "model_tflop_s", "executed_tflop_s",
-    "percent_of_peak", "percent_of_ceiling", "ceiling_tflop_s",
+    "percent_of_peak", "percent_of_ceiling", "modelled_percent", "ceiling_tflop_s",
 )  # fmt: skip
 KINDS = ("matmul", "attention", "norm and elementwise", "LoRA's matmuls", "other")
 
@@ -121,10 +124,22 @@ class Bench(FluxBench):
         if not case.lora:
             self.policy.transformer.disable_adapters()
         try:
-            row = self.timed(case)
+            row = self.timed(case) | self.modelled(case)
         finally:
             self.policy.transformer.enable_adapters()
         return [row | {"graphs": graphs() if "compiled" in case.path else ""}]
+
+    def modelled(self, case: Case) -> Row:
+        policy, image_tokens = self.policy.transformer, self.policy.latent_shape[0]
+        count = flops(policy, image_tokens, case.text_tokens, case.lora)
+        moved = flux_traffic(case.path, policy, case.lora)
+        computed, of_token = count.forward, moved.forward
+        if case.work == "train":
+            again = case.checkpointing != "none"
+            computed, of_token = count.training(case.checkpointing)[1], moved.training(again)
+        rate = 1e12 * self.ceiling if self.ceiling else MATMULS
+        tokens = image_tokens + case.text_tokens
+        return {"modelled_percent": number(100 * share(computed, tokens * of_token, rate))}
 
     def expected_s(self, case: Case) -> float:
         """By estimate, not yet by measurement."""
@@ -227,17 +242,19 @@ def kind_of(op: str, shapes: Any, rank: int) -> str:
 
 def report(table: Table) -> str:
     """A line a row: what, how fast, how full."""
-    lines = [f"{'what':52} {'ms':>9} {'TFLOP/s':>8} {'% ceiling':>9} {'GiB':>6}  status"]
+    lines = [
+        f"{'what':52} {'ms':>9} {'TFLOP/s':>8} {'% ceiling':>9} {'model':>6} {'GiB':>6}  status"
+    ]
     for row in table.rows:
         r = {name: row.get(name) for name in table.columns}
         what = f"{r['work']} mb {r['micro_batch']} {r['path']} {r['checkpointing']}"
         what += f" {r['attention']} {r['text_tokens']}" + (" no LoRA" * (str(r["lora"]) == "False"))
         if r["work"] == "profile" and r["kind"]:
             what = f"{r['block']} block: {r['kind']} {r['share_percent']} %"
-        numbers = [r[n] or "" for n in ("ms", "executed_tflop_s", "percent_of_ceiling", "peak_gib")]
-        ms, rate, percent, peak = map(str, numbers)
+        names = "ms", "executed_tflop_s", "percent_of_ceiling", "modelled_percent", "peak_gib"
+        ms, rate, percent, modelled, peak = (str(r[name] or "") for name in names)
         note = f"{r['status']} {r['note'] or ''}"[:70]
-        lines.append(f"{what:52} {ms:>9} {rate:>8} {percent:>9} {peak:>6}  {note}")
+        lines.append(f"{what:52} {ms:>9} {rate:>8} {percent:>9} {modelled:>6} {peak:>6}  {note}")
     return "\n".join([*lines, f"{tally(table)}; micro-batches that fit: {fitting(table)}"])
 
 

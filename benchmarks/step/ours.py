@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_traffic import flux_traffic
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.machine import ranks
@@ -147,6 +148,7 @@ def run(recipe_path: str, sets: list[str], side: Side, count: bool) -> dict[str,
         "matmul_rate": rate,
         "peak_bytes": peak,
         "row_flops": row_flops(meter, recipe.train.activation_checkpointing, iterations[0]),
+        "row_bytes": row_bytes(session) if device.type == "cuda" else None,
         "iterations": iterations,
         **(meter.executed.counts() if count else {}),
     }
@@ -159,6 +161,25 @@ def row_flops(meter: Meter, checkpointing: str, first: dict[str, Any]) -> dict[s
     rows = sum(first["rows"][name] for name in trained)
     both = sum(meter.flops.total[name] for name in trained) / rows
     return {"forward": forward, "training": both, "executed": both + AGAIN[checkpointing] * forward}
+
+
+def row_bytes(session: Session) -> dict[str, float] | None:
+    """Beside matmuls and attention, of a row: forward, forward and backward. The model of an H100;
+    none for other models than Flux."""
+    recipe, policy = session.recipe, session.policy
+    if recipe.model.family != "flux":
+        return None
+    ways = {
+        "compiled": recipe.train.compile != "none",
+        "kernels": recipe.model.block_kernels,
+        "folded": getattr(recipe.train.weights, "folded", False),
+    }
+    lora = recipe.train.weights.kind == "lora"
+    path = "+".join(name for name, taken in ways.items() if taken)
+    moved = flux_traffic(path, policy.transformer, lora)
+    tokens = policy.latent_shape[0] + recipe.model.text_tokens
+    again = recipe.train.activation_checkpointing != "none"
+    return {"forward": tokens * moved.forward, "executed": tokens * moved.training(again)}
 
 
 def main(arguments: list[str] | None = None) -> int:
