@@ -60,6 +60,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
     "train":         "* | torch",
+    "selftest":      "* | torch",
     "cli":           "* | torch typer rich",
 }
 AT_START = {  # when the module is imported, as opposed to when a function of it runs

@@ -1,31 +1,23 @@
-"""Processes for the tests: ranks forked from one process that has imported everything, and the
-deepspeed launcher as a user types it.
-
-An import of everything takes as long as ten iterations of a case; a fork of it takes none, and is a
-process of its own all the same: nothing of an earlier launch is left in it.
+"""Processes for the tests: ranks forked from one process that has imported everything
+(gardo.selftest.forked), and the deepspeed launcher as a user types it.
 """
 
 from __future__ import annotations
 
-import functools
-import gc
-import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import connection, forkserver
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from gardo.launch import free_port
+from gardo.selftest.forked import TIMEOUT, Launched, on_cpu, prepare, server, wait_for
 from tests import ROOT
 from tests.integration.cases import Case, dumps
 
-TIMEOUT = 1500.0
+__all__ = ["Launched", "free_port", "server", "wait_for"]
+
 WORKER, REPLAY = "tests.integration.worker", "tests.integration.replay"
 
 
@@ -34,112 +26,14 @@ def environment(accelerator: str = "cpu") -> dict[str, str]:
     here = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT)]
     path = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
-        **os.environ,
+        **on_cpu(),  # without advice on what to install
         "PYTHONPATH": path,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": accelerator,
-        "TRANSFORMERS_VERBOSITY": "error",  # no advice on what to install
     }
 
 
-# ---- forked ranks --------------------------------------------------------------------------------
-
-
-@functools.cache
-def server() -> Any:
-    """Where ranks are forked from; starting it does not wait for its imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([WORKER, REPLAY])
-    with _environment_set(environment()):
-        forkserver.ensure_running()
-    return context
-
-
-@contextmanager
-def _environment_set(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-class Launched:
-    """Ranks that run `target(*arguments)`; none (0) is one process that no launcher has started."""
-
-    def __init__(self, ranks: int, target: Callable[..., Any], *arguments: Any) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="gardo-ranks-"))
-        self._logs = [self._folder / f"rank{rank}.txt" for rank in range(max(ranks, 1))]
-        port = free_port()
-        self._processes = [
-            server().Process(target=_rank, args=(rank, ranks, port, log, target, arguments))
-            for rank, log in enumerate(self._logs)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def wait(self) -> str:
-        """What rank 0 printed, when all have ended well; AssertionError with a rank's last words
-        when one has not."""
-        left = {process.sentinel: process for process in self._processes}
-        failed = []
-        try:
-            while left and not failed:
-                ended = connection.wait(left, TIMEOUT) or list(left)
-                done = [left.pop(sentinel) for sentinel in ended]  # type: ignore[call-overload]
-                failed = [process for process in done if process.exitcode != 0]
-        finally:
-            self.kill()  # those that wait for the one that died
-        said = [log.read_text() if log.exists() else "" for log in self._logs]
-        shutil.rmtree(self._folder)
-        for process in failed:
-            rank = self._processes.index(process)
-            last = said[rank][-6000:]
-            raise AssertionError(f"rank {rank}, exit code {process.exitcode}:\n{last}")
-        return said[0]
-
-    def kill(self) -> None:
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-
-
-def wait_for(launched: Sequence[Launched]) -> None:
-    """Until all have ended well; if one has not, none goes on."""
-    try:
-        for one in launched:
-            one.wait()
-    finally:
-        for one in launched:
-            one.kill()
-
-
-def _rank(
-    rank: int, ranks: int, port: int, log: Path, target: Callable[..., Any], arguments: Any
-) -> None:
-    """In the new process: what the launcher would set, then the work."""
-    from gardo.distributed.base import leave_process_group
-
-    gc.freeze()  # DeepSpeed collects garbage at every start; not among all that was imported
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if ranks:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        os.environ.update({name: str(value) for name, value in names.items()})
-    code = target(*arguments)
-    leave_process_group()
-    sys.exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+prepare([WORKER, REPLAY], environment())
 
 
 # ---- cases ---------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""What a recipe can put into a run from outside: plug-ins with a flaw, `gardo.selftest.faults:X`.
+
+Iterations are counted from 1, as metrics.jsonl counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gardo.algorithms.wrapper import Wrapper, WrapperSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.types import Batch, Metrics, Prompt, SamplePlan
+
+
+class FlawedSettings(WrapperSettings):
+    at: list[int]  # iterations
+    flaw: Literal["gradient", "loss"] = "gradient"
+    rank: int | None = None  # of that rank alone
+
+
+class Flawed(Wrapper):
+    """An algorithm whose loss, or the gradient of it, is NaN in some iterations."""
+
+    Settings: ClassVar[type[WrapperSettings]] = FlawedSettings
+    _iteration = 0
+
+    def plan(self, step: int) -> SamplePlan:
+        self._iteration = step + 1
+        return self.base.plan(step)
+
+    def loss(self, ctx: Any, batch: Batch) -> tuple[Tensor, Metrics]:
+        loss, metrics = self.base.loss(ctx, batch)
+        if self._iteration not in self.settings.at or not self._here():
+            return loss, metrics
+        if self.settings.flaw == "loss":
+            return loss * float("nan"), metrics
+        return _NaNGradient.apply(loss), metrics  # type: ignore[no-untyped-call]
+
+    def _here(self) -> bool:
+        wanted = self.settings.rank
+        if wanted is None or not torch.distributed.is_initialized():
+            return True
+        return bool(torch.distributed.get_rank() == wanted)
+
+
+class _NaNGradient(torch.autograd.Function):
+    """The value, with a NaN for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0] * float("nan")
+
+
+class OddSettings(RewardSettings):
+    nan_at: list[int] = []  # calls
+    nan_from: int = 1_000_000
+
+
+class Odd(Reward):
+    """How bright an image is; NaN for all images of some calls, the first being 1."""
+
+    Settings = OddSettings
+    _calls = 0
+
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self._calls += 1
+        value = images_B3HW.mean((1, 2, 3))
+        bad = self._calls in self.settings.nan_at or self._calls >= self.settings.nan_from
+        return value * float("nan") if bad else value
