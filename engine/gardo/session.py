@@ -51,7 +51,8 @@ from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
-from gardo.run_folder import check_changes, open_log
+from gardo.run_folder import check_changes, keep_id, open_log, own_folder, run_id
+from gardo.run_lock import RunLock
 from gardo.settings import FieldError
 from gardo.types import Prompt
 
@@ -328,15 +329,20 @@ def open_session(
     quiet: bool = False,
     resume: bool = False,
     profile: bool = False,
+    lock: RunLock | None = None,
 ) -> Session:
     """Checks the geometry, then loads the models and starts the engine.
 
     `resume` goes on from the run's newest checkpoint, if it has one; `profile` records a step.
+    `lock` is taken before anything of the run is touched, to be given back by who made it; without
+    one nobody else must be using the run's folder.
     """
     quiet_libraries()
     resume = resume and bool(committed(asked.checkpoint_folder))
     changes = check_changes(asked, source) if resume else []
     recipe, device, plan, notes = prepare(asked, source)
+    if lock:
+        notes.append(own_folder(lock, join_ranks(recipe, device), source))
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     first = ranks()[0] == 0
@@ -364,7 +370,12 @@ def open_session(
         algorithm=algorithm,
         engine=engine,
         evaluator=build_evaluator(recipe, policy, panel, engine),
-        checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
+        checkpoints=Checkpoints(
+            recipe.checkpoint_folder,
+            engine,
+            recipe.checkpoint,
+            run_id(recipe.run_folder) if resume else None,
+        ),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel.differentiable_score),
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
@@ -380,6 +391,7 @@ def open_session(
             progress.message(f"changed since the run started: {change}")
     if first:
         session.log = open_log(asked, progress, session.first_step)
+        session.checkpoints.run = keep_id(recipe.run_folder, session.checkpoints.run)
         left = recipe.run.steps - session.first_step
         if profile and left:
             session.profile = StepProfile(recipe.run_folder / "profile", device, left=left)

@@ -28,6 +28,7 @@ from gardo.phases import (
     taught,
 )
 from gardo.recipe_errors import RankError, RecipeError
+from gardo.run_lock import RunLock
 from gardo.session import Session, open_session
 from gardo.types import Metrics, select
 
@@ -85,18 +86,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recipe = load(options.recipe, options.sets)
-        session = open_session(
-            recipe, source=options.recipe, resume=options.resume, profile=options.profile
-        )
+        with RunLock(recipe.run_folder) as lock:
+            session = open_session(
+                recipe,
+                source=options.recipe,
+                resume=options.resume,
+                profile=options.profile,
+                lock=lock,
+            )
+            with session:
+                train(session)
+            leave_process_group()
+            publish(session)
     except RecipeError as error:
         # the others of the machine say the same
         if ranks()[1] == 0 or isinstance(error, RankError):
             print(error, file=sys.stderr)
         return 2
-    with session:
-        train(session)
-    leave_process_group()
-    publish(session)
     return 0
 
 
