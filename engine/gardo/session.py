@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from gardo.distributed.group import Group
 from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
+from gardo.ending import Stop
 from gardo.evaluation.evaluate import Evaluator
 from gardo.machine import (
     as_it_runs,
@@ -76,7 +77,10 @@ class Session:
     progress: Progress
     average: Average | None = None  # of the weights, where the recipe asks for one
     profile: StepProfile | None = None  # where one was asked for, on the first rank
+    stop: Stop = field(default_factory=Stop)
     first_step: int = 0
+    finished: int = 0  # iterations
+    evaluated: int = -1  # after so many of them, last
 
     def write(self, record: dict[str, Any]) -> None:
         if self.log:
@@ -88,6 +92,7 @@ class Session:
             "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
             "average": self.average.state_dict() if self.average else None,
+            "evaluated": self.evaluated,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -121,7 +126,8 @@ class Session:
         if self.average:
             self.average.load_state_dict(state["average"])
         self.evaluator.restore(state["first_evaluation"])
-        self.first_step = saved.step
+        self.first_step = self.finished = saved.step
+        self.evaluated = state.get("evaluated", saved.step)
         self.progress.resumed(saved.step)
 
     def __enter__(self) -> Self:

@@ -85,8 +85,7 @@ class Saved:
         return self._index[kind]
 
     def check_run(self, run: str | None) -> None:
-        """Unusable where it is not the run's of this id; where one of them is not known it may be.
-        """
+        """Unusable where it is of another run than the one of this id; without an id it may be any."""
         found = self.manifest.get("run")
         if run and found and found != run:
             raise Unusable(

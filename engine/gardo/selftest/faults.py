@@ -5,6 +5,8 @@ Iterations are counted from 1, as metrics.jsonl counts them.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -34,17 +36,18 @@ class Flawed(Wrapper):
 
     def loss(self, ctx: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, metrics = self.base.loss(ctx, batch)
-        if self._iteration not in self.settings.at or not self._here():
+        if self._iteration not in self.settings.at or not is_rank(self.settings.rank):
             return loss, metrics
         if self.settings.flaw == "loss":
             return loss * float("nan"), metrics
         return _NaNGradient.apply(loss), metrics  # type: ignore[no-untyped-call]
 
-    def _here(self) -> bool:
-        wanted = self.settings.rank
-        if wanted is None or not torch.distributed.is_initialized():
-            return True
-        return bool(torch.distributed.get_rank() == wanted)
+
+def is_rank(wanted: int | None) -> bool:
+    """Whether this process is the rank that is wanted; None: any."""
+    if wanted is None or not torch.distributed.is_initialized():
+        return True
+    return bool(torch.distributed.get_rank() == wanted)
 
 
 class _NaNGradient(torch.autograd.Function):
@@ -75,3 +78,26 @@ class Odd(Reward):
         value = images_B3HW.mean((1, 2, 3))
         bad = self._calls in self.settings.nan_at or self._calls >= self.settings.nan_from
         return value * float("nan") if bad else value
+
+
+class DisturbingSettings(RewardSettings):
+    at: list[int] = []  # calls
+    signal: int | None = None  # sent to this process; None: the call never ends
+    rank: int | None = None  # of that rank alone
+
+
+class Disturbing(Reward):
+    """How bright an image is; while some calls last, the first being 1, its process is asked to
+    end, or hangs."""
+
+    Settings = DisturbingSettings
+    _calls = 0
+
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self._calls += 1
+        if self._calls in self.settings.at and is_rank(self.settings.rank):
+            if self.settings.signal is None:
+                time.sleep(3600)
+            else:
+                os.kill(os.getpid(), self.settings.signal)
+        return images_B3HW.mean((1, 2, 3))
