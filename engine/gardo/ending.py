@@ -23,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol, Self
 
+import psutil
+
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 REPEATED = 1.0  # seconds; launchers send twice what they were sent once
 HUNG = 124  # the exit code of a rank that the watchdog ended, as of `timeout`
@@ -43,13 +45,15 @@ class Stop:
     """Inside, a signal that asks this process to end sets `asked` to its number, and no more.
 
     The same or another of them a second later ends the process with 128 + its number, even if it
-    hangs in a collective: a thread sees to that. Signals that are ignored (nohup) stay so.
+    hangs in a collective: a thread sees to that. So does the first, where another rank of this
+    launcher has ended, which is then why it comes. Signals that are ignored (nohup) stay so.
     """
 
     def __init__(self) -> None:
         self.asked = 0
 
     def __enter__(self) -> Self:
+        self._ranks = len(ranks_of(os.getppid()))
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._earlier_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -72,11 +76,22 @@ class Stop:
         while number := int.from_bytes(os.read(self._read, 1)):
             if number not in ASKING:
                 continue
-            if not self.asked:
+            if not self.asked and len(ranks_of(os.getppid())) == self._ranks:
                 self.asked, first = number, time.monotonic()
             elif time.monotonic() - first > REPEATED:
                 leave_at_once(128 + number)
         os.close(self._read)
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks that this process of DeepSpeed's has started and that run; of another one none."""
+    found = []
+    with suppress(psutil.Error):
+        for child in psutil.Process(launcher).children():
+            with suppress(psutil.Error):
+                if any(part.startswith("--local_rank=") for part in child.cmdline()):
+                    found.append(child)
+    return found
 
 
 class Clock(Protocol):

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from gardo.distributed.nodes import for_pdsh, included, read_hostfile, sent_on
-from gardo.ending import ASKING, STARTED_HERE, die_with
+from gardo.ending import ASKING, STARTED_HERE, die_with, ranks_of
 
 STRAY_HOSTFILE = Path("/job/hostfile")  # what DeepSpeed obeys where it is told of none
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -163,13 +163,17 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
         )
         alone = not {LAUNCHER, RUNNER} & set(typed)
         send = process.send_signal if alone else partial(_pass_on, process.pid)
-        for number in ASKING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda number, _: send(number))
+        earlier = {
+            number: signal.signal(number, lambda number, _: send(number))
+            for number in ASKING
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         if ended and ended.si_status:  # what it leaves behind, before its number is given again
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
     return _exit_code(process.returncode)
 
 
@@ -177,18 +181,15 @@ def _pass_on(leader: int, number: int) -> None:
     """Sends a signal to the ranks that a launcher has started, which ends when they have.
 
     Itself it would kill them half a minute after it is told to end. Where none is there yet, and on
-    several machines, everything that was started is sent it.
+    several machines, everything that was started is sent it, as the signal that DeepSpeed hands on.
     """
-    try:
-        below = psutil.Process(leader).children(recursive=True)
-        ranks = [p for p in below if any(a.startswith("--local_rank=") for a in p.cmdline())]
-        for rank in ranks:
+    ranks = ranks_of(leader)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
-    except psutil.Error:
-        ranks = []
     if not ranks:
         with suppress(ProcessLookupError):
-            os.killpg(leader, number)
+            os.killpg(leader, signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def _exit_code(code: int) -> int:

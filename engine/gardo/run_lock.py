@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 BEAT = 10.0  # seconds; network file systems show a change within a few
+POLL = 0.2
 PATIENCE = 45.0  # without a beat, until an owner elsewhere counts as gone
 
 
@@ -122,8 +123,9 @@ class RunLock:
         with open(self.path, "r+b") as found:
             with suppress(OSError):  # a file system without locks: O_EXCL alone must do there
                 fcntl.flock(found, fcntl.LOCK_EX)
+            seen = os.fstat(found.fileno()).st_mtime_ns
             owner = _read(found)
-            lives = self._lives(found, owner)
+            lives = self._lives(found, owner, seen)
             # from here on nobody else removes it: its owner is gone, and the flock is ours
             if not self._is_at_path(found) or (lives and owner is None):
                 return ""
@@ -135,19 +137,20 @@ class RunLock:
             self.path.unlink()
         return f"the lock of {owner or 'an unknown process'}, which is gone, was left behind"
 
-    def _lives(self, found: BinaryIO, owner: Owner | None) -> bool:
-        """Whether the owner does, or, of one that cannot be asked, its lock changes."""
+    def _lives(self, found: BinaryIO, owner: Owner | None, seen: int) -> bool:
+        """Whether the owner does, or, of one that cannot be asked, its lock changes: it was `seen`
+        as of then. An owner that is not known is one that has not written its name yet, or died.
+        """
         if owner and owner.machine == this_machine():
             return started(owner.pid) == owner.started
         if owner:
             print(f"{self.path}: waiting {self._patience:.0f} s for a sign of {owner}", flush=True)
-        seen = os.fstat(found.fileno()).st_mtime_ns
         end = time.monotonic() + self._patience
         while time.monotonic() < end:
-            time.sleep(min(1.0, self._patience / 10))
             with open(self.path, "rb") as again:  # opened anew: that is when NFS looks
-                if os.fstat(again.fileno()).st_mtime_ns != seen:
+                if os.fstat(again.fileno()).st_mtime_ns != seen or (not owner and _read(again)):
                     return True
+            time.sleep(POLL)
         return False
 
     def _keep_beating(self) -> None:

@@ -85,7 +85,7 @@ class Saved:
         return self._index[kind]
 
     def check_run(self, run: str | None) -> None:
-        """Unusable where it is of another run than the one of this id; without an id it may be any."""
+        """Unusable where it is another run's, as far as both have an id."""
         found = self.manifest.get("run")
         if run and found and found != run:
             raise Unusable(

@@ -144,7 +144,7 @@ class Typed:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        for one in [psutil.Process(os.getpid()), *self.below()][1:]:
+        for one in self.below():
             with suppress(psutil.Error):
                 one.kill()
         self.process.kill()
@@ -186,6 +186,25 @@ def killed_from_outside(trial: Trial, whom: str, code: int) -> None:
         must(not one.left(10), f"{one.left(0)} still run")
     finally:
         one.kill()
+
+
+def killed_rank(trial: Trial) -> None:
+    kind = disturbing()["disturbing"]
+    rewards = {
+        "a": {**kind, "at": [3], "rank": 0},
+        "b": {**kind, "at": [3], "rank": 1, "signal": 9},
+    }
+    recipe = trial.recipe(run=LONG, checkpoint=SELDOM, distributed=ZERO, rewards=rewards)
+    run = Typed(trial, str(recipe), "--gpus", "2")
+    try:
+        run.until_said("step 1/")
+        began = time.monotonic()
+        code = run.process.wait(60)
+        seconds = time.monotonic() - began
+        must(code == 128 + signal.SIGKILL and seconds < 15, f"exit code {code}, {seconds:.0f} s")
+        must(not run.left(1), f"{run.left(0)} still run")
+    finally:
+        run.kill()
 
 
 def _launcher(one: Typed) -> psutil.Process:
@@ -244,6 +263,8 @@ CASES = [
          "no process of it is left", killed_command, quick=False),
     Case("killed-launcher", "the deepspeed launcher below it is killed with SIGKILL",
          "exit code 137, and no process is left", killed_launcher, quick=False),
+    Case("killed-rank", "a rank is killed with SIGKILL, while the other does not listen",
+         "exit code 137 within seconds, and no process is left", killed_rank, quick=False),
     Case("asked-while-loading", "SIGTERM comes while the ranks load",
          "exit code 143, and no process is left", asked_while_loading, quick=False),
 ]  # fmt: skip
