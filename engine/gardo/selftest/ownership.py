@@ -79,6 +79,7 @@ def exported(run: Path, out: Path) -> int:
 def killed(trial: Trial) -> None:
     recipe = trial.recipe(run=LONG)
     first = started(trial, recipe)
+    trial.until(lambda: bool(committed(trial.run() / "checkpoints")), first)
     first.kill()
     first.ended()
     steps = int(committed(trial.run() / "checkpoints")[0].name[5:]) + 1
