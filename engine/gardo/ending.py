@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol, Self
@@ -72,7 +73,7 @@ class Stop:
         os.close(self._write)  # ends the thread
 
     def _listen(self) -> None:
-        first = 0.0
+        first = float("-inf")
         while number := int.from_bytes(os.read(self._read, 1)):
             if number not in ASKING:
                 continue
@@ -142,6 +143,7 @@ class Watchdog:
         _write_stacks(STDERR, line)
         with suppress(OSError), open(self._file, "wb") as file:
             _write_stacks(file.fileno(), line)
+        time.sleep(self._limit / 20)  # for others to do the same: its end is theirs
         leave_at_once(HUNG)
 
 
@@ -150,22 +152,26 @@ def _write_stacks(descriptor: int, line: str) -> None:
     faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
-def die_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent, which must have this number, ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(128 + signal.SIGKILL)
+def dying_with(parent: int) -> Callable[[], None]:
+    """What has the kernel kill the process that calls it when its parent, which must have this
+    number, ends. It looks nothing up: it may be called between a fork and what is started."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(128 + signal.SIGKILL)
+
+    return bind
 
 
 def die_with_launcher() -> None:
-    """The same of a rank. What `gardo train` starts leads a session: itself or the launcher.
-
-    Without `gardo train` nothing tells whether the present parent is the launcher still.
-    """
+    """Has the kernel kill this rank when its launcher ends, which leads a session where `gardo
+    train` has started it. Else nothing tells whether the present parent is the launcher still."""
     parent = os.getppid()
     if STARTED_HERE in os.environ and os.getsid(0) != os.getpid():
         parent = os.getsid(0)
-    die_with(parent)
+    dying_with(parent)()
 
 
 def leave_at_once(code: int) -> NoReturn:

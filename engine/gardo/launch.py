@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from gardo.distributed.nodes import for_pdsh, included, read_hostfile, sent_on
-from gardo.ending import ASKING, STARTED_HERE, die_with, ranks_of
+from gardo.ending import ASKING, STARTED_HERE, dying_with, ranks_of
 
 STRAY_HOSTFILE = Path("/job/hostfile")  # what DeepSpeed obeys where it is told of none
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -159,7 +159,7 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
         else:
             env[STARTED_HERE] = "1"
         process = subprocess.Popen(
-            typed, start_new_session=True, env=env, preexec_fn=partial(die_with, os.getpid())
+            typed, start_new_session=True, env=env, preexec_fn=dying_with(os.getpid())
         )
         alone = not {LAUNCHER, RUNNER} & set(typed)
         send = process.send_signal if alone else partial(_pass_on, process.pid)

@@ -118,8 +118,8 @@ def test_what_moves_is_left_alone(limit: float, tmp_path: Path) -> None:
 
 PARENT = """
 import os, subprocess, sys, time
-child = [sys.executable, "-c", "import os, time; from gardo.ending import die_with;"
-         "die_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"]
+child = [sys.executable, "-c", "import os, time; from gardo.ending import dying_with;"
+         "dying_with(os.getppid())(); print(os.getpid(), flush=True); time.sleep(60)"]
 subprocess.Popen(child)
 time.sleep(60)
 """
@@ -134,7 +134,7 @@ def test_a_process_ends_with_its_parent() -> None:
 
 
 def test_a_process_whose_parent_is_gone_already_ends() -> None:
-    code = "from gardo.ending import die_with; die_with(1 << 22); print('lives')"
+    code = "from gardo.ending import dying_with; dying_with(1 << 22)(); print('lives')"
     assert Program(code).end() == (128 + signal.SIGKILL, "", "")
 
 

@@ -160,7 +160,13 @@ def pids_there(file: Path) -> list[int]:
 @pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 7), (signal.SIG_IGN, 0)])
 def test_a_closed_terminal_is_passed_on_unless_it_is_ignored(handler: Any, code: int) -> None:
     """As nohup ignores it."""
-    script = "trap 'exit 7' HUP; kill -HUP $PPID; for i in 1 2 3 4 5 6; do sleep 0.1; done; exit 0"
+    script = """
+        of() { awk "/$1/ {print \\$2}" /proc/$PPID/status; }
+        until (( (0x$(of SigCgt) | 0x$(of SigIgn)) & 1 )); do sleep 0.05; done  # it has begun
+        trap 'exit 7' HUP
+        kill -HUP $PPID
+        for i in 1 2 3 4 5 6; do sleep 0.1; done
+    """
     earlier = signal.signal(signal.SIGHUP, handler)
     try:
         assert launch.run(launch.Places(1), ["bash", "-c", script], on_cpu=True) == code
