@@ -114,17 +114,16 @@ def _carry_out(s: Session) -> int:
     """Trains to the end, or until the run is asked to end; the exit code."""
     clock, folder = s.progress.phases, s.recipe.run_folder
     stacks = folder / f"hung-rank-{s.engine.rank}.txt"
-    asked = None
+    code = None
     with s, s.stop, Watchdog(clock, s.recipe.run.watchdog, stacks, s.engine.rank):
         try:
             train(s)
-        except Stopped as stop:
-            asked, code = stop, stopped(s, stop)
+        except Stopped as asked:
+            code = stopped(s, asked)
     leave_process_group()
-    if asked:
-        return code
-    publish(s)
-    return 0
+    if code is None:
+        publish(s)
+    return code or 0
 
 
 if __name__ == "__main__":
