@@ -112,6 +112,8 @@ def export_run(
         )
     if verify and (damage := saved.damage(kind=kind)):
         raise RecipeError(damage)
+    if strange := saved.not_finite(kind=kind):
+        raise RecipeError(f"{strange}; choose another checkpoint with --step")
     policy = policy or build_policy(recipe, torch.device("cpu"))
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
     dtype = policy.dtype if policy.lora is None else torch.float32

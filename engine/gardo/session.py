@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from gardo.algorithms.base import Algorithm, World, build
+from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
@@ -73,6 +74,7 @@ class Session:
     beside: Beside
     log: MetricsLog | None
     progress: Progress
+    bad_updates: BadUpdates
     average: Average | None = None  # of the weights, where the recipe asks for one
     profile: StepProfile | None = None  # where one was asked for, on the first rank
     first_step: int = 0
@@ -87,6 +89,7 @@ class Session:
             "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
             "average": self.average.state_dict() if self.average else None,
+            "bad_updates": self.bad_updates.state_dict(),
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -119,6 +122,8 @@ class Session:
         self.algorithm.load_state_dict(state["algorithm"])
         if self.average:
             self.average.load_state_dict(state["average"])
+        if "bad_updates" in state:  # not in checkpoints of an earlier release
+            self.bad_updates.load_state_dict(state["bad_updates"])
         self.evaluator.restore(state["first_evaluation"])
         self.first_step = saved.step
         self.progress.resumed(saved.step)
@@ -370,6 +375,7 @@ def open_session(
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
         log=None,
         progress=progress,
+        bad_updates=BadUpdates(recipe.train.bad_updates),
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
     for said in filter(None, (engine.gather_note, *notes)):

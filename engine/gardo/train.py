@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
+from gardo.bad_updates import Made, RunStopped
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.evaluation.evaluate import due
@@ -25,11 +28,15 @@ from gardo.phases import (
     publish,
     sampled,
     scored,
+    skipped_because,
+    stop_where_bad,
     taught,
+    unusable,
+    update_ended,
 )
 from gardo.recipe_errors import RankError, RecipeError
 from gardo.session import Session, open_session
-from gardo.types import Metrics, select
+from gardo.types import select
 
 
 def train(s: Session) -> None:
@@ -51,20 +58,21 @@ def train(s: Session) -> None:
             points = taught(s, points, rollout, algorithm.teachers(points, credit))
             batches = held_to_contract(s, points, credit, rollout, work)
         with phase("train"):
-            totals, norms = Metrics(), []
+            made, void = Made(), unusable(s, scores)
             for batch in batches:
                 loss, metrics = algorithm.loss(s.ctx, batch)
-                totals.add(metrics)
-                engine.backward(loss, last=batch.last)
+                made.add(loss, metrics)
+                engine.backward(loss * torch.nan if void else loss, last=batch.last)
                 with phase("optimizer"):
                     stepped = engine.step()
-                if stepped:
-                    norms.append(engine.grad_norm)
+                if stepped and update_ended(s, made):
                     algorithm.after_update(slots)
                     average(s)
-            totals = engine.reduce(totals)
-            events = algorithm.after_step(slots, totals)
-        log_step(s, step + 1, scores, everyone, work, totals, norms, events)
+            totals = engine.reduce(made.totals)
+            events = algorithm.after_step(slots, totals) if made.norms else []
+        events = [*events, *skipped_because(void, made)]
+        log_step(s, step + 1, scores, everyone, work, totals, made, events)
+        stop_where_bad(s, step + 1, scores, rollout, points, work, made)
         if due(step + 1, s.recipe.run.steps, s.recipe.evaluate.every):
             evaluate(s, step + 1)
         checkpoint(s, step + 1)
@@ -72,7 +80,7 @@ def train(s: Session) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for a recipe that cannot be used.
+    """Exit code 0, 1 for a run that ended itself, or 2 for a recipe that cannot be used.
 
     `--local_rank` is what the deepspeed launcher passes.
     """
@@ -94,7 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return 2
     with session:
-        train(session)
+        try:
+            train(session)
+        except RunStopped as error:  # by every rank alike
+            if ranks()[0] == 0:
+                print(error, file=sys.stderr)
+            return 1
     leave_process_group()
     publish(session)
     return 0

@@ -54,6 +54,7 @@ from gardo.distributed.saved import (
     Unusable,
     committed,
     name_of,
+    not_finite,
     self_digest,
     sha256,
     step_of,
@@ -268,6 +269,8 @@ class Checkpoints:
         """Writes this rank's files and describes them. No collectives: may run in a thread."""
         files = []
         for kind, tensors in kinds:
+            if (strange := not_finite(tensors)) is not None:
+                raise ValueError(f"{kind} of {strange} is not finite")
             name = f"{kind}-{self.engine.rank:05d}-of-{self.engine.world:05d}.safetensors"
             save_file(tensors, part / name)
             _flush(part / name)
@@ -315,7 +318,8 @@ class Checkpoints:
             folder = self.folder / name
             try:
                 saved = Saved(folder)
-                problem = saved.damage(self.engine.rank, self.engine.world)
+                mine = self.engine.rank, self.engine.world
+                problem = saved.damage(*mine) or saved.not_finite(*mine)
             except Unusable as error:
                 problem = str(error)
             found = [text for text in gather_text(self.engine, problem or "") if text]

@@ -64,6 +64,16 @@ class Saved:
                 return f"{path} cannot be read: {error}"
         return None
 
+    def not_finite(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
+        """Where this rank's share of the files (of one kind) has numbers that are not finite."""
+        files = [f for f in self.manifest["files"] if kind in (None, f["kind"])]
+        for file in files[rank::world]:
+            with safe_open(self.folder / file["name"], "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    if not_finite({key: opened.get_tensor(key)}):
+                        return f"{self.folder}: {file['kind']} of {key} is not finite"
+        return None
+
     def file(self, kind: str, rank: int) -> Path:
         files = [file["name"] for file in self.manifest["files"] if file["kind"] == kind]
         return self.folder / files[rank]
@@ -110,6 +120,16 @@ class Saved:
     def whole(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
         """A parameter of this shape, assembled from its pieces."""
         return self.read(kind, name, 0, int(torch.Size(shape).numel())).view(*shape)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = tensor.aminmax()  # NaN comes through; one pass, no copy
+            if not (least.isfinite() and most.isfinite()):
+                return name
+    return None
 
 
 def committed(folder: Path) -> list[Path]:
