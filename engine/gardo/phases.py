@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -293,7 +294,10 @@ def log_step(
     s.write(record | compiled(s))
     s.progress.step(record)
     if s.profile:
-        s.profile.step()
+        try:
+            s.profile.step()
+        except OSError as error:
+            s.progress.message(f"profile not written: {error}")
         s.progress.take()  # writing a trace takes seconds, which are not the next step's
 
 
@@ -344,6 +348,8 @@ def checkpoint(s: Session, step: int) -> None:
         commit_checkpoint(s)
         return
     with s.progress.phase("checkpoint"):
+        if s.log:
+            s.log.sync()
         problem = s.checkpoints.save(step, s.state(), wait=bool(wanted) or step == last)
     if problem:
         s.progress.message(f"checkpoint not saved: {problem}")
@@ -353,31 +359,39 @@ def checkpoint(s: Session, step: int) -> None:
 
 
 def finish(s: Session) -> None:
-    """OSError where the last weights are not saved."""
+    """RunStopped where the last weights are not saved."""
     if s.checkpoints.last_step != s.recipe.run.steps:
-        raise OSError(
+        raise RunStopped(
             f"the weights of step {s.recipe.run.steps} could not be saved in "
             f"{s.recipe.checkpoint_folder}; make room there and run again with --resume"
         )
 
 
-def publish(s: Session) -> None:
+def publish(s: Session) -> bool:
     """Exports the last checkpoint's weights for diffusers, writes the report, says where.
 
     Rank 0 alone: when the ranks have parted, because it may take longer than they would wait.
+    False where something could not be written, and how to have it: the run itself is whole.
     """
     if s.engine.rank:
-        return
-    folder = s.recipe.run_folder
-    averages = (False, True) if s.average else (False,)
-    exported = [
-        export_run(folder, average=average, policy=s.policy, verify=False)  # just written
-        for average in averages
-    ]
-    report = write_report(folder)
-    s.progress.message(as_text(step_records(folder)))
+        return True
+    folder, say = s.recipe.run_folder, s.progress.message
+    with suppress(FileNotFoundError):  # of a log for which there never was room
+        say(as_text(step_records(folder)))
     if s.profile:
-        s.progress.message(f"profile {s.profile.folder}")
-    s.progress.message(f"report  {report}")
-    for path in exported:
-        s.progress.message(f"export  {path}")
+        say(f"profile {s.profile.folder}")
+    whole = True
+    try:
+        say(f"report  {write_report(folder)}")
+    except OSError as error:
+        whole = False
+        say(f"report  not written: {error}; make room, then: gardo report {folder}")
+    for average in (False, True) if s.average else (False,):
+        try:
+            # not verified: it has just been written
+            say(f"export  {export_run(folder, average=average, policy=s.policy, verify=False)}")
+        except OSError as error:
+            whole = False
+            ema = " --ema" if average else ""
+            say(f"export  not written: {error}; make room, then: gardo export {folder}{ema}")
+    return whole

@@ -109,8 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(error, file=sys.stderr)
             return 1
     leave_process_group()
-    publish(session)
-    return 0
+    return 0 if publish(session) else 1
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from gardo.distributed.saved import (
     Saved,
     Unusable,
     committed,
+    is_misnamed,
     name_of,
     not_finite,
     self_digest,
@@ -330,11 +331,12 @@ class Checkpoints:
         return None, wrong
 
     def set_aside(self, newer_than: Saved | None) -> None:
-        """Renames the damaged folders, so that they are neither counted nor lost."""
+        """Renames what was passed over, so that it is neither counted nor lost."""
         if self.engine.rank == 0:
             for folder in committed(self.folder):
                 if newer_than is None or step_of(folder) > newer_than.step:
-                    folder.rename(folder.with_name(f"{folder.name}.broken-{secrets.token_hex(4)}"))
+                    why = "misnamed" if is_misnamed(folder) else "broken"
+                    folder.rename(folder.with_name(f"{folder.name}.{why}-{secrets.token_hex(4)}"))
         self.engine.barrier()
 
     @torch.no_grad()

@@ -23,6 +23,10 @@ class Unusable(ValueError):
     """A checkpoint that is damaged, or does not fit this run; says what and why."""
 
 
+class Misnamed(Unusable):
+    """A whole checkpoint in a folder of another name."""
+
+
 @dataclass
 class _Stored:
     start: int
@@ -48,6 +52,8 @@ class Saved:
         if self.manifest.get("sha256") != self_digest(self.manifest):
             raise Unusable(f"{folder}: its manifest was changed")
         self.step = int(self.manifest["step"])
+        if folder.name != name_of(self.step):
+            raise Misnamed(f"{folder}: this is {name_of(self.step)}; give it its name back")
         self._index: dict[str, dict[str, list[_Stored]]] = {}
 
     def damage(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
@@ -136,6 +142,15 @@ def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a run's `checkpoints/`, newest first."""
     found = [p for p in folder.glob("step-*") if COMMITTED.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def is_misnamed(folder: Path) -> bool:
+    """Whether a committed checkpoint has got another step's name."""
+    try:
+        Saved(folder)
+    except Unusable as error:
+        return isinstance(error, Misnamed)
+    return False
 
 
 def step_of(folder: Path) -> int:
