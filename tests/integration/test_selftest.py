@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from gardo.selftest.case import Case
-from gardo.selftest.reliability import SUBJECTS, chosen, tried
+from gardo.selftest.reliability import SUBJECTS, chosen, markdown, tried
 from gardo.selftest.trial import Trial
+from tests import ROOT
 from tests.integration import launch  # noqa: F401  ranks are forked from what the tests import
 
 CASES = [case for cases in SUBJECTS.values() for case in cases]
@@ -41,3 +42,10 @@ def test_what_does_not_hold_is_said() -> None:
 
     (outcome,) = tried([Case("room", "nothing", "there is room", check)])
     assert outcome.problem.startswith("OSError: no room in gardo-room-")
+
+
+def test_the_page_has_the_table() -> None:
+    """`gardo selftest reliability --markdown`, between its marks."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- cases: begin -->\n")
+    assert rest.partition("\n<!-- cases: end -->")[0] == markdown()

@@ -150,10 +150,10 @@ class Progress:
     def _speak_to_nobody(self) -> None:
         """For what else prints, and for Python's own flush at the end, which would fail too."""
         self.enabled = False
-        self.close()
         nobody = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nobody, self.console.file.fileno())
         os.close(nobody)
+        self.close()
 
     def _show(self) -> None:
         """Start the live line, on a terminal that can redraw one."""
