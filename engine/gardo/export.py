@@ -228,6 +228,9 @@ def _checkpoint(folder: Path, step: int | None) -> Saved:
         have = ", ".join(p.name for p in found)
         raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")
     try:
-        return Saved(wanted[0])
+        saved = Saved(wanted[0])
     except Unusable as error:
         raise RecipeError(str(error)) from error
+    if problem := saved.misnamed():
+        raise RecipeError(problem)
+    return saved

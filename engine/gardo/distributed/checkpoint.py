@@ -320,7 +320,7 @@ class Checkpoints:
             try:
                 saved = Saved(folder)
                 mine = self.engine.rank, self.engine.world
-                problem = saved.damage(*mine) or saved.not_finite(*mine)
+                problem = saved.misnamed() or saved.damage(*mine) or saved.not_finite(*mine)
             except Unusable as error:
                 problem = str(error)
             found = [text for text in gather_text(self.engine, problem or "") if text]

@@ -23,10 +23,6 @@ class Unusable(ValueError):
     """A checkpoint that is damaged, or does not fit this run; says what and why."""
 
 
-class Misnamed(Unusable):
-    """A whole checkpoint in a folder of another name."""
-
-
 @dataclass
 class _Stored:
     start: int
@@ -52,9 +48,12 @@ class Saved:
         if self.manifest.get("sha256") != self_digest(self.manifest):
             raise Unusable(f"{folder}: its manifest was changed")
         self.step = int(self.manifest["step"])
-        if folder.name != name_of(self.step):
-            raise Misnamed(f"{folder}: this is {name_of(self.step)}; give it its name back")
         self._index: dict[str, dict[str, list[_Stored]]] = {}
+
+    def misnamed(self) -> str | None:
+        """What the folder should be called, if it has another step's name."""
+        name = name_of(self.step)
+        return None if self.folder.name == name else f"{self.folder}: this is {name}; rename it"
 
     def damage(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
         """What is wrong with this rank's share of the files (of one kind), if anything."""
@@ -145,12 +144,12 @@ def committed(folder: Path) -> list[Path]:
 
 
 def is_misnamed(folder: Path) -> bool:
-    """Whether a committed checkpoint has got another step's name."""
+    """Whether a checkpoint is whole and has got another step's name."""
     try:
-        Saved(folder)
-    except Unusable as error:
-        return isinstance(error, Misnamed)
-    return False
+        saved = Saved(folder)
+    except Unusable:
+        return False
+    return saved.misnamed() is not None and saved.damage() is None
 
 
 def step_of(folder: Path) -> int:

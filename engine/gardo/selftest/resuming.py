@@ -71,7 +71,7 @@ def lost_files(trial: Trial) -> None:
 def renamed(trial: Trial) -> None:
     folder = run(trial) / "checkpoints"
     (folder / "step-000001").rename(folder / "step-000009")
-    resumed(trial, "this is step-000001; give it its name back", "resumed after step 2")
+    resumed(trial, "this is step-000001; rename it", "resumed after step 2")
     names = sorted(path.name for path in folder.iterdir())
     must(not any("broken" in name for name in names), names)
     must(any(name.startswith("step-000009.misnamed-") for name in names), names)
