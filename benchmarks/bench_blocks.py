@@ -22,7 +22,6 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "0"  # kernels as a compiler is shown them; none runs
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ from core_ops.host import without_launches
 from core_ops.inductor import gpu_code
 from core_ops.machine import this_machine
 from core_ops.problems import PROBLEMS
-from core_ops.problems._block import TEXT, Block, Given
+from core_ops.problems._block import TEXT, Block, Found, Given, outputs
 from core_ops.problems.qk_norm_rope import rms_norm
 from gardo_kernels import _launch
 from pages import ROOT, fill
@@ -41,11 +40,10 @@ from pages import ROOT, fill
 OPS = {name: kind for name, kind in PROBLEMS.items() if issubclass(kind, Block)}
 SAMPLES, IMAGE = 3, 4096
 LAYOUTS = ("plain", "trained")  # the gradients that LoRA asks for, and those of full fine-tuning
-JOINED = "gated_residual, adaln_modulate"
 RESULTS = ROOT / "benchmarks" / "results" / "blocks_counts.csv"
 CPU = torch.device("cpu")
 Row = dict[str, Any]
-Way = Callable[[Given], Tensor | tuple[Tensor, ...]]
+Way = Callable[[Given], Found]
 
 
 @dataclass(frozen=True)
@@ -61,40 +59,15 @@ class Subject:
 
 
 def subjects() -> Iterator[Subject]:
-    """Each op, under LoRA and in full fine-tuning; then the residual with the norm behind it."""
+    """Each op, under LoRA and in full fine-tuning."""
     for layout in LAYOUTS:
-        made = {}
         for name, kind in OPS.items():
             shape = (SAMPLES, TEXT + IMAGE, kind.width)
             problem: Any = kind(Case(name, shape, layout=layout), CPU)
-            made[name] = problem
             yield Subject(
                 name, layout, problem.given, problem.diffusers,
                 lambda given, of=problem: of.op(given, "triton"), problem.case.elements,
             )  # fmt: skip
-        yield joined(layout, made["gated_residual"], made["adaln_modulate"])
-
-
-def joined(layout: str, residual: Any, norm: Any) -> Subject:
-    """A block between its attention and its feed-forward: both ops, of which the stream goes on."""
-    modulation = {name: norm.given[name] for name in ("scale", "shift")}
-
-    def both(given: Given, first: Way, second: Way) -> tuple[Tensor, ...]:
-        stream = first({name: given[name] for name in residual.given})
-        return stream, second({"x": stream, **{name: given[name] for name in modulation}})
-
-    return Subject(
-        JOINED, layout, residual.given | modulation,
-        lambda given: both(given, residual.diffusers, norm.diffusers),
-        lambda given: both(
-            given, lambda x: residual.op(x, "triton"), lambda x: norm.op(x, "triton")
-        ),
-        residual.case.elements,
-    )  # fmt: skip
-
-
-def outputs(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (found,) if isinstance(found, Tensor) else found
 
 
 def counted(subject: Subject, way: Way) -> tuple[Counter, Counter]:

@@ -1,6 +1,6 @@
 """The kernels against the released scripts, eager torch and torch.compile: time, launches, bytes.
 
-    ./run bench kernels [--op OP ...] [--quick] [--json] [--budget-seconds 480]
+    ./run bench kernels [--op OP ...] [--quick] [--untimed] [--json] [--budget-seconds 480]
 
 On a GPU: every case of benchmarks/core_ops/shapes.py, competitors in turn within one process, then
 the targets with what was measured; writes results/kernels_gpu.csv and .png. On a CPU: the torch
@@ -8,7 +8,7 @@ paths of small cases (no claim about speed), what each path launches and moves, 
 the host beside their launches, and the machine code of every kernel for sm_90 and sm_100; writes
 kernels_cpu.csv, kernels_counts.csv (.png), kernels_host.csv and kernels_compiled.csv. Both fill the
 tables of benchmarks/README.md. A run of some ops, or a --quick one, writes nothing unless --out
-names a folder.
+names a folder; an --untimed one writes what no clock measures, kernels_counts and kernels_compiled.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="two cases of an op, five reps")
+    parser.add_argument("--untimed", action="store_true", help="what no clock measures alone")
     parser.add_argument("--json", action="store_true", help="all rows as JSON on stdout")
     parser.add_argument("--budget-seconds", type=float, default=480.0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -163,7 +164,7 @@ def main() -> int:
     machine = this_machine(options.device)
     whole = not options.quick and set(options.op) == set(OPS)
     found: dict[str, list[Row]] = {}
-    if machine.is_gpu:
+    if machine.is_gpu and not options.untimed:
         cases = gpu_cases(options.op, options.quick)
         before = report.read(folder / "kernels_gpu.csv") if options.resume else []
         found["gpu"] = []
@@ -172,13 +173,14 @@ def main() -> int:
             if options.out:  # what is cut short keeps what it has
                 report.write(folder / "kernels_gpu.csv", found["gpu"])
     else:
-        say("on a CPU: the torch paths only, and no claim about speed")
-        cases = cpu_cases(options.op, options.quick)
-        some = timed(cases, machine, options.budget_seconds, options.quick)
-        found["cpu"] = [row for rows in some for row in rows]
         cases = counted_cases(options.op, options.quick)
+        if not options.untimed:
+            say("on a CPU: the torch paths only, and no claim about speed")
+            small = cpu_cases(options.op, options.quick)
+            some = timed(small, machine, options.budget_seconds, options.quick)
+            found["cpu"] = [row for rows in some for row in rows]
+            found["host"] = list(host_costs(cases, machine))
         found["counts"] = counted(cases, machine)
-        found["host"] = list(host_costs(cases, machine))
         if whole:
             found["compiled"] = machine_code(machine)
     verdict = verdicts(found.get("gpu", []))

@@ -228,9 +228,12 @@ def import_(
 def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> None:
     """Write a run's report.html again from its metrics.jsonl."""
     from gardo.report.html import write_report
+    from gardo.report.metrics_log import missing
 
     if not (run / "metrics.jsonl").is_file():
         _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
+    for trouble in missing(run / "metrics.jsonl"):
+        print(trouble, file=sys.stderr)
     print(write_report(run))
 
 

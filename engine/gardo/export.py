@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.session import build_policy
 
+ATTEMPTS = 5  # to catch a checkpoint of a run that prunes them
 Weights = Mapping[str, Tensor]
 Write = Callable[[Policy, Weights, Path, int], Path]  # (..., bytes a file), returns what it wrote
 
@@ -102,7 +106,17 @@ def export_run(
     hold at most `shard_bytes`. Returns the file or folder. RecipeError where the run has no such
     weights, or they have no such format.
     """
-    saved = _checkpoint(folder, step)
+    with _pinned(folder, step) as saved:
+        return _export(
+            saved, folder, format, average=average, out=out, policy=policy, verify=verify,
+            shard_bytes=shard_bytes,
+        )  # fmt: skip
+
+
+def _export(
+    saved: Saved, folder: Path, format: str | None, *, average: bool, out: Path | None,
+    policy: Policy | None, verify: bool, shard_bytes: int,
+) -> Path:  # fmt: skip
     recipe = _recipe_of(folder)
     format, write = _format(folder, recipe.train.weights.kind, format)
     kind = f"slot.{AVERAGE}" if average else "master"
@@ -112,6 +126,8 @@ def export_run(
         )
     if verify and (damage := saved.damage(kind=kind)):
         raise RecipeError(damage)
+    if strange := saved.not_finite(kind=kind):
+        raise RecipeError(f"{strange}; choose another checkpoint with --step")
     policy = policy or build_policy(recipe, torch.device("cpu"))
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
     dtype = policy.dtype if policy.lora is None else torch.float32
@@ -146,15 +162,15 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
 
     `out` is the run's `universal/` unless given. RecipeError where the run has no such checkpoint.
     """
-    saved = _checkpoint(folder, step)
-    if damage := saved.damage():
-        raise RecipeError(damage)
-    policy = build_policy(_recipe_of(folder), torch.device("cpu"))
-    shapes = {n: tuple(p.shape) for n, p in policy.trainable().items()}
-    try:
-        return write_universal(saved, shapes, out or folder / "universal")
-    except Unusable as error:
-        raise RecipeError(str(error)) from error
+    with _pinned(folder, step) as saved:
+        if damage := saved.damage():
+            raise RecipeError(damage)
+        policy = build_policy(_recipe_of(folder), torch.device("cpu"))
+        shapes = {n: tuple(p.shape) for n, p in policy.trainable().items()}
+        try:
+            return write_universal(saved, shapes, out or folder / "universal")
+        except Unusable as error:
+            raise RecipeError(str(error)) from error
 
 
 def _recipe_of(folder: Path) -> Recipe:
@@ -164,6 +180,40 @@ def _recipe_of(folder: Path) -> Recipe:
         read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
     )
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": None})})
+
+
+@contextmanager
+def _pinned(folder: Path, step: int | None) -> Iterator[Saved]:
+    """The checkpoint of a step, or the newest; a run that goes on cannot prune it meanwhile.
+
+    Its files get second names for that, by hard links, where the file system has them.
+    """
+    with tempfile.TemporaryDirectory(dir=_writable(folder), prefix=".export-") as place:
+        for attempt in range(ATTEMPTS):
+            saved = _checkpoint(folder, step)
+            pinned = Path(place) / str(attempt) / saved.folder.name
+            try:
+                pinned.mkdir(parents=True)
+                for file in saved.folder.iterdir():
+                    os.link(file, pinned / file.name)
+                linked = Saved(pinned)
+                break
+            except (FileNotFoundError, Unusable):  # pruned meanwhile: there is a newer one
+                continue
+            except OSError:  # no links here
+                linked = saved
+                break
+        else:
+            raise RecipeError(f"{folder}: its checkpoints go away too fast; raise checkpoint.keep")
+        try:
+            yield linked
+        except RecipeError as error:
+            raise RecipeError(str(error).replace(str(pinned), str(saved.folder))) from error
+
+
+def _writable(folder: Path) -> Path | None:
+    """The folder, where links to its files can be; else the system's for temporary files."""
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:
@@ -178,6 +228,9 @@ def _checkpoint(folder: Path, step: int | None) -> Saved:
         have = ", ".join(p.name for p in found)
         raise RecipeError(f"{folder}: no checkpoint of step {step}; it has {have}")
     try:
-        return Saved(wanted[0])
+        saved = Saved(wanted[0])
     except Unusable as error:
         raise RecipeError(str(error)) from error
+    if problem := saved.misnamed():
+        raise RecipeError(problem)
+    return saved

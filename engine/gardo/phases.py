@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo import reproduction
 from gardo.algorithms.kl import weighed
+from gardo.bad_updates import Made, RunStopped
 from gardo.data import step_prompts
 from gardo.ending import Stopped
 from gardo.evaluation.evaluate import due
@@ -123,10 +126,17 @@ def taught(s: Session, points: Points, rollout: Rollout, wanted: dict[str, Tenso
 
 
 def credited(s: Session, scores: Scores, step: int) -> Credit:
-    """What the samples of all ranks are worth, and what their KL weighs in the update of each."""
+    """What the samples of all ranks are worth, and what their KL weighs in the update of each.
+
+    Nothing where none has a reward: the algorithm is not asked then, and learns nothing of it.
+    """
     updates, seed = s.recipe.train.updates_per_step, s.recipe.run.seed
     update_B = update_of(scores.sample_B, updates, seed=seed, step=step)
-    return weighed(s.algorithm.credit(scores), update_B, s.algorithm.kl_weights)
+    if scores.valid_B.any():
+        credit = s.algorithm.credit(scores)
+    else:
+        credit = Credit(torch.zeros_like(scores.proxy_B), torch.zeros_like(scores.valid_B))
+    return weighed(credit, update_B, s.algorithm.kl_weights)
 
 
 def divided(s: Session, points: Points, credit: Credit, rollout: Rollout) -> list[Part]:
@@ -179,6 +189,55 @@ def held_to_contract(
     return batches
 
 
+def unusable(s: Session, scores: Scores) -> str:
+    """Why no update of the iteration may be made, by all ranks alike; "" where nothing is wrong."""
+    if not scores.valid_B.any():
+        return "no sample has all of its rewards"
+    if math.isinf(s.algorithm.contract.error):  # NaN: the algorithm has no ratio
+        return "the policy's ratio is not finite before any update"
+    return ""
+
+
+def update_ended(s: Session, made: Made) -> bool:
+    """Whether the update that the engine has just ended was made. Counts it."""
+    made.end_update(s.engine.grad_norm, skipped=s.engine.skipped)
+    s.bad_updates.note(bad=s.engine.skipped)
+    return not s.engine.skipped
+
+
+def skipped_because(void: str, made: Made) -> list[str]:
+    """The event of an iteration in which updates were left out."""
+    if not made.skipped:
+        return []
+    why = void or "loss or gradient not finite"
+    return [f"{made.skipped} of {made.skipped + len(made.norms)} updates left out: {why}"]
+
+
+def stop_where_bad(
+    s: Session, step: int, scores: Scores, rollout: Rollout, points: Points, work: Sequence[Part],
+    made: Made,
+) -> None:  # fmt: skip
+    """RunStopped where too many updates could not be made; leaves what shows the last iteration."""
+    why = s.bad_updates.reason_to_stop() if made.skipped else None
+    if why is None:
+        return
+    s.checkpoints.settle()
+    folder = s.recipe.run_folder / "bad-updates" / f"step-{step:06d}"
+    reproduction.write_rank(
+        folder, s.engine.rank, losses=made.losses, work=work, points=points, rollout=rollout,
+        scores=scores,
+    )  # fmt: skip
+    saved, engine = s.checkpoints.last_step, s.engine
+    if engine.rank == 0:
+        reproduction.write_report(folder, why=why, step=step, world=engine.world, checkpoint=saved)
+    after = f"--resume goes on after step {saved}" if saved else "there is no checkpoint yet"
+    raise RunStopped(
+        f"{s.recipe.run_folder}: {why} (train.bad_updates), the last in iteration {step}: a loss, "
+        f"a gradient or all rewards were not finite; see {folder}. The weights are as they were "
+        f"before; {after}"
+    )
+
+
 def average(s: Session) -> None:
     """After an optimizer step: the average of the weights follows, where there is one."""
     if s.average:
@@ -206,14 +265,18 @@ def log_step(
     credit: Credit,
     work: Sequence[Part],
     totals: Metrics,
-    norms: Sequence[float],
+    made: Made,
     events: Sequence[str],
 ) -> None:
     """One line of metrics.jsonl and of the progress, after `step` finished iterations."""
     s.finished = step
     contract = s.algorithm.contract
     lr = s.recipe.train.optimizer.lr
-    metrics = {**totals.as_dict(), **credit.info, "grad_norm": max(norms), "lr": lr}
+    metrics = {**totals.as_dict(), **credit.info, "lr": lr}
+    if made.norms:
+        metrics["grad_norm"] = max(made.norms)
+    if made.skipped:
+        metrics["skipped_updates"] = made.skipped
     left_out = sum(len(part.rows) * (1 / part.share - 1) for part in work)  # the same on all ranks
     metrics["rows_left_out"] = round(left_out * s.engine.world)
     if not math.isnan(contract.error):  # the algorithm has a ratio
@@ -235,7 +298,10 @@ def log_step(
     s.write(record | compiled(s))
     s.progress.step(record)
     if s.profile:
-        s.profile.step()
+        try:
+            s.profile.step()
+        except OSError as error:
+            s.progress.message(f"profile not written: {error}")
         s.progress.take()  # writing a trace takes seconds, which are not the next step's
 
 
@@ -286,6 +352,8 @@ def checkpoint(s: Session, step: int) -> None:
         commit_checkpoint(s)
         return
     with s.progress.phase("checkpoint"):
+        if s.log:
+            s.log.sync()
         problem = s.checkpoints.save(step, s.state(), wait=bool(wanted) or step == last)
     if problem:
         s.progress.message(f"checkpoint not saved: {problem}")
@@ -325,31 +393,39 @@ def stopped(s: Session, asked: Stopped) -> int:
 
 
 def finish(s: Session) -> None:
-    """OSError where the last weights are not saved."""
+    """RunStopped where the last weights are not saved."""
     if s.checkpoints.last_step != s.recipe.run.steps:
-        raise OSError(
+        raise RunStopped(
             f"the weights of step {s.recipe.run.steps} could not be saved in "
             f"{s.recipe.checkpoint_folder}; make room there and run again with --resume"
         )
 
 
-def publish(s: Session) -> None:
+def publish(s: Session) -> bool:
     """Exports the last checkpoint's weights for diffusers, writes the report, says where.
 
     Rank 0 alone: when the ranks have parted, because it may take longer than they would wait.
+    False where something could not be written, and how to have it: the run itself is whole.
     """
     if s.engine.rank:
-        return
-    folder = s.recipe.run_folder
-    averages = (False, True) if s.average else (False,)
-    exported = [
-        export_run(folder, average=average, policy=s.policy, verify=False)  # just written
-        for average in averages
-    ]
-    report = write_report(folder)
-    s.progress.message(as_text(step_records(folder)))
+        return True
+    folder, say = s.recipe.run_folder, s.progress.message
+    with suppress(FileNotFoundError):  # of a log for which there never was room
+        say(as_text(step_records(folder)))
     if s.profile:
-        s.progress.message(f"profile {s.profile.folder}")
-    s.progress.message(f"report  {report}")
-    for path in exported:
-        s.progress.message(f"export  {path}")
+        say(f"profile {s.profile.folder}")
+    whole = True
+    try:
+        say(f"report  {write_report(folder)}")
+    except OSError as error:
+        whole = False
+        say(f"report  not written: {error}; make room, then: gardo report {folder}")
+    for average in (False, True) if s.average else (False,):
+        try:
+            # not verified: it has just been written
+            say(f"export  {export_run(folder, average=average, policy=s.policy, verify=False)}")
+        except OSError as error:
+            whole = False
+            ema = " --ema" if average else ""
+            say(f"export  not written: {error}; make room, then: gardo export {folder}{ema}")
+    return whole

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, plugin_of
+from gardo.bad_updates import BadUpdateSettings
 from gardo.data import load_prompts
 from gardo.distributed.average import AVERAGE, AverageSettings
 from gardo.distributed.base import DistributedSettings, RolloutSettings
@@ -53,6 +54,7 @@ class TrainSettings(Strict):
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
     )
     max_grad_norm: float = Field(1.0, gt=0)
+    bad_updates: BadUpdateSettings = BadUpdateSettings()
     keep_all_rows: bool = Field(
         False, description="train rows that weigh nothing too: for comparisons of speed"
     )

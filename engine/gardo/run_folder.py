@@ -98,7 +98,7 @@ def check_changes(recipe: Recipe, source: str) -> list[str]:
     """
     path = recipe.run_folder / "recipe.yaml"
     if not path.is_file():
-        return []
+        return [f"{path} is not there: what else has changed is not known"]
     old = _flat(config.read_yaml(path.read_text(encoding="utf-8"), str(path)))
     new = _flat(recipe.model_dump(mode="json"))
     lines = []

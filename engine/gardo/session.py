@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from gardo.algorithms.base import Algorithm, World, build
+from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
@@ -45,7 +46,7 @@ from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
-from gardo.report.metrics_log import MetricsLog, read_metrics
+from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
@@ -75,6 +76,7 @@ class Session:
     beside: Beside
     log: MetricsLog | None
     progress: Progress
+    bad_updates: BadUpdates
     average: Average | None = None  # of the weights, where the recipe asks for one
     profile: StepProfile | None = None  # where one was asked for, on the first rank
     stop: Stop = field(default_factory=Stop)
@@ -83,8 +85,15 @@ class Session:
     evaluated: int = -1  # after so many of them, last
 
     def write(self, record: dict[str, Any]) -> None:
-        if self.log:
-            self.log.write(record)
+        if not self.log:
+            return
+        waited = self.log.problem
+        self.log.write(record)
+        if self.log.problem and not waited:
+            problem = self.log.problem
+            self.progress.message(f"{self.log.path}: {problem}; its lines wait in memory for room")
+        elif waited and not self.log.problem:
+            self.progress.message(f"{self.log.path}: all lines are written")
 
     def state(self) -> dict[str, Any]:
         """All state that is not in the engine's tensors; JSON. The rest follows from the recipe."""
@@ -93,6 +102,8 @@ class Session:
             "algorithm": self.algorithm.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "evaluated": self.evaluated,
+            "bad_updates": self.bad_updates.state_dict(),
+            "evaluation": self.evaluator.identity,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -125,7 +136,14 @@ class Session:
         self.algorithm.load_state_dict(state["algorithm"])
         if self.average:
             self.average.load_state_dict(state["average"])
-        self.evaluator.restore(state["first_evaluation"])
+        if "bad_updates" in state:  # not in checkpoints of an earlier release
+            self.bad_updates.load_state_dict(state["bad_updates"])
+        if state.get("evaluation", self.evaluator.identity) == self.evaluator.identity:
+            self.evaluator.restore(state["first_evaluation"])
+        else:
+            self.progress.message(
+                "evaluations are not those of before: changes count from the next one on"
+            )
         self.first_step = self.finished = saved.step
         self.evaluated = state.get("evaluated", saved.step)
         self.progress.resumed(saved.step)
@@ -136,12 +154,14 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         if self.profile:
             self.profile.close()
+        if self.log:
+            self.log.close()
+            if self.log.problem:
+                self.progress.message(f"{self.log.path} lacks its last lines: {self.log.problem}")
         self.progress.close()
         if self.policy.compiled:
             self.policy.compiled.close()
         self.checkpoints.close()
-        if self.log:
-            self.log.close()
         if exception[0] is None:  # a failed rank must not wait for the others in a collective
             self.engine.close()
 
@@ -383,6 +403,7 @@ def open_session(
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
         log=None,
         progress=progress,
+        bad_updates=BadUpdates(recipe.train.bad_updates),
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
     for said in filter(None, (engine.gather_note, *notes)):
@@ -391,6 +412,9 @@ def open_session(
         session.resume()
         for change in changes:
             progress.message(f"changed since the run started: {change}")
+        if log_file.is_file():
+            for trouble in missing(log_file, session.first_step):
+                progress.message(trouble)
     if first:
         session.log = open_log(asked, progress, session.first_step)
         session.checkpoints.run = keep_id(recipe.run_folder, session.checkpoints.run)

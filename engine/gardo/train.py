@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
+from gardo.bad_updates import Made, RunStopped
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.ending import Stopped, Watchdog, die_with_launcher, leave
@@ -27,13 +30,17 @@ from gardo.phases import (
     publish,
     sampled,
     scored,
+    skipped_because,
+    stop_where_bad,
     stopped,
     taught,
+    unusable,
+    update_ended,
 )
 from gardo.recipe_errors import RankError, RecipeError
 from gardo.run_lock import RunLock
 from gardo.session import Session, open_session
-from gardo.types import Metrics, select
+from gardo.types import select
 
 
 def train(s: Session) -> None:
@@ -57,20 +64,21 @@ def train(s: Session) -> None:
             points = taught(s, points, rollout, algorithm.teachers(points, credit))
             batches = held_to_contract(s, points, credit, rollout, work)
         with phase("train"):
-            totals, norms = Metrics(), []
+            made, void = Made(), unusable(s, scores)
             for batch in batches:
                 loss, metrics = algorithm.loss(s.ctx, batch)
-                totals.add(metrics)
-                engine.backward(loss, last=batch.last)
+                made.add(loss, metrics)
+                engine.backward(loss * torch.nan if void else loss, last=batch.last)
                 with phase("optimizer"):
                     stepped = engine.step()
-                if stepped:
-                    norms.append(engine.grad_norm)
+                if stepped and update_ended(s, made):
                     algorithm.after_update(slots)
                     average(s)
-            totals = engine.reduce(totals)
-            events = algorithm.after_step(slots, totals)
-        log_step(s, step + 1, scores, everyone, work, totals, norms, events)
+            totals = engine.reduce(made.totals)
+            events = algorithm.after_step(slots, totals) if made.norms else []
+        events = [*events, *skipped_because(void, made)]
+        log_step(s, step + 1, scores, everyone, work, totals, made, events)
+        stop_where_bad(s, step + 1, scores, rollout, points, work, made)
         if due(step + 1, steps, every):
             evaluate(s, step + 1)
         checkpoint(s, step + 1)
@@ -78,8 +86,8 @@ def train(s: Session) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 2 for a recipe that cannot be used; of a run that was asked to end, 0 where
-    it can be gone on with and 128 + the signal's number where there is nothing to go on from.
+    """Exit code 0, 1 for a run that ended itself, or 2 for a recipe that cannot be used; of a run
+    that was asked to end, 0 where it can be gone on with, else 128 + the signal's number.
 
     `--local_rank` is what the deepspeed launcher passes.
     """
@@ -120,10 +128,14 @@ def _carry_out(s: Session) -> int:
             train(s)
         except Stopped as asked:
             code = stopped(s, asked)
+        except RunStopped as error:  # by every rank alike
+            if s.engine.rank == 0:
+                print(error, file=sys.stderr)
+            code = 1
     leave_process_group()
     if code is None:
-        publish(s)
-    return code or 0
+        code = 0 if publish(s) else 1
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the ops of a transformer's blocks share: one result, gradients, seen by a compiler.
+"""What the ops of a transformer's blocks share: results, gradients, seen by a compiler.
 
 Between its matrix products a block is bound by memory: each of these ops reads its inputs once and
-writes its result once, where eager torch stores every step between. Arithmetic is fp32 and what is
+writes its results once, where eager torch stores every step between. Arithmetic is fp32 and what is
 stored is rounded once; eager torch rounds after each of its steps, so in bf16 the two differ by
 what eager rounds on its way.
 
@@ -24,6 +24,7 @@ from gardo_kernels._launch import INTERPRETED, check_device, check_floating, loo
 from gardo_kernels._launch_shape import LaunchShape
 
 Needs = tuple[bool, ...]  # of every input: whether it gets a gradient
+Results = Tensor | tuple[Tensor, ...]
 
 TOKENS = LaunchShape(rows=16)  # rows: tokens that a program adds up, where a sum is asked for
 
@@ -44,16 +45,18 @@ def launch(kernel: Any, grid: tuple[int, ...], shape: LaunchShape, **arguments: 
 
 
 class BlockOp:
-    """An op of one result from two functions that launch kernels; gardo::NAME, gardo::NAME_grad.
+    """An op from two functions that launch kernels; gardo::NAME, gardo::NAME_grad.
 
-    `forward` makes the result of the inputs, tensors before constants. `keep` says, of what needs a
-    gradient, which tensors the backward pass reads: the others come to it as None. `backward` gives
-    the gradients of the first inputs, from the function `gradient` (as launches, or as the op),
-    what needs one, the result's gradient, and the inputs.
+    `forward` makes the result, or a tuple of them, of the inputs, tensors before constants. `keep`
+    says, of what needs a gradient, which tensors the backward pass reads, inputs first and then
+    results as far as it names them: what is not read comes as None. `backward` gives the gradients
+    of the first inputs, from the function `gradient` (as launches, or as the op), what needs one,
+    the gradient of each result (None for one that was not used, but not for all of them), the
+    tensors that `keep` names, and the constants.
     """
 
     def __init__(
-        self, name: str, forward: Callable[..., Tensor], gradient: Callable[..., Any], *,
+        self, name: str, forward: Callable[..., Results], gradient: Callable[..., Any], *,
         keep: Callable[[Needs], Needs], backward: Callable[..., tuple[Tensor | None, ...]],
     ) -> None:  # fmt: skip
         self.forward, self.gradient, self.keep, self.backward = forward, gradient, keep, backward
@@ -61,27 +64,31 @@ class BlockOp:
             _shown(f"gardo::{name}", forward), _shown(f"gardo::{name}_grad", gradient)
         )  # fmt: skip
 
-        def of_op(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-            return self.gradients(ctx, self.grad_op, upstream)
+        def of_op(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+            return self.gradients(ctx, self.grad_op, upstreams)
 
         self.op.register_autograd(of_op, setup_context=self.save)
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         return self.op(*inputs) if looked_on() else _Launches.apply(*inputs, self)
 
-    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.constants, ctx.inputs = inputs[len(tensors) :], len(inputs)
         kept = self.keep(ctx.needs_input_grad[: len(inputs)])
-        ctx.save_for_backward(*(x if k else None for x, k in zip(tensors, kept, strict=True)))
-        ctx.constants = inputs[len(tensors) :]
+        tensors += output if isinstance(output, tuple) else [output]
+        named = tensors[: len(kept)]
+        ctx.save_for_backward(*(x if k else None for x, k in zip(named, kept, strict=True)))
+        ctx.set_materialize_grads(False)  # zeros for a result that was not used would be a launch
 
     def gradients(
-        self, ctx: Any, gradient: Callable[..., Any], upstream: Tensor
+        self, ctx: Any, gradient: Callable[..., Any], upstreams: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
         """One for each input."""
-        tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[: len(tensors) + len(ctx.constants)]
-        grads = self.backward(gradient, needs, upstream, *tensors, *ctx.constants)
+        needs = ctx.needs_input_grad[: ctx.inputs]
+        if all(upstream is None for upstream in upstreams):
+            return (None,) * len(needs)
+        grads = self.backward(gradient, needs, *upstreams, *ctx.saved_tensors, *ctx.constants)
         return *grads, *[None] * (len(needs) - len(grads))
 
 
@@ -89,17 +96,17 @@ class _Launches(torch.autograd.Function):
     """`BlockOp` where nobody looks on."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs_and_op: Any) -> Tensor:
+    def forward(ctx: Any, *inputs_and_op: Any) -> Results:
         *inputs, op = inputs_and_op
-        result = op.forward(*inputs)
-        op.save(ctx, tuple(inputs), result)
+        output: Results = op.forward(*inputs)
+        op.save(ctx, tuple(inputs), output)
         ctx.op = op
-        return result
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.op.gradients(ctx, ctx.op.gradient, upstream), None
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *ctx.op.gradients(ctx, ctx.op.gradient, upstreams), None
 
 
 def _shown(name: str, function: Callable[..., Any]) -> Any:

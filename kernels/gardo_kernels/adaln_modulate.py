@@ -14,10 +14,9 @@ and with the gradient g of y and h = g (1 + scale_b),
 Source: adaLN-Zero of DiT, arXiv 2212.09748; diffusers' AdaLayerNormZero and the `norm2` of its
 FluxTransformerBlock and JointTransformerBlock.
 
-A token is one program's: x is read once, mean and variance are taken of what is in registers, the
-variance of what is centred. The backward pass takes them again instead of keeping them. The sums
-over tokens are wanted in full fine-tuning alone (under LoRA scale and shift come from frozen
-layers): a program adds up a chunk of tokens, then torch adds the chunks; no atomics, so equal bits.
+A token is one program's, so x is read once (see `_layer_norm.py`). The sums over tokens are wanted
+in full fine-tuning alone (under LoRA scale and shift come from frozen layers): a program adds up a
+chunk of tokens, then torch adds the chunks; no atomics, so equal bits.
 
 Least traffic, an element: forward x read, y written; backward g and x read, dx written; with the
 sums 8 bytes more for each chunk of tokens. One launch each; two more with the sums.
@@ -36,7 +35,7 @@ from gardo_kernels import _block_op as shared
 from gardo_kernels._block_op import BlockOp, Needs, launch, wrap_triton
 from gardo_kernels._examples import Examples, On
 from gardo_kernels._launch import Backend, cdiv, choose_backend, compute_dtype
-from gardo_kernels._launch_shape import LaunchShape, launch_shape
+from gardo_kernels._layer_norm import normalised, normalised_gradient, token_shape
 
 
 def adaln_modulate_ref(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
@@ -48,14 +47,6 @@ def adaln_modulate_ref(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: f
 
 
 # ---- kernels -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _normalised(x, inside, width, eps):
-    """(x - mean) / sqrt(variance + eps), 0 outside, and 1 / sqrt(variance + eps)."""
-    centred = tl.where(inside, x - tl.sum(x) / width, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred) / width + eps)
-    return centred * inverse, inverse
 
 
 @triton.jit
@@ -71,7 +62,7 @@ def _adaln_modulate_fwd_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + sample * scale_row_stride + column, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + sample * shift_row_stride + column, mask=inside, other=0.0)
-    n, _ = _normalised(x, inside, width, eps)
+    n, _ = normalised(x, inside, width, eps)
     y = n * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -96,10 +87,9 @@ def _adaln_modulate_bwd_kernel(
         at = (sample * tokens + token) * width + column
         x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
         g = tl.load(upstream_ptr + at, mask=here, other=0.0).to(tl.float32)
-        n, inverse = _normalised(x, inside, width, eps)
+        n, inverse = normalised(x, inside, width, eps)
         if grad_ptr is not None:
-            h = g * factor
-            grad = inverse * (h - tl.sum(h) / width - n * (tl.sum(h * n) / width))
+            grad = normalised_gradient(g * factor, n, inverse, width)
             tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=here)
         if sums_ptr is not None:
             scale_sum += g * n
@@ -113,25 +103,11 @@ def _adaln_modulate_bwd_kernel(
 # ---- op ------------------------------------------------------------------------------------------
 
 
-def default_shape(D: int) -> LaunchShape:
-    """A whole token in registers, 8 elements a thread up to D = 4096."""
-    block = shared.width_of(D)
-    return shared.TOKENS._replace(block=block, warps=min(max(block // 256, 1), 16))
-
-
-def _shape(x_BLD: Tensor) -> LaunchShape:
-    B, L, D = x_BLD.shape
-    default = default_shape(D)
-    return launch_shape("adaln_modulate", B * L, D, x_BLD.device, default)._replace(
-        block=default.block
-    )
-
-
 def _launch(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
     x_BLD = x_BLD.contiguous()
     scale_BD, shift_BD = shared.rows_of(scale_BD), shared.rows_of(shift_BD)
     B, L, D = x_BLD.shape
-    shape, y_BLD = _shape(x_BLD), torch.empty_like(x_BLD)
+    shape, y_BLD = token_shape("adaln_modulate", x_BLD), torch.empty_like(x_BLD)
     launch(
         wrap_triton(_adaln_modulate_fwd_kernel), (B * L,), shape, x_ptr=x_BLD, scale_ptr=scale_BD,
         shift_ptr=shift_BD, y_ptr=y_BLD, tokens=L, width=D, scale_row_stride=scale_BD.stride(0),
@@ -147,7 +123,7 @@ def _launch_gradient(
     upstream_BLD, x_BLD = upstream_BLD.contiguous(), x_BLD.contiguous()
     scale_BD = shared.rows_of(scale_BD)
     B, L, D = x_BLD.shape
-    shape = _shape(x_BLD)
+    shape = token_shape("adaln_modulate", x_BLD)
     chunk = min(shape.rows, L) if summed else 1
     C = cdiv(L, chunk)
     grad_BLD = torch.empty_like(x_BLD) if for_x else x_BLD.new_empty(0)

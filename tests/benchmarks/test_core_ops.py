@@ -328,3 +328,11 @@ def test_command_line(monkeypatch, capsys):
     assert all(r["op"] == "policy_loss" and r["median_us"] > 0 for r in found["cpu"])
     ours = next(r for r in found["counts"] if r["way"] == "triton")
     assert ours["triton_launches"] == 2 and found["targets"]
+
+
+def test_what_no_clock_measures_alone(monkeypatch, capsys):
+    command = ["bench_kernels", "--op", "gelu", "--quick", "--json", "--untimed"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name for name, rows in found.items() if rows} == {"counts", "targets"}

@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils.flop_counter import FlopCounterMode
 
-from gardo_kernels import _block_op
+from gardo_kernels import _block_op, _layer_norm
 from gardo_kernels._examples import On, op_modules
+from gardo_kernels._layer_norm import default_shape
 from gardo_kernels.adaln_modulate import adaln_modulate
 from gardo_kernels.gated_residual import gated_residual
 from gardo_kernels.gelu import gelu
 from gardo_kernels.qk_norm_rope import qk_norm_rope
+from gardo_kernels.residual_adaln import residual_adaln
 from tests import ROOT
-from tests.kernels.block_ops import OPS, answer, exact, given
+from tests.kernels.block_ops import OPS, answer, exact, given, in_tuple
 from tests.kernels.launches import recorded
 from tests.kernels.row_losses import DEVICE
 
@@ -28,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CASES = pytest.mark.parametrize(
     ("name", "shape"), [(name, shape) for name, op in OPS.items() for shape in op.shapes]
 )
+TWO = pytest.mark.parametrize("shape", OPS["residual_adaln"].shapes)
 NAMES = pytest.mark.parametrize("name", OPS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What is stored is rounded once: to half a last place, and the interpreter cuts instead.
@@ -50,11 +56,10 @@ def check(mine, right, stored, summed=SUMMED):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_backends_are_the_formula(name, shape, dtype):
     inputs = given(name, shape, dtype)
-    right = exact(name, inputs)
     for backend in ("triton", "torch"):
         mine = answer(name, inputs, backend=backend)
         assert all(x.dtype == dtype for x in mine.values())
-        check(mine, right, STORED[dtype])
+        check(mine, exact(name, inputs, mine), STORED[dtype])
 
 
 @CASES
@@ -131,7 +136,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._library.triton import get_triton_kernels_for_op
 from gardo_kernels import _launch
-from tests.kernels.block_ops import OPS
+from tests.kernels.block_ops import OPS, in_tuple
 found = {}
 def keep(name):
     def compiler(graph, _):
@@ -145,7 +150,7 @@ with mock.patch.object(_launch, "kernels_run_on", lambda device: True), FakeTens
         call = lambda *values: op.call(**dict(zip(taken, values)), backend="triton")
         backend = aot_autograd(fw_compiler=keep(name), bw_compiler=keep(name))
         compiled = torch.compile(call, fullgraph=True, backend=backend)
-        compiled(*taken.values()).sum().backward()
+        sum(out.sum() for out in in_tuple(compiled(*taken.values()))).backward()
 in_key = {f"{name}{end}": len(get_triton_kernels_for_op(f"gardo::{name}{end}"))
           for name in OPS for end in ("", "_grad")}
 json.dump([found, in_key], sys.stdout)
@@ -166,6 +171,30 @@ def test_a_compiler_opens_the_ops_into_their_kernels():
         for targets in (forward, backward):
             assert sum("triton_kernel_wrapper" in target for target in targets) == 1
             assert not any(target.startswith("gardo.") for target in targets)
+
+
+@TWO
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_two_ops_in_one_give_the_bits_of_the_two(shape, dtype, backend, monkeypatch):
+    """Laid out alike, whatever a GPU's table has for the one or the other."""
+    monkeypatch.setattr(_layer_norm, "launch_shape", lambda *_: default_shape(shape[-1]))
+    inputs = given("residual_adaln", shape, dtype)
+    x, y, gate, scale, shift = inputs.values()
+    z, m = residual_adaln(**inputs, backend=backend)
+    assert torch.equal(z, gated_residual(x, y, gate, backend=backend))
+    assert torch.equal(m, adaln_modulate(z, scale, shift, backend=backend))
+
+
+@TWO
+@pytest.mark.parametrize("looking_on", [nullcontext, partial(FlopCounterMode, display=False)])
+@pytest.mark.parametrize(("used", "leaves"), [("z", "x y gate"), ("m", "x y gate scale shift")])
+def test_the_gradients_of_one_result_of_two(shape, looking_on, used, leaves):
+    inputs = given("residual_adaln", shape)
+    asked = {"trained": leaves.split(), "used": (used,)}
+    with looking_on():
+        mine = answer("residual_adaln", inputs, backend="triton", **asked)
+    check(mine, exact("residual_adaln", inputs, **asked), 0.0)
 
 
 @CASES
@@ -196,8 +225,8 @@ def test_what_is_strided_is_read_as_it_is(name):
     assert not wide["x"].is_contiguous()
 
     def spread(**taken):
-        y = OPS[name].call(**taken)
-        return torch.cat([y, y], 1)[:, : y.shape[1]]
+        results = in_tuple(OPS[name].call(**taken))
+        return tuple(torch.cat([y, y], 1)[:, : y.shape[1]] for y in results)
 
     plain = answer(name, inputs, backend="triton")
     mine = answer(name, wide, spread, backend="triton")
@@ -211,7 +240,7 @@ def test_nan_goes_where_the_formula_has_it(name):
         named = {key: x.clone() for key, x in inputs.items()}
         named[spoiled].view(-1)[named[spoiled].numel() // 2] = torch.nan
         mine, right = answer(name, named, backend="triton"), exact(name, named)
-        assert mine["out"].isnan().any(), spoiled
+        assert any(mine[out].isnan().any() for out in OPS[name].results), spoiled
         for key in right:
             assert torch.equal(mine[key].isnan(), right[key].isnan()), (spoiled, key)
 
@@ -245,12 +274,59 @@ def test_a_residual_alone_launches_nothing_backward_and_keeps_nothing_large():
     assert [t.shape for t in kept] == [gate.shape]
 
 
-@pytest.mark.parametrize("name", ["adaln_modulate", "gelu", "qk_norm_rope"])
+@pytest.mark.parametrize("trained", ["x y gate scale shift", "x y", "y", "gate", "shift"])
+def test_what_is_asked_for_of_two_ops_in_one(trained):
+    """One launch backward whatever it is; y is read and kept for the gate's sum alone."""
+    inputs, wanted = given("residual_adaln", (2, 5, 24)), trained.split()
+    with recorded() as launches:
+        answer("residual_adaln", inputs, trained=wanted, backend="triton")
+    forward, backward = (launch.arguments for launch in launches)
+    summed = not {"gate", "scale", "shift"}.isdisjoint(wanted)
+    pointers = {"grad_x": "x" in wanted, "grad_y": "y" in wanted, "sums": summed,
+                "y": "gate" in wanted, "upstream_z": True, "upstream_m": True}  # fmt: skip
+    assert {name: backward[f"{name}_ptr"] is not None for name in pointers} == pointers
+    assert backward["CHUNK"] == 1 or summed
+    assert backward["z_ptr"].data_ptr() == forward["z_ptr"].data_ptr()  # kept as it is
+
+
+@pytest.mark.parametrize("used", ["z", "m"])
+def test_a_result_that_is_not_used_has_no_gradient_to_read(used):
+    asked = {"trained": ("x", "y"), "used": (used,)}
+    with recorded() as launches:
+        answer("residual_adaln", given("residual_adaln", (2, 5, 24)), backend="triton", **asked)
+    backward = launches[-1].arguments
+    read = [name for name in ("z", "m") if backward[f"upstream_{name}_ptr"] is not None]
+    assert len(launches) == 2 and read == [used]
+
+
+class Dropped(torch.autograd.Function):
+    """Passes on what it is given, and no gradient."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(*_):
+        return None
+
+
+@NAMES
+def test_no_gradient_comes_of_none(name):
+    inputs = given(name, OPS[name].shapes[0])
+    x = inputs["x"].requires_grad_()
+    with recorded() as launches:
+        results = in_tuple(OPS[name].call(**inputs, backend="triton"))
+        sum(Dropped.apply(out).sum() for out in results).backward()
+    assert x.grad is None and len(launches) == 1
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "residual_adaln", "gelu", "qk_norm_rope"])
 def test_a_gradient_of_the_gradient_is_refused(name):
     inputs = given(name, OPS[name].shapes[0])
     x = inputs.pop("x").requires_grad_()
     upstream = torch.ones((), device=DEVICE, requires_grad=True)
-    out = OPS[name].call(x, **inputs, backend="triton")
+    *_, out = in_tuple(OPS[name].call(x, **inputs, backend="triton"))
     (grad,) = torch.autograd.grad((out * upstream).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
@@ -283,6 +359,10 @@ def test_bad_inputs():
         gated_residual(x, x[:, :2], rows)
     with pytest.raises(ValueError, match="gate has shape"):
         gated_residual(x, x, rows[:, None])
+    with pytest.raises(ValueError, match="residual_adaln: y has shape"):
+        residual_adaln(x, x[:, :2], rows, rows, rows)
+    with pytest.raises(ValueError, match="residual_adaln: shift has shape"):
+        residual_adaln(x, x, rows, rows, rows[:1])
     with pytest.raises(ValueError, match="before has shape"):
         gelu(x, x[:, :2])
     with pytest.raises(ValueError, match="x has dtype"):

@@ -46,6 +46,7 @@ BUDGET = {
     "nft_loss_fwd_fp32": 60,
     "nft_loss_bwd_bf16": 36,
     "nft_loss_bwd_fp32": 28,
+    "residual_adaln_bwd_bf16": 68,  # three sums of columns, made and stored around the loop
     # of each of 64 pairs of rows; few turns of a short loop, behind one for the lengths
     "nearest_cosine_chords_bf16": 20,
     "nearest_cosine_chords_fp32": 36,
@@ -68,6 +69,8 @@ REGISTERS = {  # where 64 are not enough
     # the sums of columns too, which full fine-tuning asks for
     "adaln_modulate_bwd_bf16": 80,
     "qk_norm_rope_bwd_fp32": 80,
+    "residual_adaln_bwd_bf16": 104,  # three of them: of Flux's width one program stays, as of two
+    "residual_adaln_bwd_fp32": 112,
     "nearest_cosine_gram_squares_one_group": 168,
     "nearest_cosine_gram_tiles_one_group": 168,
 }

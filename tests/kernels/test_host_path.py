@@ -16,7 +16,7 @@ from tests.kernels.row_losses import DEVICE
 HERE = On("triton", torch.device(DEVICE))
 LAUNCHES = {"policy_loss": 2, "nft_loss": 2, "awm_loss": 2, "sde_step": 1, "nearest_cosine": 2,
             "philox": 1, "qk_norm_rope": 2, "adaln_modulate": 2, "gated_residual": 2,
-            "gelu": 2}  # fmt: skip
+            "residual_adaln": 2, "gelu": 2}  # fmt: skip
 CUSTOM = sorted(LAUNCHES.keys() - {"philox"})
 
 

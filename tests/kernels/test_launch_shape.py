@@ -127,7 +127,7 @@ def test_a_chunk_of_one_block_gives_the_same_numbers():
             torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
 
 
-WHOLE_ROWS = ("adaln_modulate",)  # a program's block is what holds a row
+WHOLE_ROWS = ("adaln_modulate", "residual_adaln")  # a program's block is what holds a row
 OTHER = LaunchShape(block=256, chunk=512, rows=2, warps=2, stages=1)
 
 

@@ -19,6 +19,7 @@ TEXT = 512  # tokens, before those of the image
 SIZES = ((1, 1024), (3, 1024), (1, 4096), (3, 4096), (9, 4096))  # samples, tokens of the image
 EPS = 1e-6
 Given = dict[str, Tensor]
+Found = Tensor | tuple[Tensor, ...]
 
 
 class Block(Problem):
@@ -28,7 +29,8 @@ class Block(Problem):
     width = 3072
     trained: tuple[str, ...]
     frozen: tuple[str, ...]  # of them, those that get a gradient under LoRA
-    again: tuple[str, ...] = ("x",)  # what the backward pass reads too
+    again: tuple[str, ...] = ("x",)  # what the backward pass reads too, or what is of its size
+    results: tuple[str, ...] = ("result",)
 
     @classmethod
     def gpu_cases(cls, op: str) -> list[Case]:
@@ -69,15 +71,15 @@ class Block(Problem):
         self.leaves = self.trained if case.layout == "trained" else self.frozen
         for name in self.leaves:
             self.given[name] = self.given[name].detach().requires_grad_()
-        self.upstream = self.like_result()
+        self.upstreams = [self.like_result() for _ in self.results]
 
     def draw(self) -> Given:
         raise NotImplementedError
 
-    def op(self, given: Given, backend: str) -> Tensor:
+    def op(self, given: Given, backend: str) -> Found:
         raise NotImplementedError
 
-    def diffusers(self, given: Given) -> Tensor:
+    def diffusers(self, given: Given) -> Found:
         raise NotImplementedError
 
     def like_result(self) -> Tensor:
@@ -90,32 +92,36 @@ class Block(Problem):
 
     @property
     def least_bytes(self) -> int:
-        """Every input, the result and its gradient once, and the gradients."""
+        """Every input, the results and their gradients once, and the gradients."""
         tensors = [*self.given.values(), *(self.given[name] for name in self.leaves)]
-        return sum(t.numel() * t.element_size() for t in [*tensors, *2 * [self.upstream]])
+        return sum(t.numel() * t.element_size() for t in [*tensors, *2 * self.upstreams])
 
     @property
     def two_pass_bytes(self) -> int:
         return self.least_bytes + sum(self.given[name].numel() for name in self.again) * self.size
 
-    def with_gradients(self, given: Given, out: Tensor) -> Outputs:
-        leaves = [given[name] for name in self.leaves]
-        grads = torch.autograd.grad(out, leaves, self.upstream.to(out.dtype))
-        return {"result": out, **dict(zip(self.leaves, grads, strict=True))}
+    def named(self, found: Found) -> Outputs:
+        return dict(zip(self.results, outputs(found), strict=True))
+
+    def with_gradients(self, given: Given, found: Outputs) -> Outputs:
+        leaves, out = [given[name] for name in self.leaves], list(found.values())
+        upstreams = [x.to(like.dtype) for x, like in zip(self.upstreams, out, strict=True)]
+        grads = torch.autograd.grad(out, leaves, upstreams)
+        return found | dict(zip(self.leaves, grads, strict=True))
 
     def torch_call(self, given: Given) -> Outputs:
-        return {"result": self.diffusers(given)}
+        return self.named(self.diffusers(given))
 
     def ways(self, compiled: TorchCall | None = None, checked: bool = False) -> dict[str, Call]:
         forward: dict[str, TorchCall] = {
             "eager": self.torch_call,
-            "triton": lambda given: {"result": self.op(given, "triton")},
+            "triton": lambda given: self.named(self.op(given, "triton")),
         }
         if compiled is not None:
             forward["compiled"] = compiled
 
         def trained(call: TorchCall) -> Call:
-            return lambda: self.with_gradients(self.given, call(self.given)["result"])
+            return lambda: self.with_gradients(self.given, call(self.given))
 
         return {name: trained(call) for name, call in forward.items()}
 
@@ -124,7 +130,7 @@ class Block(Problem):
             name: x.detach().double().requires_grad_(name in self.leaves)
             for name, x in self.given.items()
         }
-        found = self.with_gradients(wide, self.op(wide, "torch"))
+        found = self.with_gradients(wide, self.named(self.op(wide, "torch")))
         return {name: t.detach() for name, t in found.items()}
 
     def tolerance(self, way: str, output: str) -> float:
@@ -132,6 +138,10 @@ class Block(Problem):
         if self.case.dtype == torch.float32:
             return 1e-5
         return 2.0**-7 if way == "triton" else 2.0**-6
+
+
+def outputs(found: Found) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def with_rows(first: LaunchShape) -> list[LaunchShape]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from gardo_kernels import adaln_modulate as op
 from gardo_kernels._launch_shape import LaunchShape
+from gardo_kernels._layer_norm import default_shape
+from gardo_kernels.adaln_modulate import adaln_modulate
 
 from ..cases import Case
 from ._block import EPS, Block, Given, with_rows
@@ -18,7 +19,7 @@ class AdalnModulate(Block):
 
     @classmethod
     def default_shape(cls, case: Case) -> LaunchShape:
-        return op.default_shape(case.shape[-1])
+        return default_shape(case.shape[-1])
 
     @classmethod
     def launch_shapes(cls, case: Case) -> list[LaunchShape]:
@@ -29,7 +30,7 @@ class AdalnModulate(Block):
         return {"x": x, "scale": self.modulation(), "shift": self.modulation()}
 
     def op(self, given: Given, backend: str) -> Tensor:
-        return op.adaln_modulate(**given, eps=EPS, backend=backend)
+        return adaln_modulate(**given, eps=EPS, backend=backend)
 
     def diffusers(self, given: Given) -> Tensor:
         x, scale, shift = given.values()

@@ -374,9 +374,9 @@ class Gardo(Wrapper):
 
     def load_state_dict(self, state: Any) -> None:
         super().load_state_dict(state)
-        if self.gate:
+        if self.gate and state["gate"]:  # else the recipe has just got one
             self.gate.load_state_dict(state["gate"])
-        if self.reference:
+        if self.reference and state["reference"]:
             self.reference.load_state_dict(state["reference"])
 
 

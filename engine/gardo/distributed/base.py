@@ -155,7 +155,8 @@ class Engine(Ranks, Protocol):
 
     shards: Shards  # where this rank's pieces of the trained weights are
     slots: Slots
-    grad_norm: float
+    grad_norm: float  # of the last update, before clipping
+    skipped: bool  # the last update was not made: its gradient was not finite
     gather_note: (
         str  # how forward-only phases get the weights, and why; "" where that is no question
     )
@@ -172,11 +173,14 @@ class Engine(Ranks, Protocol):
         """Accumulates the gradient of `loss`, the mean over this micro-batch.
 
         It weighs 1 / accumulation: micro-batches that were left out count as zeros. `last` of its
-        update, on every rank.
+        update, on every rank. A loss that is not finite spoils the update on all ranks.
         """
 
     def step(self) -> bool:
-        """After the last micro-batch of an update clips, steps, and returns True."""
+        """After the last micro-batch of an update clips, steps, and returns True.
+
+        An update whose gradient is not finite is not made: see `skipped`.
+        """
 
     def close(self) -> None: ...
 
@@ -220,6 +224,12 @@ def held(phase: Phase, *weights: AbstractContextManager[None]) -> Iterator[None]
         finally:
             with phase("gather"):
                 there.close()
+
+
+def spoiling(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN where it is not finite itself: the norm, which all ranks
+    see, then says so without a question of its own."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def check_step(slots: Slots) -> None:

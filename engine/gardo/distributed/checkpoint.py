@@ -53,7 +53,9 @@ from gardo.distributed.saved import (
     Saved,
     Unusable,
     committed,
+    is_misnamed,
     name_of,
+    not_finite,
     self_digest,
     sha256,
     step_of,
@@ -276,6 +278,8 @@ class Checkpoints:
         """Writes this rank's files and describes them. No collectives: may run in a thread."""
         files = []
         for kind, tensors in kinds:
+            if (strange := not_finite(tensors)) is not None:
+                raise ValueError(f"{kind} of {strange} is not finite")
             name = f"{kind}-{self.engine.rank:05d}-of-{self.engine.world:05d}.safetensors"
             save_file(tensors, part / name)
             _flush(part / name)
@@ -323,7 +327,8 @@ class Checkpoints:
             folder = self.folder / name
             try:
                 saved = Saved(folder)
-                problem = saved.damage(self.engine.rank, self.engine.world)
+                mine = self.engine.rank, self.engine.world
+                problem = saved.misnamed() or saved.damage(*mine) or saved.not_finite(*mine)
             except Unusable as error:
                 problem = str(error)
             found = [text for text in gather_text(self.engine, problem or "") if text]
@@ -334,11 +339,12 @@ class Checkpoints:
         return None, wrong
 
     def set_aside(self, newer_than: Saved | None) -> None:
-        """Renames the damaged folders, so that they are neither counted nor lost."""
+        """Renames what was passed over, so that it is neither counted nor lost."""
         if self.engine.rank == 0:
             for folder in committed(self.folder):
                 if newer_than is None or step_of(folder) > newer_than.step:
-                    folder.rename(folder.with_name(f"{folder.name}.broken-{secrets.token_hex(4)}"))
+                    why = "misnamed" if is_misnamed(folder) else "broken"
+                    folder.rename(folder.with_name(f"{folder.name}.{why}-{secrets.token_hex(4)}"))
         self.engine.barrier()
 
     @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from gardo.distributed.base import check_step, held
+from gardo.distributed.base import check_step, held, spoiling
 from gardo.distributed.group import Group
 from gardo.distributed.optimizers import OptimizerSettings, build_optimizer
 from gardo.distributed.shards import Shards, WholeShards
@@ -41,6 +42,7 @@ class LocalEngine(Group):
         self._max_grad_norm = max_grad_norm
         self._last = False
         self.grad_norm = float("nan")
+        self.skipped = False
         self.slots = self.make_slots(())
 
     def make_slots(self, names: Sequence[str]) -> Slots:
@@ -54,7 +56,7 @@ class LocalEngine(Group):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._last = last
-        (loss / self._accumulation).backward()
+        (spoiling(loss) / self._accumulation).backward()
 
     def step(self) -> bool:
         check_step(self.slots)
@@ -62,7 +64,9 @@ class LocalEngine(Group):
             return False
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self.grad_norm = float(norm)
-        self.optimizer.step()
+        self.skipped = not math.isfinite(self.grad_norm)
+        if not self.skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True
 

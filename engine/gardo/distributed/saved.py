@@ -50,6 +50,11 @@ class Saved:
         self.step = int(self.manifest["step"])
         self._index: dict[str, dict[str, list[_Stored]]] = {}
 
+    def misnamed(self) -> str | None:
+        """What the folder should be called, if it has another step's name."""
+        name = name_of(self.step)
+        return None if self.folder.name == name else f"{self.folder}: this is {name}; rename it"
+
     def damage(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
         """What is wrong with this rank's share of the files (of one kind), if anything."""
         files = [f for f in self.manifest["files"] if kind in (None, f["kind"])]
@@ -62,6 +67,16 @@ class Saved:
                     return f"{path} is not what was saved"
             except OSError as error:
                 return f"{path} cannot be read: {error}"
+        return None
+
+    def not_finite(self, rank: int = 0, world: int = 1, *, kind: str | None = None) -> str | None:
+        """Where this rank's share of the files (of one kind) has numbers that are not finite."""
+        files = [f for f in self.manifest["files"] if kind in (None, f["kind"])]
+        for file in files[rank::world]:
+            with safe_open(self.folder / file["name"], "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    if not_finite({key: opened.get_tensor(key)}):
+                        return f"{self.folder}: {file['kind']} of {key} is not finite"
         return None
 
     def file(self, kind: str, rank: int) -> Path:
@@ -121,10 +136,29 @@ class Saved:
         return self.read(kind, name, 0, int(torch.Size(shape).numel())).view(*shape)
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a number that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = tensor.aminmax()  # NaN comes through; one pass, no copy
+            if not (least.isfinite() and most.isfinite()):
+                return name
+    return None
+
+
 def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a run's `checkpoints/`, newest first."""
     found = [p for p in folder.glob("step-*") if COMMITTED.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def is_misnamed(folder: Path) -> bool:
+    """Whether a checkpoint is whole and has got another step's name."""
+    try:
+        saved = Saved(folder)
+    except Unusable:
+        return False
+    return saved.misnamed() is not None and saved.damage() is None
 
 
 def step_of(folder: Path) -> int:

@@ -7,6 +7,7 @@ loop and the pipelines call the module itself, never the DeepSpeed engine's forw
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from gardo.distributed.base import (
     held,
     host_memory,
     ranks_here,
+    spoiling,
 )
 from gardo.distributed.blocks import keep_parameters, leaves_of, make_leaves
 from gardo.distributed.gather import (
@@ -157,6 +159,7 @@ class ZeroEngine(Group):
             )
         self.phase: Phase = no_phase
         self.grad_norm = float("nan")
+        self.skipped = False
         self.slots = self.make_slots(())
 
     def _make_shards(self, trainable: dict[str, Any]) -> Shards:
@@ -186,17 +189,22 @@ class ZeroEngine(Group):
             self._engine.optimizer.clear_backward_seen_flag()
         # Told, not counted: an update may have fewer micro-batches than `accumulation`.
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self._engine.backward(spoiling(loss))
 
     def step(self) -> bool:
         check_step(self.slots)
         boundary = bool(self._engine.is_gradient_accumulation_boundary())
         if boundary and self._stage == 0:
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            self.grad_norm = float(norm)
+            self.grad_norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+            self.skipped = not math.isfinite(self.grad_norm)
+            if self.skipped:  # DeepSpeed looks at no gradient at this stage
+                self._engine.set_gradient_accumulation_boundary(False)
+                self._engine.zero_grad()
         self._engine.step()
         if boundary and self._stage:
-            self.grad_norm = float(self._engine.get_global_grad_norm())
+            self.skipped = bool(self._engine.optimizer.overflow)
+            norm = None if self.skipped else self._engine.get_global_grad_norm()
+            self.grad_norm = math.nan if norm is None else float(norm)
         return boundary
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ Shapes: E evaluation prompts, n images each, I = E n images, B images of one for
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -74,6 +76,14 @@ class Evaluator:
         count = min(settings.shown, len(self.prompts))
         self.shown = torch.arange(count) * len(self.prompts) // count  # spread over the prompts
         self.first: dict[str, Tensor] = {}
+
+    @property
+    def identity(self) -> str:
+        """Equal for evaluations whose numbers can be compared: same prompts, noise and steps."""
+        settings = self.settings
+        prompts = [[str(p), getattr(p, "metadata", {})] for p in self.prompts]
+        of = [prompts, settings.images_per_prompt, settings.steps, self.seed]
+        return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
     def restore(self, first: Mapping[str, Sequence[float]]) -> None:
         """The per-prompt means of the first evaluation of this run, from before a resume."""
@@ -144,9 +154,13 @@ class Evaluator:
         assert picture is not None
         pictures = self.engine.all_gather(picture[None]).sum(0).float() / 255
         path = Path("samples") / f"step-{step:05d}.png"
+        record = self._record(step, values, str(path))
         if self.engine.rank == 0:
-            save_grid(pictures, self.folder / path, columns=images_per_prompt)
-        return self._record(step, values, str(path))
+            try:
+                save_grid(pictures, self.folder / path, columns=images_per_prompt)
+            except OSError as error:  # the disk is full: numbers are worth more than a picture
+                record |= {"images": None, "events": [f"{path} is not written: {error}"]}
+        return record
 
     def _judge(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}

@@ -80,7 +80,8 @@ def plan_page(
     lines += [
         "",
         f"Time, modelled, not measured: {MATMUL / 1e12:.0f} TFLOP/s a GPU, of which sampling "
-        f"reaches {SHARE['sample']:.0%} and training {SHARE['train']:.0%}",
+        f"reaches {SHARE['sample']:.0%} and training {SHARE['train']:.0%}, in eager blocks as "
+        "diffusers and PEFT run them",
         f"iteration  {time.total:.1f} s ({phases}); {time.flops / 1e15:.2f} PFLOP a GPU",
         f"gathering  {time.gathering:.1f} s, if nothing of it is hidden "
         f"({(NVLINK if nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",

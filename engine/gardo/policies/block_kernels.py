@@ -1,9 +1,10 @@
 """Blocks of Flux and SD3 whose work between matmuls is done by `gardo_kernels`.
 
 What diffusers writes as LayerNorm, scale, shift, gate, sum and GELU is one kernel each here, as are
-an attention's norm and rotation (joint_attention.py). Modules, names and parameters stay. The
-values are diffusers', rounded once an op where diffusers rounds in between; fp16, which diffusers
-clips at the end of a block, is not for this.
+the residual behind an attention with the norm behind that, and an attention's norm and rotation
+(joint_attention.py). Modules, names and parameters stay. The values are diffusers', rounded once an
+op where diffusers rounds in between; fp16, which diffusers clips at the end of a block, is not for
+this.
 
 Source: diffusers' FluxTransformerBlock, FluxSingleTransformerBlock and JointTransformerBlock.
 
@@ -26,6 +27,7 @@ from gardo_kernels.adaln_modulate import adaln_modulate
 from gardo_kernels.gated_residual import gated_residual
 from gardo_kernels.gelu import gelu
 from gardo_kernels.qk_norm_rope import qk_norm_rope
+from gardo_kernels.residual_adaln import residual_adaln
 
 Streams = tuple[Tensor | None, Tensor]  # text, image; no text behind the last block of SD3
 Rotation = tuple[Tensor, Tensor] | None
@@ -137,7 +139,8 @@ def _fed_forward(
     shift: Tensor, scale: Tensor, gate_ff: Tensor,
 ) -> Tensor:  # fmt: skip
     """x with what its attention says, and then with what the feed-forward makes of that."""
-    x_BLD = gated_residual(x_BLD, attended_BLD, gate, backend=block.kernels)
-    h_BLD = adaln_modulate(x_BLD, scale, shift, eps=norm.eps, backend=block.kernels)
+    x_BLD, h_BLD = residual_adaln(
+        x_BLD, attended_BLD, gate, scale, shift, eps=norm.eps, backend=block.kernels
+    )
     h_BLD = ff.net[2](gelu(ff.net[0].proj(h_BLD), backend=block.kernels))
     return gated_residual(x_BLD, h_BLD, gate_ff, backend=block.kernels)

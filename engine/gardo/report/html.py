@@ -82,7 +82,6 @@ def write_report(run_folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: the folder has no `metrics.jsonl`.
-        ValueError: the log is damaged before its last line.
     """
     run_folder = Path(run_folder)
     records = read_metrics(run_folder / "metrics.jsonl")

@@ -45,16 +45,18 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsLog:
     """The writing end of `metrics.jsonl`; a context manager.
 
+    A line that cannot be written (a full disk) stays in memory and is written before the next one;
+    `problem` says why, None while nothing waits.
+
     Args:
         path: the file; made if it is not there.
         from_step: for a resume. Records with `step >= from_step`, which the resumed run will write
             again, and a last line torn by a crash are dropped; everything before stays as it was,
-            byte for byte. Resuming after N finished steps is `from_step=N + 1`. Without it the
-            file must be new or empty.
+            byte for byte, other damaged lines too. Resuming after N finished steps is
+            `from_step=N + 1`. Without it the file must be new or empty.
 
     Raises:
         FileExistsError: the file holds records and `from_step` was not given.
-        ValueError: a line other than the last is not a record.
     """
 
     def __init__(self, path: str | Path, *, from_step: int | None = None) -> None:
@@ -65,12 +67,18 @@ class MetricsLog:
                 raise FileExistsError(
                     f"{self.path} already holds a run's records; resume, or use another folder"
                 )
-            kept = [line for line, record in _parse(self.path) if record["step"] < from_step]
+            kept = [
+                line
+                for line, record in _parse(self.path)
+                if record is None or record["step"] < from_step
+            ]
             write_atomically(self.path, b"".join(line + b"\n" for line in kept))
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed in `close`
+        self.problem: OSError | None = None
+        self._waiting = b""
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
 
     def write(self, record: Record) -> None:
-        """Append one record and flush it, so that a reader sees it and a killed process leaves it.
+        """Append one record, so that a reader sees it and a killed process leaves it.
 
         Raises:
             ValueError: unknown kind, or `step` is not a whole number of at least 0.
@@ -79,15 +87,30 @@ class MetricsLog:
         _check(record)
         text = json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False)
         # A lone surrogate (a badly decoded prompt) becomes \udc80: JSON reads back what it was.
-        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        self._waiting += text.encode("utf-8", "backslashreplace") + b"\n"
+        self._write_waiting()
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        self._write_waiting()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.problem = error
 
     def close(self) -> None:
-        """Force what was written to the disk and close. A second call does nothing."""
+        """The same, then close. A second call does nothing."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:  # a disk may take a part of it
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self.problem = None
+        except OSError as error:
+            self.problem = error
 
     def __enter__(self) -> Self:
         return self
@@ -97,14 +120,38 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """All records in the order written. A torn last line (a crash, or a run still writing) is left
-    out.
+    """All records in the order written; lines that are none, torn or damaged, are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line other than the last is not a record; the message has its number.
     """
-    return [record for _, record in _parse(Path(path))]
+    return [record for _, record in _parse(Path(path)) if record is not None]
+
+
+def missing(path: str | Path, steps: int = 0) -> list[str]:
+    """What is wrong with a log: lines that are no records, and training steps up to `steps`, or to
+    the last one there is, that have none. A sentence each."""
+    parsed = _parse(Path(path))
+    damaged = [number for number, (_, record) in enumerate(parsed, start=1) if record is None]
+    there = {r["step"] for _, r in parsed if r is not None and r["kind"] == "step"}
+    lost = [step for step in range(1, max([steps, *there]) + 1) if step not in there]
+    found = []
+    if damaged:
+        found.append(f"{path}: not a record, and left out: line {_ranges(damaged)}")
+    if lost:
+        found.append(f"{path}: nothing of step {_ranges(lost)}")
+    return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1-3, 7"""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def step_records(run_folder: Path) -> list[Record]:
@@ -113,21 +160,25 @@ def step_records(run_folder: Path) -> list[Record]:
     return [record for record in records if record["kind"] == "step"]
 
 
-def _parse(path: Path) -> list[tuple[bytes, Record]]:
-    """Lines (without their newline) and their records."""
+def _parse(path: Path) -> list[tuple[bytes, Record | None]]:
+    """Lines (without their newline) and their records, None where a line is not one.
+
+    Without a last line that is not: a crash tore it, or a run is writing it now.
+    """
     lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 may stand inside a prompt
     if lines[-1] == b"":
         lines.pop()
-    parsed: list[tuple[bytes, Record]] = []
-    for number, line in enumerate(lines, start=1):
+    parsed: list[tuple[bytes, Record | None]] = []
+    for line in lines:
         try:
             record = json.loads(line)
             _check(record)
-        except ValueError as error:  # bad JSON and bad UTF-8 are ValueErrors too
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not a metrics record ({error})") from error
-        parsed.append((line, _from_json(record)))
+        except (ValueError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors too
+            parsed.append((line, None))
+        else:
+            parsed.append((line, _from_json(record)))
+    if parsed and parsed[-1][1] is None:
+        parsed.pop()
     return parsed
 
 

@@ -5,9 +5,13 @@ steps scroll above it. Into a pipe or a file only the finished steps are printed
 
     step 41/500  sample 18.2s  reward 3.1s  teachers 1.1s  train 24.0s  |  hpsv2 0.312 (+0.004)
                  kl 1.9e-4  ratio 1 +- 3e-5  clip 11 %  diversity 17.3  |  ETA 5h52m
+
+A standard output that takes nothing more, a closed terminal or a full disk, never ends a run.
 """
 
+import errno
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +30,16 @@ _INDENT = " " * 13
 _ETA_STEPS = 20  # steps whose mean duration, evaluations included, gives the time left
 _HELD_OUT = " (held out)"
 _SHOWN = 0.01  # of a step's seconds: phases that took less are in the log and in the report
+
+
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # nobody will ever read this
+
+
+class _Console(Console):
+    """Rich's, which would end the process when its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads this")
 
 
 class Progress:
@@ -50,7 +64,7 @@ class Progress:
     ) -> None:
         self.total_steps = total_steps
         self.enabled = enabled
-        self.console = console or Console()
+        self.console = console or _Console()
         self.phases = phases or PhaseClock()
         self._clock = self.phases.clock
         self._phase: tuple[str, float] | None = None
@@ -124,9 +138,22 @@ class Progress:
         return each * max(self.total_steps - self._step, 0)
 
     def _print(self, text: str) -> None:
-        if self.enabled:
+        if not self.enabled:
+            return
+        try:
             self.console.print(Text(text), soft_wrap=True)
             self.console.file.flush()
+        except OSError as error:
+            if error.errno in _GONE:
+                self._speak_to_nobody()
+
+    def _speak_to_nobody(self) -> None:
+        """For what else prints, and for Python's own flush at the end, which would fail too."""
+        self.enabled = False
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, self.console.file.fileno())
+        os.close(nobody)
+        self.close()
 
     def _show(self) -> None:
         """Start the live line, on a terminal that can redraw one."""
@@ -263,6 +290,7 @@ def _evaluation_lines(record: Record) -> str:
     if diversity := record.get("diversity"):
         values = "  ".join(f"{name} {format_number(value, 3)}" for name, value in diversity.items())
         lines.append(_INDENT + "diversity  " + values)
+    lines += [_INDENT + str(event) for event in record.get("events", ())]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ Iterations are counted from 1, as metrics.jsonl counts them.
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -78,6 +79,35 @@ class Odd(Reward):
         value = images_B3HW.mean((1, 2, 3))
         bad = self._calls in self.settings.nan_at or self._calls >= self.settings.nan_from
         return value * float("nan") if bad else value
+
+
+class NoRoomSettings(RewardSettings):
+    full_at: list[int] = []  # calls
+    hang_up_at: int = 0
+
+
+class NoRoom(Reward):
+    """How bright an image is; in some calls the disk is full until the next one, or nobody reads
+    standard output any more.
+
+    A full disk is a process that may make no file larger: a limit of the system, whose error
+    comes from the same calls.
+    """
+
+    Settings = NoRoomSettings
+    _calls = 0
+
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self._calls += 1
+        full = self._calls in self.settings.full_at
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if full else hard, hard))
+        if self._calls == self.settings.hang_up_at:
+            read, write = os.pipe()
+            os.close(read)
+            os.dup2(write, 1)
+            os.close(write)
+        return images_B3HW.mean((1, 2, 3))
 
 
 class DisturbingSettings(RewardSettings):

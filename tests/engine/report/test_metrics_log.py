@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gardo.report.metrics_log import MetricsLog, read_metrics
+from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from tests.engine.report.records import evaluation_record, step_record, write_log
 
 
@@ -77,12 +78,48 @@ def test_a_torn_last_line_is_skipped_and_mended(tmp_path: Path, cut: int) -> Non
     assert [record["step"] for record in read_metrics(path)] == [*kept, 9]
 
 
-def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out_said_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    write_log(path, [step_record(1), step_record(2)])
-    path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": ', 1))
-    with pytest.raises(ValueError, match="line 1"):
-        read_metrics(path)
+    write_log(path, [step_record(step) for step in range(1, 7)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = lines[1].replace(b'"step": 2', b'"step": '), b"[" * 100_000 + b"\n"
+    path.write_bytes(b"".join(lines))
+    assert [record["step"] for record in read_metrics(path)] == [1, 4, 5, 6]
+    said = [f"{path}: not a record, and left out: line 2-3", f"{path}: nothing of step 2-3"]
+    assert missing(path) == said
+    with MetricsLog(path, from_step=5) as log:
+        log.write(step_record(5))
+    assert path.read_bytes().splitlines(keepends=True)[:4] == lines[:4]
+    assert [record["step"] for record in read_metrics(path)] == [1, 4, 5]
+
+
+def test_lost_lines_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    write_log(path, [step_record(1), step_record(2), evaluation_record(2)])
+    assert missing(path) == [] and missing(path, 2) == []
+    assert missing(path, 5) == [f"{path}: nothing of step 3-5"]
+    write_log(path.with_name("other"), [step_record(1), step_record(3)])
+    assert missing(path.with_name("other")) == [f"{path.with_name('other')}: nothing of step 2"]
+
+
+def test_lines_wait_in_memory_for_room(tmp_path: Path) -> None:
+    """Of a real limit on the size of files, which a line passes in its middle."""
+    path = tmp_path / "m.jsonl"
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(path) as log:
+        log.write(step_record(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+        try:
+            log.write(step_record(2))
+            assert log.problem is not None
+            log.write(step_record(3))
+            log.sync()
+            assert [record["step"] for record in read_metrics(path)] == [1]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        log.write(step_record(4))
+        assert log.problem is None
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_a_finished_log_is_not_overwritten(tmp_path: Path) -> None:
