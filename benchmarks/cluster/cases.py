@@ -59,6 +59,7 @@ class Case:
         command = {
             "gardo.train": train,
             "cluster.resume": ("-m", "cluster.resume", "--out", FOLDER, *train[3:]),
+            "cluster.asked": ("-m", "cluster.resume", "--asked", "--out", FOLDER, *train[3:]),
             "cluster.gradients": ("-m", "cluster.gradients", "--out", FOLDER, *train[3:]),
             "cluster.bandwidth": (*LAUNCH, "--num_gpus", ranks, "--master_port", port, "--module",
                                   "cluster.bandwidth", *(("--quick",) if plan.quick else ())),
@@ -78,6 +79,8 @@ def cases(gpus: int) -> list[Case]:
         *(Case(f"gpus-{n}", "throughput, ZeRO-3", n) for n in COUNTS if n <= gpus),
         Case("resume", "killed, and the same bits after going on", gpus,
              ("run.deterministic=true", "checkpoint.every=1"), "cluster.resume"),
+        Case("asked", "asked to end, and the same bits after going on", gpus,
+             ("run.deterministic=true", "checkpoint.every=1"), "cluster.asked"),
         Case("gradients", "ZeRO's stages in three buckets, overlapped or not: the same gradient",
              gpus, (), "cluster.gradients"),
         *pair("gather", "weights once a phase, or at every forward", "rollout.gather",

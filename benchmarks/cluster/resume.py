@@ -1,8 +1,9 @@
-"""A run that is killed and goes on, beside one that is not: are the last checkpoints the same bits?
+"""A run that is cut and goes on, beside one that is not: are the last checkpoints the same bits?
 
     python -m cluster.resume --out FOLDER RECIPE --gpus N ... --set checkpoint.every=1 ...
 
-What stands behind --out is handed to `gardo train`. Exit code 1 where the files differ.
+Every rank is killed; with --asked the run is asked to end (SIGTERM), and must do it well. All other
+arguments are handed to `gardo train`. Exit code 1 where the files differ.
 """
 
 from __future__ import annotations
@@ -29,15 +30,19 @@ def finished(process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"gardo train ended with {code}")
 
 
-def kill_after_a_checkpoint(process: subprocess.Popen[bytes], run: Path) -> int:
-    """The step of the newest checkpoint when every rank was killed; they had no time to say so."""
+def cut_after_a_checkpoint(process: subprocess.Popen[bytes], run: Path, *, asked: bool) -> int:
+    """The step of the newest checkpoint when the run was asked to end and did, or was killed."""
     while not committed(run / "checkpoints"):
         if process.poll() is not None:
-            raise SystemExit("the run ended before it could be killed")
+            raise SystemExit("the run ended before it could be cut")
         time.sleep(0.02)
-    for group in groups_under(process.pid):
-        os.killpg(group, signal.SIGKILL)
-    process.wait()
+    if asked:
+        process.terminate()
+        finished(process)
+    else:
+        for group in groups_under(process.pid):
+            os.killpg(group, signal.SIGKILL)
+        process.wait()
     return Saved(committed(run / "checkpoints")[0]).step
 
 
@@ -58,16 +63,18 @@ def files(run: Path) -> tuple[int, dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--asked", action="store_true")
     options, arguments = parser.parse_known_args()
     runs = options.out / "runs"
+    cut_by = "asked to end" if options.asked else "killed"
     finished(train(arguments, "whole"))
-    killed = kill_after_a_checkpoint(train(arguments, "cut"), runs / "cut")
+    step = cut_after_a_checkpoint(train(arguments, "cut"), runs / "cut", asked=options.asked)
     finished(train([*arguments, "--resume"], "cut"))
     (last, whole), (same_last, cut) = files(runs / "whole"), files(runs / "cut")
     differ = [name for name in whole if cut.get(name) != whole[name]]
     if last != same_last or differ:
-        raise SystemExit(f"killed after step {killed}: {len(differ)} of {len(whole)} files differ")
-    print(f"killed after step {killed} of {last}: all {len(whole)} files have the same bits")
+        raise SystemExit(f"{cut_by} after step {step}: {len(differ)} of {len(whole)} files differ")
+    print(f"{cut_by} after step {step} of {last}: all {len(whole)} files have the same bits")
 
 
 if __name__ == "__main__":
