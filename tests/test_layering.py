@@ -49,9 +49,11 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "recipe_rules":  "recipe algorithms distributed policies |",
     "config":        "recipe recipe_rules recipe_errors algorithms distributed policies rewards |",
     "nvidia":        "| torch",
-    "launch":        "distributed |",
+    "ending":        "|",
+    "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
-    "run_folder":    "config recipe recipe_errors report |",
+    "run_lock":      "|",
+    "run_folder":    "config recipe recipe_errors report distributed run_lock |",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",

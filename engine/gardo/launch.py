@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -11,14 +13,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from gardo.distributed.nodes import for_pdsh, included, read_hostfile, sent_on
+from gardo.ending import ASKING, STARTED_HERE, dying_with, ranks_of
 
 STRAY_HOSTFILE = Path("/job/hostfile")  # what DeepSpeed obeys where it is told of none
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+LAUNCHER = "deepspeed.launcher.launch"  # of one machine
+RUNNER = "deepspeed.launcher.runner"  # of several, and of their launchers
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,13 @@ def places(
                 "on the PATH; install it, or start the ranks with Slurm "
                 "(recipes/cluster/slurm.sbatch)"
             )
-        chosen = included(hosts, include) if include else hosts
-        return Places(sum(chosen.values()), hostfile, include)
+        ranks = sum(map(len, included(hosts, include).values())) if include else sum(hosts.values())
+        return Places(ranks, hostfile, include)
     if include:
         if not here:
             raise ValueError(f"--include {include}: no GPU here to choose from; give --gpus")
-        return Places(sum(included({"localhost": here}, include).values()), include=include)
+        chosen = included({"localhost": here}, include)["localhost"]
+        return Places(len(chosen), include=include, gpus=[str(number) for number in chosen])
     ranks = gpus or 1
     if 0 < here < ranks:
         raise ValueError(
@@ -110,38 +119,33 @@ def command(places: Places, arguments: Sequence[str], *, master: str | None, por
         return [sys.executable, "-m", *train]
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("the launcher is missing: pip install deepspeed")
+    port = port or free_port()
     # of this very Python, wherever the launcher's script lies
-    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error",
-              "--master_port", str(port or free_port())]  # fmt: skip
-    if master:
-        launch += ["--master_addr", master]
-    if places.include:
-        launch += ["--include", places.include]
-    if places.hostfile:
-        # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
-        launch += ["--hostfile", str(places.hostfile), "--force_multi"]
-        train = ["gardo.train", *map(for_pdsh, arguments)]
-    else:
-        launch += ["--hostfile", ""]
-        if places.gpus:
-            launch += ["--include", f"localhost:{','.join(places.gpus)}"]
-        elif not places.include:
-            launch += ["--num_gpus", str(places.ranks)]
-    return [*launch, "--module", *train]
+    if not places.hostfile:
+        # what its runner starts on one machine, without the runner: that one ends with 0 where this
+        # is killed, and dies of a signal alone
+        gpus = [int(name) for name in places.gpus or range(places.ranks)]
+        machine = base64.urlsafe_b64encode(json.dumps({"localhost": gpus}).encode()).decode()
+        return [sys.executable, "-m", LAUNCHER, "--log_level", "error", "--world_info", machine,
+                "--master_port", str(port), "--module", *train]  # fmt: skip
+    # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
+    launch = [sys.executable, "-m", RUNNER, "--log_level", "error", "--master_port", str(port),
+              "--hostfile", str(places.hostfile), "--force_multi"]  # fmt: skip
+    launch += ["--master_addr", master] if master else []
+    launch += ["--include", places.include] if places.include else []
+    return [*launch, "--module", "gardo.train", *map(for_pdsh, arguments)]
 
 
 def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
-    """Runs a command in a process group of its own; signals that reach us reach all of it.
+    """Runs a command in a session of its own, which ends with this process; its exit code.
 
-    `on_cpu`: there is no GPU here, and without a hostfile none is meant.
+    Signals that ask this process to end reach the ranks, which end in their own way. `on_cpu`:
+    there is no GPU here, and without a hostfile none is meant.
     """
     env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
-    launched = "deepspeed.launcher.runner" in typed
-    if places.gpus and launched:
-        del env[VISIBLE]  # the command says it; the launcher would remark on both
     if on_cpu and not places.hostfile:
         env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
-    if launched and not places.hostfile and STRAY_HOSTFILE.is_file():
+    if LAUNCHER in typed and STRAY_HOSTFILE.is_file():
         print(f"{STRAY_HOSTFILE} is not used; give it as --hostfile to train on several machines",
               file=sys.stderr)  # fmt: skip
     if places.hostfile and VISIBLE in env:
@@ -152,15 +156,48 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
             file = Path(folder) / "environment"
             file.write_text(sent_on(env), encoding="utf-8")
             env["DS_ENV_FILE"] = str(file)
-        process = subprocess.Popen(typed, start_new_session=True, env=env)
+        else:
+            env[STARTED_HERE] = "1"
+        process = subprocess.Popen(
+            typed, start_new_session=True, env=env, preexec_fn=dying_with(os.getpid())
+        )
+        alone = not {LAUNCHER, RUNNER} & set(typed)
+        send = process.send_signal if alone else partial(_pass_on, process.pid)
+        earlier = {
+            number: signal.signal(number, lambda number, _: send(number))
+            for number in ASKING
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        if ended and ended.si_status:  # what it leaves behind, before its number is given again
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    return _exit_code(process.returncode)
 
-        def forward(number: int, _: Any) -> None:
-            os.killpg(process.pid, number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, forward)
-        code = process.wait()
-    return 128 - code if code < 0 else code
+def _pass_on(leader: int, number: int) -> None:
+    """Sends a signal to the ranks that a launcher has started, which ends when they have.
+
+    Itself it would kill them half a minute after it is told to end. Where none is there yet, and on
+    several machines, everything that was started is sent it, as the signal that DeepSpeed hands on.
+    """
+    ranks = ranks_of(leader)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def _exit_code(code: int) -> int:
+    """As a shell says it: 128 + the signal of a process that one has killed. The launcher gives
+    such a rank's -15 back as 241."""
+    if code < 0:
+        return 128 - code
+    return 128 + 256 - code if code > 256 - signal.NSIG else code
 
 
 def free_port() -> int:

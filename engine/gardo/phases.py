@@ -17,6 +17,7 @@ from gardo import reproduction
 from gardo.algorithms.kl import weighed
 from gardo.bad_updates import Made, RunStopped
 from gardo.data import step_prompts
+from gardo.ending import Stopped
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
 from gardo.report.html import write_report
@@ -64,6 +65,7 @@ def sampled(s: Session, step: int) -> Rollout:
             conditioning=conditioning,
             finish=partial(finished, s, step) if recipe.rollout.overlap else None,
             beside=s.beside,
+            between=partial(heed, s),
             kernels=recipe.kernels,
         )
     return taught_before_credit(s, rollout, plan.teachers)
@@ -248,10 +250,11 @@ def evaluate(s: Session, step: int) -> None:
     with s.progress.phase("evaluate"):
         s.evaluator.encode()  # while no weights are gathered
         with s.engine.reading(s.recipe.evaluated):
-            record = s.evaluator(step)
+            record = s.evaluator(step, between=partial(heed, s))
     spent = s.progress.take()
     record |= {"seconds": sum(phase.seconds for phase in spent.values()), **_memory(s)}
     s.write(record)
+    s.evaluated = step
     s.progress.evaluation(record)
 
 
@@ -266,6 +269,7 @@ def log_step(
     events: Sequence[str],
 ) -> None:
     """One line of metrics.jsonl and of the progress, after `step` finished iterations."""
+    s.finished = step
     contract = s.algorithm.contract
     lr = s.recipe.train.optimizer.lr
     metrics = {**totals.as_dict(), **credit.info, "lr": lr}
@@ -356,6 +360,36 @@ def checkpoint(s: Session, step: int) -> None:
     elif wanted and s.engine.rank == 0:
         asked.unlink(missing_ok=True)
         s.progress.message(f"checkpoint of step {step} saved, as asked")
+
+
+def heed(s: Session) -> None:
+    """Raises Stopped on all ranks, where one of them was asked to end; the host waits for them.
+
+    Only where nothing that a checkpoint holds has changed since the last iteration ended.
+    """
+    if number := s.engine.agree_max(s.stop.asked):
+        raise Stopped(number)
+
+
+def stopped(s: Session, asked: Stopped) -> int:
+    """Saves the last finished iteration, where it is not saved; the run's exit code."""
+    step, last = s.finished, s.recipe.run.steps
+    problem = None
+    if step and step != s.checkpoints.last_step:
+        with s.progress.phase("checkpoint"):
+            problem = s.checkpoints.save(step, s.state())
+    if problem:
+        s.progress.message(f"checkpoint not saved: {problem}")
+    saved = s.checkpoints.last_step
+    if saved != step or not step:
+        left = f"step {saved} is the last that is saved" if saved else "nothing is saved"
+        s.progress.message(f"ended by {asked} in step {step + 1} of {last}: {left}")
+        return 128 + asked.number
+    s.progress.message(
+        f"ended by {asked}, not finished: step {step} of {last} is saved; the same command with "
+        "--resume goes on"
+    )
+    return 0
 
 
 def finish(s: Session) -> None:

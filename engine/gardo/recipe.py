@@ -84,6 +84,10 @@ class RunSettings(Strict):
     steps: int = Field(ge=1, description="iterations")
     seed: int = Field(42, ge=0)
     folder: str = Field("runs", description="runs are written to FOLDER/NAME")
+    watchdog: float = Field(
+        1800, ge=0, description="seconds without progress, once all is loaded, after which a rank "
+        "writes where it stands and ends the run; 0: never"
+    )  # fmt: skip
     deterministic: bool = Field(
         False,
         description="only kernels that give the same bits every time, on a GPU slower; a CPU has "

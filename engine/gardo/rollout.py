@@ -94,6 +94,7 @@ def sample(
     conditioning: Mapping[str, Tensor] | None = None,
     finish: Finish | None = None,
     beside: Beside | None = None,
+    between: Callable[[], None] = lambda: None,
     kernels: Backend = "auto",
 ) -> Rollout:
     """Samples first .. first + count of the step's P x G images, on this rank.
@@ -103,7 +104,7 @@ def sample(
     is the seed on the device, where the run keeps it (`World.seed_on`); `conditioning` is that of
     the prompts of `groups_of`, where they are encoded already. `finish` makes images of a
     micro-batch's latents, and perhaps scores them, `beside` the sampling of the next; without it
-    they are decoded.
+    they are decoded. `between` is called before each micro-batch, equally often on every rank.
     """
     finish = finish or (lambda x, prompts: (policy.decode(x), {}))
     beside = beside or Beside(device, on=False)
@@ -117,6 +118,7 @@ def sample(
     of_sample = tuple(prompts[g] for g in group_B.tolist())
     parts, finishing = [], []
     for rows, kept in calls_of(torch.arange(count), micro_batch or count, fill=fill):
+        between()
         identity_B = noise_id(step, sample_B[rows])
         first_B = noise_id(step, group_B[rows] * images_per_prompt)
         noise_B = to_device(first_B if plan.same_initial_noise else identity_B, device)

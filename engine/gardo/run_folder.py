@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import secrets
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from gardo import config
+from gardo.distributed.base import Ranks, gather_text
 from gardo.files import write_atomically
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog
 from gardo.report.progress import Progress
+from gardo.run_lock import RunLock
+
+
+def own_folder(lock: RunLock, ranks: Ranks, source: str) -> str:
+    """Takes the run for rank 0; returns what is to be said of a lock that was left behind.
+
+    RecipeError on every rank where another process has it.
+    """
+    note = problem = ""
+    if ranks.rank == 0:
+        try:
+            note = lock.take()
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    if said := gather_text(ranks, problem)[0]:
+        raise RecipeError(f"{source}: run.name: {said}")
+    return note
+
+
+def run_id(folder: Path) -> str | None:
+    """What tells this run from every other, in its checkpoints too; None of a run from before
+    there were such."""
+    file = folder / "run.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["id"]) if file.is_file() else None
+
+
+def keep_id(folder: Path, known: str | None) -> str:
+    """The run's id, as it is known or a new one, kept in its folder."""
+    if known and run_id(folder) == known:
+        return known
+    facts = {
+        "id": known or secrets.token_hex(8),
+        "started": datetime.now(UTC).isoformat(" ", "seconds"),
+    }
+    write_atomically(folder / "run.json", json.dumps(facts, indent=1).encode())
+    return facts["id"]
 
 
 def keep_old_run(folder: Path) -> Path | None:

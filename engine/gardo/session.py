@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +17,13 @@ from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
-from gardo.distributed.base import Engine, ranks_here
+from gardo.distributed.base import Engine, gather_text, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.group import Group
 from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.distributed.shards import load_masters
+from gardo.ending import Stop
 from gardo.evaluation.evaluate import Evaluator
 from gardo.machine import (
     as_it_runs,
@@ -52,7 +53,8 @@ from gardo.report.progress import Progress
 from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
-from gardo.run_folder import check_changes, open_log
+from gardo.run_folder import check_changes, keep_id, open_log, own_folder, run_id
+from gardo.run_lock import RunLock
 from gardo.settings import FieldError
 from gardo.types import Prompt
 
@@ -77,7 +79,10 @@ class Session:
     bad_updates: BadUpdates
     average: Average | None = None  # of the weights, where the recipe asks for one
     profile: StepProfile | None = None  # where one was asked for, on the first rank
+    stop: Stop = field(default_factory=Stop)
     first_step: int = 0
+    finished: int = 0  # iterations
+    evaluated: int = -1  # after so many of them, last
 
     def write(self, record: dict[str, Any]) -> None:
         if not self.log:
@@ -98,6 +103,7 @@ class Session:
             "average": self.average.state_dict() if self.average else None,
             "bad_updates": self.bad_updates.state_dict(),
             "evaluation": self.evaluator.identity,
+            "evaluated": self.evaluated,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -138,7 +144,8 @@ class Session:
             self.progress.message(
                 "evaluations are not those of before: changes count from the next one on"
             )
-        self.first_step = saved.step
+        self.first_step = self.finished = saved.step
+        self.evaluated = state.get("evaluated", saved.step)
         self.progress.resumed(saved.step)
 
     def __enter__(self) -> Self:
@@ -348,15 +355,20 @@ def open_session(
     quiet: bool = False,
     resume: bool = False,
     profile: bool = False,
+    lock: RunLock | None = None,
 ) -> Session:
     """Checks the geometry, then loads the models and starts the engine.
 
     `resume` goes on from the run's newest checkpoint, if it has one; `profile` records a step.
+    `lock` is taken before anything of the run is touched, to be given back by who made it; without
+    one nobody else must be using the run's folder.
     """
     quiet_libraries()
     resume = resume and bool(committed(asked.checkpoint_folder))
     changes = check_changes(asked, source) if resume else []
     recipe, device, plan, notes = prepare(asked, source)
+    if lock:
+        notes.append(own_folder(lock, join_ranks(recipe, device), source))
     log_file = recipe.run_folder / "metrics.jsonl"
     history = read_metrics(log_file) if resume and log_file.is_file() else []
     first = ranks()[0] == 0
@@ -384,7 +396,12 @@ def open_session(
         algorithm=algorithm,
         engine=engine,
         evaluator=build_evaluator(recipe, policy, panel, engine),
-        checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint),
+        checkpoints=Checkpoints(
+            recipe.checkpoint_folder,
+            engine,
+            recipe.checkpoint,
+            run_id(recipe.run_folder) if resume else None,
+        ),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel.differentiable_score),
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
@@ -402,10 +419,23 @@ def open_session(
         if log_file.is_file():
             for trouble in missing(log_file, session.first_step):
                 progress.message(trouble)
-    if first:
-        session.log = open_log(asked, progress, session.first_step)
-        left = recipe.run.steps - session.first_step
-        if profile and left:
-            session.profile = StepProfile(recipe.run_folder / "profile", device, left=left)
-    engine.barrier()
+    problem = begin_files(session, asked, profile=profile) if first else ""
+    if said := gather_text(engine, problem)[0]:
+        raise RecipeError(f"{source}: run.folder: {said}")
     return session
+
+
+def begin_files(s: Session, asked: Recipe, *, profile: bool) -> str:
+    """Opens what the first rank writes in the run's folder; what was wrong with that, if anything.
+
+    `asked` is the recipe as its user wrote it.
+    """
+    folder, left = s.recipe.run_folder, s.recipe.run.steps - s.first_step
+    try:
+        s.log = open_log(asked, s.progress, s.first_step)
+        s.checkpoints.run = keep_id(folder, s.checkpoints.run)
+        if profile and left:
+            s.profile = StepProfile(folder / "profile", s.engine.device, left=left)
+    except OSError as error:  # a full disk
+        return str(error)
+    return ""

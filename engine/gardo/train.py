@@ -13,6 +13,7 @@ import torch
 from gardo.bad_updates import Made, RunStopped
 from gardo.config import load
 from gardo.distributed.base import leave_process_group
+from gardo.ending import Stopped, Watchdog, die_with_launcher, leave
 from gardo.evaluation.evaluate import due
 from gardo.machine import ranks
 from gardo.phases import (
@@ -23,6 +24,7 @@ from gardo.phases import (
     divided,
     evaluate,
     finish,
+    heed,
     held_to_contract,
     log_step,
     publish,
@@ -30,11 +32,13 @@ from gardo.phases import (
     scored,
     skipped_because,
     stop_where_bad,
+    stopped,
     taught,
     unusable,
     update_ended,
 )
 from gardo.recipe_errors import RankError, RecipeError
+from gardo.run_lock import RunLock
 from gardo.session import Session, open_session
 from gardo.types import select
 
@@ -42,11 +46,13 @@ from gardo.types import select
 def train(s: Session) -> None:
     """Runs the session's remaining steps; leaves checkpoints and a log in its folder."""
     algorithm, engine, slots, phase = s.algorithm, s.engine, s.engine.slots, s.progress.phase
-    if s.first_step == 0:
-        evaluate(s, 0)
-    for step in range(s.first_step, s.recipe.run.steps):
+    steps, every = s.recipe.run.steps, s.recipe.evaluate.every
+    if s.evaluated < s.first_step and due(s.first_step, steps, every):  # the run may have been cut
+        evaluate(s, s.first_step)
+    for step in range(s.first_step, steps):
         with phase("sample"):
             rollout = sampled(s, step)
+        heed(s)
         commit_checkpoint(s)  # the one being written, if it is written by now
         with phase("reward"):
             scores = scored(s, rollout)
@@ -73,14 +79,16 @@ def train(s: Session) -> None:
         events = [*events, *skipped_because(void, made)]
         log_step(s, step + 1, scores, everyone, work, totals, made, events)
         stop_where_bad(s, step + 1, scores, rollout, points, work, made)
-        if due(step + 1, s.recipe.run.steps, s.recipe.evaluate.every):
+        if due(step + 1, steps, every):
             evaluate(s, step + 1)
         checkpoint(s, step + 1)
     finish(s)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, 1 for a run that ended itself, or 2 for a recipe that cannot be used.
+    """Exit code 0, 1 for a run that ended itself, or 2 for a recipe that cannot be used; of a run
+    that was asked to end, 0 where it can be gone on with and 128 + the signal's number where there
+    is nothing to go on from.
 
     `--local_rank` is what the deepspeed launcher passes.
     """
@@ -91,26 +99,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="a trace of one step")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.local_rank is not None:
+        die_with_launcher()
     try:
         recipe = load(options.recipe, options.sets)
-        session = open_session(
-            recipe, source=options.recipe, resume=options.resume, profile=options.profile
-        )
+        with RunLock(recipe.run_folder) as lock:
+            session = open_session(
+                recipe,
+                source=options.recipe,
+                resume=options.resume,
+                profile=options.profile,
+                lock=lock,
+            )
+            return _carry_out(session)
     except RecipeError as error:
         # the others of the machine say the same
         if ranks()[1] == 0 or isinstance(error, RankError):
             print(error, file=sys.stderr)
         return 2
-    with session:
+
+
+def _carry_out(s: Session) -> int:
+    """Trains to the end, or until the run is asked to end or ends itself; the exit code."""
+    clock, folder = s.progress.phases, s.recipe.run_folder
+    stacks = folder / f"hung-rank-{s.engine.rank}.txt"
+    code = None
+    with s, s.stop, Watchdog(clock, s.recipe.run.watchdog, stacks, s.engine.rank):
         try:
-            train(session)
+            train(s)
+        except Stopped as asked:
+            code = stopped(s, asked)
         except RunStopped as error:  # by every rank alike
-            if ranks()[0] == 0:
+            if s.engine.rank == 0:
                 print(error, file=sys.stderr)
-            return 1
+            code = 1
     leave_process_group()
-    return 0 if publish(session) else 1
+    return int(not publish(s)) if code is None else code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

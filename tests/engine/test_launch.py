@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import base64
+import json
 import re
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from deepspeed.launcher.runner import (
-    apply_num_nodes_and_gpus,
-    fetch_hostfile,
-    parse_args,
-    parse_inclusion_exclusion,
-)
+from deepspeed.launcher import launch as launcher
+from deepspeed.launcher.runner import fetch_hostfile, parse_args, parse_inclusion_exclusion
 
 from gardo import launch
 from gardo.distributed.nodes import included, sent_on
@@ -21,12 +24,17 @@ from gardo.distributed.nodes import included, sent_on
 LAUNCHED = {"master": None, "port": None, "launched": True}
 
 
-def gpus_taken(command: list[str], there: int) -> list[int]:
-    """GPUs of a machine with so many that DeepSpeed's launcher gives to the ranks."""
-    args = parse_args(command[command.index("deepspeed.launcher.runner") + 1 :])
-    assert fetch_hostfile(args.hostfile) is None
-    active = parse_inclusion_exclusion({"localhost": there}, args.include, args.exclude)
-    return apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)["localhost"]
+def understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """What DeepSpeed's launcher takes a command for."""
+    assert command[1:3] == ["-m", launcher.__name__]
+    monkeypatch.setattr(sys, "argv", command[2:])
+    return launcher.parse_args()
+
+
+def gpus_taken(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """GPUs of this machine that DeepSpeed's launcher gives to the ranks."""
+    world = json.loads(base64.urlsafe_b64decode(understood(command, monkeypatch).world_info))
+    return world.pop("localhost") if len(world) == 1 else pytest.fail(f"{world}")
 
 
 def command(gpus: int, here: int, visible: str | None, include: str | None = None) -> list[str]:
@@ -52,10 +60,15 @@ def command(gpus: int, here: int, visible: str | None, include: str | None = Non
     ],
 )
 def test_ranks_get_the_gpus_that_are_meant(
-    gpus: int, here: int, visible: str | None, include: str | None, taken: list[int]
+    gpus: int,
+    here: int,
+    visible: str | None,
+    include: str | None,
+    taken: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """DeepSpeed's launcher deletes CUDA_VISIBLE_DEVICES where it is told a number."""
-    assert gpus_taken(command(gpus, here, visible, include), 8) == taken
+    """The launcher sets CUDA_VISIBLE_DEVICES to what it is told."""
+    assert gpus_taken(command(gpus, here, visible, include), monkeypatch) == taken
 
 
 @pytest.mark.parametrize("name", ["GPU-8932f937", "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f"])
@@ -102,30 +115,64 @@ def test_part_of_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     where = launch.places(gpus=None, hostfile=hosts, include=text, here=0, env={})
     theirs = parse_inclusion_exclusion(fetch_hostfile(str(hosts)), text, "")
     assert where.ranks == sum(map(len, theirs.values())) == 6
-    assert included({"a": 8, "b": 8, "c": 4}, text) == {h: len(g) for h, g in theirs.items()}
+    assert included({"a": 8, "b": 8, "c": 4}, text) == theirs
     typed = launch.command(where, ["recipe.yaml"], **{**LAUNCHED, "master": "10.0.0.7"})
     args = parse_args(typed[3:])
     assert args.include == text and args.master_addr == "10.0.0.7" and args.force_multi
 
 
-def test_the_port_is_one_that_is_free() -> None:
+def test_the_port_is_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def port(asked: int | None = None) -> int:
+        typed = launch.command(launch.Places(2), ["r"], **{**LAUNCHED, "port": asked})
+        return int(understood(typed, monkeypatch).master_port)
+
     with socket.socket() as taken:
         taken.bind(("", 29500))  # what the launcher takes
-        where = launch.Places(2)
-        ports = {parse_args(launch.command(where, ["r"], **LAUNCHED)[3:]).master_port
-                 for _ in range(8)}  # fmt: skip
+        ports = {port() for _ in range(8)}
         assert 29500 not in ports
-        for port in ports:
+        for free in ports:
             with socket.socket() as probe:
-                probe.bind(("", port))
-    chosen = launch.command(where, ["r"], **{**LAUNCHED, "port": 1234})
-    assert parse_args(chosen[3:]).master_port == 1234
+                probe.bind(("", free))
+    assert port(1234) == 1234
 
 
-def test_a_stray_hostfile_is_not_obeyed() -> None:
-    assert parse_args(["x"]).hostfile == str(launch.STRAY_HOSTFILE)
-    typed = launch.command(launch.Places(2), ["r"], **LAUNCHED)
-    assert parse_args(typed[3:]).hostfile == ""
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("exit 241", 143), ("exit 250", 134)],
+)
+def test_exit_codes_are_a_shells(script: str, code: int) -> None:
+    """The launcher gives a rank's -15, of a signal, back as 241."""
+    assert launch.run(launch.Places(1), ["sh", "-c", script], on_cpu=True) == code
+
+
+def test_what_a_failed_command_leaves_behind_is_ended(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    script = f"sleep 60 & echo $! > {left}; exit 1"
+    assert launch.run(launch.Places(1), ["sh", "-c", script], on_cpu=True) == 1
+    psutil.wait_procs([psutil.Process(pid) for pid in pids_there(left)], timeout=10)
+    assert not pids_there(left)
+
+
+def pids_there(file: Path) -> list[int]:
+    return [pid for pid in map(int, file.read_text().split()) if psutil.pid_exists(pid)]
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 7), (signal.SIG_IGN, 0)])
+def test_a_closed_terminal_is_passed_on_unless_it_is_ignored(handler: Any, code: int) -> None:
+    """As nohup ignores it."""
+    script = """
+        of() { awk "/$1/ {print \\$2}" /proc/$PPID/status; }
+        until (( (0x$(of SigCgt) | 0x$(of SigIgn)) & 1 )); do sleep 0.05; done  # it has begun
+        trap 'exit 7' HUP
+        kill -HUP $PPID
+        for i in 1 2 3 4 5 6; do sleep 0.1; done
+    """
+    earlier = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert launch.run(launch.Places(1), ["bash", "-c", script], on_cpu=True) == code
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def test_what_other_machines_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

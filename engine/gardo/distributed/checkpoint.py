@@ -148,10 +148,17 @@ class _Begun:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`. Every method is called by all ranks together."""
+    """The checkpoints of one run in `folder`. Every method is called by all ranks together.
 
-    def __init__(self, folder: Path, engine: Engine, settings: CheckpointSettings) -> None:
-        self.folder, self.engine, self.settings = folder, engine, settings
+    The run owns the folder (run_lock.py): what an earlier process of it left unfinished is swept.
+    `run` is its id; None: not known, or from before there were such, and then any checkpoint will
+    do.
+    """
+
+    def __init__(
+        self, folder: Path, engine: Engine, settings: CheckpointSettings, run: str | None = None
+    ) -> None:
+        self.folder, self.engine, self.settings, self.run = folder, engine, settings, run
         self.resumed_from: Path | None = None
         self.last_step: int | None = None  # the last one that is committed
         self._begun: _Begun | None = None
@@ -182,6 +189,7 @@ class Checkpoints:
         manifest = {
             "format": FORMAT,
             "step": step,
+            "run": self.run,
             "world": self.engine.world,
             "updates": _updates(self.engine),
             "quantised": moments_of(self.engine.optimizer) is None,
@@ -343,10 +351,11 @@ class Checkpoints:
     def restore(self, saved: Saved) -> Mapping[str, Any]:
         """Fills the engine's masters, moments and slots; returns the other state.
 
-        Unusable where the checkpoint has not what this engine needs.
+        Unusable where the checkpoint is another run's, or has not what this engine needs.
         """
         problem = None
         try:
+            saved.check_run(self.run)
             self._restore_tensors(saved)
         except Unusable as error:
             problem = str(error)
@@ -357,6 +366,7 @@ class Checkpoints:
             raise Unusable(wrong[0])
         self.engine.slots.shards.refresh()
         self.last_step = saved.step
+        self.run = self.run or saved.manifest.get("run")
         return saved.manifest["state"]
 
     def _restore_tensors(self, saved: Saved) -> None:

@@ -43,8 +43,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def included(hosts: Mapping[str, int], text: str) -> dict[str, int]:
-    """Ranks of each machine that `NAME[:GPU[,GPU ...]][@NAME ...]` leaves, as DeepSpeed reads it.
+def included(hosts: Mapping[str, int], text: str) -> dict[str, list[int]]:
+    """GPUs of each machine that `NAME[:GPU[,GPU ...]][@NAME ...]` leaves, as DeepSpeed reads it.
 
     ValueError where it names what `hosts` has not.
     """
@@ -61,7 +61,7 @@ def included(hosts: Mapping[str, int], text: str) -> dict[str, int]:
             raise ValueError(f"--include {text}: {name} has GPUs 0 to {hosts[name] - 1}, no "
                              f"{beyond[0]}")  # fmt: skip
         chosen.setdefault(name, set()).update(numbers)
-    return {name: len(chosen[name]) for name in hosts if name in chosen}
+    return {name: sorted(chosen[name]) for name in hosts if name in chosen}
 
 
 # ---- on the way to other machines ----------------------------------------------------------------

@@ -99,6 +99,15 @@ class Saved:
             self._index[kind] = index
         return self._index[kind]
 
+    def check_run(self, run: str | None) -> None:
+        """Unusable where it is another run's, as far as both have an id."""
+        found = self.manifest.get("run")
+        if run and found and found != run:
+            raise Unusable(
+                f"{self.folder} is of another run ({found}; this one is {run}); take it out of the "
+                "folder"
+            )
+
     def check_parameters(self, names: Sequence[str]) -> None:
         """Unusable where the weights of some parameter are not there at all."""
         missing = set(names) - self._stored("master").keys()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -128,7 +128,8 @@ class Evaluator:
             self.policy.encode(list(dict.fromkeys(self._prompts_of(image_B % self._total))))
 
     @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int, *, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """The record of the weights after `step` iterations; before each batch calls `between`."""
         images_per_prompt, total = self.settings.images_per_prompt, self._total
         shown_I = torch.isin(torch.arange(total) // images_per_prompt, self.shown)
         slot_I = (shown_I.cumsum(0) - 1).where(shown_I, -1).to(self.engine.device)
@@ -136,6 +137,7 @@ class Evaluator:
         columns: dict[str, list[Tensor]] = {"image": []}
         picture: Tensor | None = None
         for image_B in self._batches():
+            between()
             images, prompts = self.batch(image_B % total)  # past the end: repeats, dropped below
             for name, column in self._judge(images, prompts).items():
                 columns.setdefault(name, []).append(column)

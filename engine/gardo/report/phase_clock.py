@@ -47,7 +47,8 @@ def fields(spent: dict[str, Spent]) -> dict[str, dict[str, float]]:
 class PhaseClock:
     """Of this process and its device; `clock` gives seconds, increasing.
 
-    `memory` has the peaks of the phases since it was last asked.
+    `memory` has the peaks of the phases since it was last asked; `moves` counts phases entered and
+    left, and calls of models: where it stands still, so does the run.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class PhaseClock:
     ) -> None:
         self.clock = clock
         self.memory = PeakMemory(device)
+        self.moves = 0
         self._on_gpu = device.type == "cuda"
         self._thread = threading.get_ident()
         self._running: list[str] = []
@@ -99,6 +101,7 @@ class PhaseClock:
         self._count(self.running, rows)
 
     def _count(self, name: str, rows: int) -> None:
+        self.moves += 1
         spent = self._counts.setdefault(name, Spent())
         spent.calls += 1
         spent.rows += rows
@@ -135,6 +138,7 @@ class PhaseClock:
         else:
             self.memory.forget()
         change()
+        self.moves += 1
         self._marks.append((self.running, self._instant()))
 
     def _instant(self) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -36,17 +37,18 @@ class Flawed(Wrapper):
 
     def loss(self, ctx: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, metrics = self.base.loss(ctx, batch)
-        if self._iteration not in self.settings.at or not self._here():
+        if self._iteration not in self.settings.at or not is_rank(self.settings.rank):
             return loss, metrics
         if self.settings.flaw == "loss":
             return loss * float("nan"), metrics
         return _NaNGradient.apply(loss), metrics  # type: ignore[no-untyped-call]
 
-    def _here(self) -> bool:
-        wanted = self.settings.rank
-        if wanted is None or not torch.distributed.is_initialized():
-            return True
-        return bool(torch.distributed.get_rank() == wanted)
+
+def is_rank(wanted: int | None) -> bool:
+    """Whether this process is the rank that is wanted; None: any."""
+    if wanted is None or not torch.distributed.is_initialized():
+        return True
+    return bool(torch.distributed.get_rank() == wanted)
 
 
 class _NaNGradient(torch.autograd.Function):
@@ -105,4 +107,27 @@ class NoRoom(Reward):
             os.close(read)
             os.dup2(write, 1)
             os.close(write)
+        return images_B3HW.mean((1, 2, 3))
+
+
+class DisturbingSettings(RewardSettings):
+    at: list[int] = []  # calls
+    signal: int | None = None  # sent to this process; None: the call never ends
+    rank: int | None = None  # of that rank alone
+
+
+class Disturbing(Reward):
+    """How bright an image is; while some calls last, the first being 1, its process is asked to
+    end, or hangs."""
+
+    Settings = DisturbingSettings
+    _calls = 0
+
+    def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self._calls += 1
+        if self._calls in self.settings.at and is_rank(self.settings.rank):
+            if self.settings.signal is None:
+                time.sleep(3600)
+            else:
+                os.kill(os.getpid(), self.settings.signal)
         return images_B3HW.mean((1, 2, 3))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gardo.selftest import disk, numbers, resuming
+from gardo.selftest import disk, ending, numbers, ownership, resuming
 from gardo.selftest.case import Case
 from gardo.selftest.trial import Trial
 
@@ -16,6 +16,8 @@ SUBJECTS = {
     "Numbers that are not finite": numbers.CASES,
     "The disk and the terminal": disk.CASES,
     "Resuming": resuming.CASES,
+    "Two runs of one name": ownership.CASES,
+    "Ending": ending.CASES,
 }
 
 

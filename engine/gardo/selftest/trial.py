@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,17 @@ class Trial:
         everyone = self.start(recipe, *arguments, ranks=ranks, env=env).ended(timeout)
         worst = max(everyone, key=lambda one: abs(one.code))
         return Ended(worst.code, "\n".join(one.said for one in everyone))
+
+    def until(
+        self, holds: Callable[[], bool], run: Launched | None = None, *, timeout: float = 60.0
+    ) -> None:
+        """Waits until something holds; AssertionError where the run, or the time, ends before."""
+        end = time.monotonic() + timeout
+        while not holds():
+            ended = run is not None and any(p.exitcode is not None for p in run.processes)
+            if ended or time.monotonic() > end:
+                raise AssertionError(f"waited in vain: {run.said() if run else ''}"[-3000:])
+            time.sleep(0.02)
 
     def type(
         self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120.0

@@ -32,7 +32,14 @@ STATE = {"algorithm": {"updates": 3, "fraction": 0.1 + 0.2}, "first": {"reward":
 class Run:
     """A small network in training, with its checkpoints."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, slots: tuple[str, ...] = ("old",)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        slots: tuple[str, ...] = ("old",),
+        name: str | None = None,
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
@@ -45,7 +52,7 @@ class Run:
         )
         self.slots = self.engine.make_slots(slots)
         settings = CheckpointSettings(every=1, keep=keep)
-        self.checkpoints = Checkpoints(folder, self.engine, settings)
+        self.checkpoints = Checkpoints(folder, self.engine, settings, name)
         self.step = 0
 
     def train(self, steps: int) -> Run:
@@ -237,6 +244,23 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert saved
     with pytest.raises(Unusable, match=r"no weights for 'adapter\.0\.bias' and 3 more"):
         checkpoints.restore(saved)
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "resumed_by", "fits"),
+    [("a", "a", True), ("a", "b", False), (None, "b", True), ("a", None, True)],
+)
+def test_checkpoints_of_another_run_are_refused(
+    saved_by: str | None, resumed_by: str | None, fits: bool, tmp_path: Path
+) -> None:
+    """Those from before runs had ids are taken as they are."""
+    Run(tmp_path, name=saved_by).train_and_save(1)
+    other = Run(tmp_path, name=resumed_by)
+    if fits:
+        assert other.resume()[0] and other.checkpoints.run == (resumed_by or saved_by)
+        return
+    with pytest.raises(Unusable, match=r"step-000001 is of another run \(a; this one is b\)"):
+        other.resume()
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> threading.Event:
