@@ -43,9 +43,11 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
+    "recipe_text":   "recipe_errors |",
     "recipe":        "types data algorithms distributed evaluation policies rewards |",
     "recipe_rules":  "recipe algorithms distributed policies |",
-    "config":        "recipe recipe_rules recipe_errors algorithms distributed policies rewards |",
+    "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
+                     " rewards |",
     "nvidia":        "| torch",
     "launch":        "distributed |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",

@@ -169,8 +169,7 @@ class Recipe(Strict):
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
-    panel: Any = recipe.rewards  # a settings class once it is checked
-    return {name: getattr(panel, name) for name in type(panel).model_fields}
+    return dict(recipe.rewards)
 
 
 def reward_plugin(settings: RewardSettings) -> Any:

@@ -66,7 +66,7 @@ def _all_differentiable(recipe: Recipe) -> None:
 def _prompts_fit(recipe: Recipe) -> None:
     rewards = reward_settings(recipe)
     judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
-    rewards |= {name: judge for name, judge in judges.items() if judge}
+    rewards = rewards | {name: judge for name, judge in judges.items() if judge}
     for field, prompts in (
         ("data.prompts", recipe.prompts),
         ("evaluate.prompts", recipe.evaluation_prompts),

@@ -384,7 +384,8 @@ RUN = (
     ("run: {steps: eighty}", "run.steps: 'eighty': input should be a valid integer"),
     ("run: {steps: 80.5}", "run.steps: 80.5: input should be a valid integer"),
     ("run: {steps: {a: 1}}", "run.steps: input should be a valid integer"),
-    ("run: {seed: yes}", "run.seed: True: input should be a valid integer"),
+    ("run: {seed: true}", "run.seed: True: input should be a valid integer"),
+    ("run: {seed: 'yes'}", "run.seed: 'yes': input should be a valid integer"),
     ("run: {name: 5}", "run.name: 5: input should be a valid string"),
     (
         "run: {name: ../elsewhere}",

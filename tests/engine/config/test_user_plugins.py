@@ -36,6 +36,9 @@ class LengthSettings(RewardSettings):
 class Length(Reward):
     Settings = LengthSettings
 
+    def score(self, images_B3HW, prompts):
+        return images_B3HW.mean((1, 2, 3))
+
     @classmethod
     def check_prompt(cls, prompt):
         if "yellow" in prompt:
