@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gardo import plugins
 from tests import ROOT
 
 SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gardo_kernels"}
@@ -51,13 +52,14 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "nvidia":        "| torch",
     "launch":        "distributed |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
+    "meeting":       "machine recipe recipe_errors run_folder policies | torch",
     "run_folder":    "config recipe recipe_errors report |",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow nvidia policies gardo_kernels | torch",
+    "doctor":        "flow machine nvidia policies gardo_kernels | torch",
     "export":        "recipe config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
@@ -78,6 +80,12 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
 FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these
 ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files"}  # except these
 
+HEAVY = "diffusers peft transformers accelerate deepspeed torch._dynamo"
+BUILT_IN = [
+    f"gardo.{package}.{name}"
+    for package in ("policies", "algorithms", "rewards")
+    for name in plugins.names(f"gardo.{package}")
+]
 ONLY_IN = {"deepspeed": {"gardo.distributed.zero", "gardo.distributed.deepspeed_adam"}}
 
 
@@ -180,11 +188,16 @@ def test_one_home(library: str, homes: set[str]) -> None:
     ("module", "heavy"),
     [
         *((f"gardo{name}", "torch") for name in ("", ".plugins", ".settings", ".streams", ".cli")),
-        ("gardo.config", "diffusers peft transformers accelerate deepspeed torch._dynamo"),
+        ("gardo.recipe_text", "torch"),
+        ("gardo.config", HEAVY),
+        (", ".join(BUILT_IN), HEAVY),  # what a recipe names is imported to check it
     ],
 )
 def test_what_is_heavy_is_not_loaded_by(module: str, heavy: str) -> None:
-    """The table cannot see what an allowed import drags in; a fresh interpreter can."""
+    """The table cannot see what an allowed import drags in; a fresh interpreter can.
+
+    Who wrote a bad recipe waits for torch alone.
+    """
     code = f"import sys, {module}; print(*set({heavy.split()}) & set(sys.modules))"
     path = ":".join(str(folder.parent) for folder in SOURCES.values())
     done = subprocess.run(

@@ -35,17 +35,23 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
     `prompts=False` leaves alone what need not be there to plan: prompt files, a starting LoRA.
     """
     path = Path(path)
-    raw = read_yaml(_text(path), str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
-        )
+    raw = read(path)
     origin: Origin = {}
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
     rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
     return check(raw, str(path), origin, rules=rules)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The sections of a recipe's file, not checked yet."""
+    raw = read_yaml(_text(path), str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
+        )
+    return raw
 
 
 def _text(path: Path) -> str:

@@ -163,6 +163,17 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
     return 128 - code if code < 0 else code
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens at a port of this machine, and we may."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:

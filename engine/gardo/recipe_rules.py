@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from gardo.algorithms.base import plugin_of
 from gardo.distributed.optimizers import check_optimizer
 from gardo.policies.attention import check_settings
 from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import check_base
+from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 
 
@@ -125,6 +129,10 @@ def _attention_fits(recipe: Recipe) -> None:
     )
 
 
+def _model_fits(recipe: Recipe) -> None:
+    check_parts(recipe.model.path)
+
+
 def _start_fits(recipe: Recipe) -> None:
     weights = recipe.train.weights
     if weights.kind == "full" or weights.path is None:
@@ -140,5 +148,28 @@ def _start_fits(recipe: Recipe) -> None:
         raise ValueError(f"train.weights.{error}") from None
 
 
+def _folder_fits(recipe: Recipe) -> None:
+    """The run's folder is made when the models have loaded; so much can be said before."""
+    folder = recipe.run_folder.absolute()
+    for at in (folder, *folder.parents):
+        field, name = ("run.name", recipe.run.name) if at == folder else ("run.folder", str(at))
+        try:
+            if not stat.S_ISDIR(os.stat(at).st_mode):
+                raise ValueError(f"{field}: {name!r} is there, and no folder; give another")
+            if not os.access(at, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"{field}: {name!r} cannot be written to; give a folder that this user may "
+                    "write to"
+                )
+            return
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.islink(at):
+                raise ValueError(
+                    f"{field}: {name!r} is a link that leads nowhere; give another"
+                ) from None
+        except OSError as error:  # a circle of links, a name that is too long
+            raise ValueError(f"{field}: {name!r}: {error.strerror}; give another") from None
+
+
 WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
-ALL = (*WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
+ALL = (*WITHOUT_PROMPTS, _model_fits, _folder_fits, _start_fits, _prompts_fit, _diversity_fits)

@@ -41,9 +41,9 @@ class EvaluateSettings(Strict):
         None, description="as data.prompts; the training prompts if left out"
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(8, ge=1)
-    steps: int = Field(8, ge=1, description="denoise steps")
-    batch: int = Field(16, ge=1, description="images a forward")
+    images_per_prompt: int = Field(8, ge=1, le=10_000)
+    steps: int = Field(8, ge=1, le=1000, description="denoise steps")
+    batch: int = Field(16, ge=1, le=100_000, description="images a forward")
     diversity: Literal["none", "attributes", "features"] = "none"
     shown: int = Field(6, ge=1, description="prompts in the sample picture")
 

@@ -34,7 +34,6 @@ from gardo.rewards.base import Holds, Reward
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
-from gardo.rewards.geneval_vision import ColourJudge, Detector, Source, cut_out
 from gardo.types import Prompt
 
 SCORINGS = {"fraction": fraction, "strict": strict}
@@ -62,6 +61,8 @@ class Geneval(Reward):
     Settings = GenevalSettings
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
+        from gardo.rewards.geneval_vision import ColourJudge, Detector, Source
+
         super().__init__(settings, device)
         dtype = settings.dtype
         detector = Source("path", settings.path, settings.revision, dtype, device)
@@ -85,6 +86,8 @@ class Geneval(Reward):
 
     def rules(self, images_B3HW: Tensor, requests: Sequence[Request]) -> list[list[bool] | None]:
         """Which rules each picture fulfils; None where a model failed on it."""
+        from gardo.rewards.geneval_vision import cut_out
+
         names = [{asked.name for asked in (*r.objects, *r.absent)} for r in requests]
         seen = self.detector(images_B3HW, names)
         kept = [

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gardo.selftest import numbers
+from gardo.selftest import numbers, recipes
 from gardo.selftest.case import Case
 from gardo.selftest.trial import Trial
 
 SUBJECTS = {
     "Numbers that are not finite": numbers.CASES,
+    "Recipes": recipes.CASES,
 }
 
 
