@@ -81,9 +81,7 @@ def train(
         if master_addr and not hostfile:
             raise ValueError(f"--master-addr {master_addr}: for a --hostfile; leave it out")
         if port and not (hostfile or launch.is_free(port)):
-            raise ValueError(
-                f"--port {port}: another program has it; leave it out, or give another"
-            )
+            raise ValueError(f"--port {port}: another program has it; leave it out")
         where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
         checked = load(recipe, overrides)
         geometry(checked, rank=0, world=where.ranks, source=str(recipe))

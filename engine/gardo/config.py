@@ -23,7 +23,7 @@ from gardo.algorithms.wrapper import Wrapper
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
-from gardo.recipe_errors import Origin, RecipeError, explain, placed, shown
+from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
 from gardo.recipe_text import MAX_BYTES, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.base import Reward, RewardSettings
@@ -90,8 +90,7 @@ def check(
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
     except ValidationError as error:
-        lines = [explain(schema, e, source, origin) for e in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        raise RecipeError(explained(schema, error, source, origin)) from None
     except _BadName as error:
         raise RecipeError(placed(error, source, origin)) from None
     for rule in recipe_rules.ALL if rules is None else rules:
@@ -164,8 +163,13 @@ class _BadName(Exception):
 
 
 def _plugin(package: str, section: Any, field: str, location: str) -> Any:
-    if not isinstance(section, dict) or not isinstance(section.get(field), str):
-        raise _BadName(f"{location}.{field}: missing; one of {', '.join(plugins.names(package))}")
+    named = section.get(field) if isinstance(section, dict) else None
+    if not isinstance(named, str):
+        known = f"one of {', '.join(plugins.names(package))}"
+        if section is not None and not isinstance(section, dict):
+            raise _BadName(f"{location}: {shown(section)}: write a mapping with {field}: {known}")
+        missing = "missing" if named is None else f"{shown(named)} is no name"
+        raise _BadName(f"{location}.{field}: {missing}; {known}")
     try:
         plugin = plugins.resolve(package, section[field])
     except ValueError as error:

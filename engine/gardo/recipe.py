@@ -23,6 +23,15 @@ from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
 from gardo.types import Prompt
 
+
+def _at_home(folder: str) -> str:
+    """The folder, `~` being the user's own."""
+    expanded = os.path.expanduser(folder)
+    if expanded.startswith("~"):
+        raise ValueError(f"{folder!r}: nobody's home; write the path out")
+    return expanded
+
+
 LayerName = Annotated[str, Field(min_length=1)]
 
 
@@ -84,7 +93,7 @@ class RunSettings(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     steps: int = Field(ge=1, le=10_000_000, description="iterations")
     seed: int = Field(42, ge=0)
-    folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+    folder: Annotated[str, AfterValidator(_at_home)] = Field(
         "runs", min_length=1, description="runs are written to FOLDER/NAME"
     )
     deterministic: bool = Field(

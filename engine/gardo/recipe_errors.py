@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
 Origin = dict[tuple[str, ...], str]  # field -> the --set that it came from
@@ -15,7 +15,10 @@ Origin = dict[tuple[str, ...], str]  # field -> the --set that it came from
 SHOWN = 200  # characters of a value
 LINE = 1000  # of a line, whatever stands in a recipe
 LINES = 20  # of what is wrong with one
-MENDS = {"bool_type": "; write true or false"}  # by pydantic's type of an error
+MENDS = {  # by pydantic's type of an error
+    "bool_type": "; write true or false",
+    "tuple_type": "; write a list",
+}
 
 
 class RecipeError(Exception):
@@ -62,13 +65,22 @@ def placed(error: Exception, source: str, origin: Origin) -> str:
     return f"{where(tuple(field.split('.')), source, origin)}: {rest}"
 
 
-def explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) -> str:
-    """One line of a pydantic error: file (or --set), field, value, mend."""
+def explained(schema: type[BaseModel], error: ValidationError, source: str, origin: Origin) -> str:
+    """A line for each field that is wrong; what a value of several types could be is on one."""
+    lines: dict[str, list[str]] = {}
+    for one in error.errors():
+        place, mend = _explain(schema, one, source, origin)
+        lines.setdefault(place, []).append(mend)
+    return "\n".join(f"{place}: {', or '.join(dict.fromkeys(m))}" for place, m in lines.items())
+
+
+def _explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) -> tuple[str, str]:
+    """Of one of pydantic's errors: file (or --set), field and value; and the mend."""
     location, variants = _walk(schema, error["loc"])
     place = where(location, source, origin)
     if error["type"] == "union_tag_not_found":
         tags = [tag for variant in variants for tag in _tags(variant)]
-        return f"{place}: kind is missing; one of {', '.join(tags)}"
+        return place, f"kind is missing; one of {', '.join(tags)}"
     if error["type"] == "extra_forbidden":
         known = [n for variant in _walk(schema, error["loc"][:-1])[1] for n in variant.model_fields]
         close = difflib.get_close_matches(location[-1], known, 1, 0.6)
@@ -77,15 +89,15 @@ def explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) ->
             if close
             else f"Known here: {', '.join(sorted(known))}."
         )
-        return f"{place}: unknown field. {mend}"
+        return place, f"unknown field. {mend}"
     if error["type"] == "missing":
-        return f"{place}: missing, and it has no default"
+        return place, "missing, and it has no default"
     message = error["msg"].removeprefix("Value error, ") + MENDS.get(error["type"], "")
     value, said = error["input"], shown(error["input"])
     if isinstance(value, str) and len(value) > SHOWN:
         message = message.replace(repr(value), said)
-    echo = "" if isinstance(value, dict) or said in message else f"{said}: "
-    return f"{place}: {echo}{message[0].lower()}{message[1:]}"
+    echo = "" if isinstance(value, dict) or said in message else f": {said}"
+    return f"{place}{echo}", f"{message[0].lower()}{message[1:]}"
 
 
 def _walk(
@@ -101,6 +113,8 @@ def _walk(
         if len(variants) > 1:
             variants = [v for v in variants if part in _tags(v)]
             continue
+        if fields and not variants and not part.isdecimal():
+            continue  # what pydantic calls one of several types of a value
         fields.append(part)
         annotation = _inside(variants[0]).get(part) if variants else None
         variants = [a for a in (annotation, *get_args(annotation)) if _inside(a)]

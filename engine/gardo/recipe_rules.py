@@ -151,24 +151,26 @@ def _start_fits(recipe: Recipe) -> None:
 def _folder_fits(recipe: Recipe) -> None:
     """The run's folder is made when the models have loaded; so much can be said before."""
     folder = recipe.run_folder.absolute()
-    for at in (folder, *folder.parents):
+    for at in (*reversed(folder.parents), folder):
         field, name = ("run.name", recipe.run.name) if at == folder else ("run.folder", str(at))
         try:
-            if not stat.S_ISDIR(os.stat(at).st_mode):
-                raise ValueError(f"{field}: {name!r} is there, and no folder; give another")
-            if not os.access(at, os.W_OK | os.X_OK):
-                raise ValueError(
-                    f"{field}: {name!r} cannot be written to; give a folder that this user may "
-                    "write to"
-                )
-            return
-        except (FileNotFoundError, NotADirectoryError):
+            is_folder = stat.S_ISDIR(os.stat(at).st_mode)
+        except FileNotFoundError:
             if os.path.islink(at):
                 raise ValueError(
                     f"{field}: {name!r} is a link that leads nowhere; give another"
                 ) from None
+            break
         except OSError as error:  # a circle of links, a name that is too long
             raise ValueError(f"{field}: {name!r}: {error.strerror}; give another") from None
+        if not is_folder:
+            raise ValueError(f"{field}: {name!r} is there, and no folder; give another")
+        there = at
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run.folder: {str(there)!r} cannot be written to; give a folder that this user may "
+            "write to"
+        )
 
 
 WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)

@@ -29,7 +29,7 @@ class Dinov3Settings(ModelRewardSettings):
     path: Annotated[ModelFolder, Holds("DINOv3ViTModel")] = Field(
         "facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder"
     )
-    size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
+    size: int = Field(256, ge=8, le=8192, description="pixels a side; a multiple of the patch size")
     batch: int = Field(64, ge=1, description="images that the model sees at once")
 
 

@@ -50,7 +50,9 @@ class GenevalSettings(ModelRewardSettings):
         "openai/clip-vit-large-patch14", description="CLIP: hub id or folder"
     )
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
-    size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
+    size: int = Field(
+        800, ge=32, le=8192, description="pixels of the shorter side, for the detector"
+    )
     batch: int = Field(8, ge=1, description="images, or cut-out objects, that a model sees at once")
     dtype: Literal["tf32", "float32", "bfloat16"] = Field(
         "tf32", description="of the models; Mask2Former is not for float16"

@@ -47,7 +47,7 @@ MODEL = (
         "model.family: 'fluks' is none of flux, sd3, nor a dotted path module:Name",
     ),
     ("model: {guidence: 3.5}", "model.guidence: unknown field. Did you mean model.guidance?"),
-    ("model: {size: 32}", "model.size: 32: input should be a valid tuple"),
+    ("model: {size: 32}", "model.size: 32: input should be a valid tuple; write a list"),
     (
         "model: {size: [32, 32, 3]}",
         "model.size: (32, 32, 3): tuple should have at most 2 items after validation, not 3",
