@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gardo.config import load, read_yaml
+from gardo.planner import geometry
 from gardo.recipe_errors import LINE, LINES, RecipeError
 from gardo.recipe_text import write_yaml
 from tests.engine.config.recipe import GOOD, written
@@ -38,7 +39,8 @@ ANYTHING = st.recursive(
 # characters that mean something to YAML, and fragments of recipes
 TEXTS = st.lists(
     st.sampled_from([*"&*!|>'\"%@`{}[],:#?-<~\n \t", "\n  ", "&a ", "*a", "<<: ", "!!int ", "run:",
-                     "model: {", "rewards:", "1e400", "\ufeff", "\x85", "0x", "kind: "]) | st.text(),
+                     "model: {", "rewards:", "1e400", "\ufeff", "\x85", "0x", "kind: "])
+    | st.text(),
     max_size=60,
 ).map("".join)  # fmt: skip
 
@@ -53,11 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def loads_or_says_why(text: str, overrides: list[str] | None = None) -> bool:
-    """Whether it loads."""
+    """Whether it loads, and splits over ranks."""
     Path("recipe.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     started = time.process_time()
     try:
-        load("recipe.yaml", overrides or [])
+        geometry(load("recipe.yaml", overrides or []), rank=0, world=2)
         return True
     except RecipeError as error:
         lines = str(error).split("\n")
