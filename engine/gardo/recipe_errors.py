@@ -96,6 +96,9 @@ def _explain(schema: type[BaseModel], error: Any, source: str, origin: Origin) -
     value, said = error["input"], shown(error["input"])
     if isinstance(value, str) and len(value) > SHOWN:
         message = message.replace(repr(value), said)
+    own = message.partition(": ")[0]  # a rule between the fields of one section may open with one
+    if error["type"] == "value_error" and any(own in _inside(v) for v in variants):
+        place, message = where((*location, own), source, origin), message.partition(": ")[2]
     echo = "" if isinstance(value, dict) or said in message else f": {said}"
     return f"{place}{echo}", f"{message[0].lower()}{message[1:]}"
 

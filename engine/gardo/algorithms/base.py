@@ -54,7 +54,7 @@ class SamplerSettings(Strict):
     def _shift_has_an_effect(self) -> Self:
         if self.shift is not None and self.schedule == "model":
             raise ValueError(
-                f"shift {self.shift} has no effect on schedule model; give schedule: "
+                f"shift: {self.shift} has no effect on schedule model; give schedule: "
                 "shifted_linear, or leave shift out"
             )
         return self

@@ -151,8 +151,7 @@ class Evaluator:
         for name, reward in self.panel.rewards.items():
             if not reward.scores_alone:
                 continue
-            with reward.precision():
-                value = reward.score(images, prompts)
+            value = self.panel.score(name, images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":
                     columns["features"] = value

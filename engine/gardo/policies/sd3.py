@@ -43,7 +43,7 @@ class SD3Settings(PolicySettings):
         patch = read_value(table, "patch_size", int) * 2 ** (levels - 1)
         if max(self.size) > (most := read_value(table, "pos_embed_max_size", int) * patch):
             raise ValueError(
-                f"size {list(self.size)}: the model has positions for {most} pixels a side at most"
+                f"size: {list(self.size)}: the model has positions for {most} pixels a side at most"
             )
         return self
 

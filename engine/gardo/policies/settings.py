@@ -100,7 +100,7 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
     if any(side % multiple for side in size):
         near = [max(multiple, round(side / multiple) * multiple) for side in size]
         raise ValueError(
-            f"size {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
+            f"size: {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
         )
 
 

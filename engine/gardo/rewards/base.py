@@ -251,10 +251,15 @@ class Panel:
         reward = self.rewards[name]
         kind = "features" if reward.gives_features else "reward"
         with self.phase(kind, rows=count):
-            return self._said(name, ask, count)
+            return self._checked(name, ask, count)
 
-    def _said(self, name: str, ask: Callable[[], Tensor], count: int) -> Tensor:
-        """The same, not measured. Whatever goes wrong in a reward names it."""
+    def score(self, name: str, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """What one reward says of images, [B], features [B, D]; with gradients, if it has any."""
+        ask = partial(self.rewards[name].score, images_B3HW, prompts)
+        return self._checked(name, ask, len(prompts))
+
+    def _checked(self, name: str, ask: Callable[[], Tensor], count: int) -> Tensor:
+        """The value of so many images. Whatever goes wrong in a reward names it."""
         reward = self.rewards[name]
         try:
             with reward.precision():
@@ -269,9 +274,8 @@ class Panel:
         """The weighted sum of the proxies with gradients to the images, fp32 [B]."""
         total = images_B3HW.new_zeros(len(images_B3HW))
         for name in self.names("proxy"):
-            reward = self.rewards[name]
-            ask = partial(reward.score, images_B3HW, prompts)
-            total = total + reward.settings.weight * self._said(name, ask, len(prompts))
+            weight = self.rewards[name].settings.weight
+            total = total + weight * self.score(name, images_B3HW, prompts)
         return total
 
 

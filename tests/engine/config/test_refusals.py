@@ -171,7 +171,7 @@ SAMPLER = (
     ("sampler: {sde: ode}", "sampler.sde: 'ode': input should be 'flow', 'dance' or 'cps'"),
     (
         "sampler: {shift: 3}",
-        "sampler: shift 3.0 has no effect on schedule model; give schedule: shifted_linear, "
+        "sampler.shift: 3.0 has no effect on schedule model; give schedule: shifted_linear, "
         "or leave shift out",
     ),
     *(
