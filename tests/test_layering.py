@@ -60,7 +60,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
     "doctor":        "flow machine nvidia policies gardo_kernels | torch",
-    "export":        "recipe config distributed recipe_errors policies session | torch",
+    "export":        "recipe recipe_text config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
     "train":         "* | torch",

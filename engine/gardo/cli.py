@@ -67,6 +67,7 @@ def train(
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on as many ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _read(recipe)
     import torch
 
     from gardo import launch
@@ -102,6 +103,17 @@ def train(
     except (RecipeError, ValueError) as error:
         _refuse(error)
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
+
+
+def _read(recipe: Path) -> None:
+    """Refuses what is no recipe at all before torch is imported, which takes seconds."""
+    from gardo.recipe_errors import RecipeError
+    from gardo.recipe_text import read
+
+    try:
+        read(recipe)
+    except RecipeError as error:
+        _refuse(error)
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:

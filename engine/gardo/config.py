@@ -24,7 +24,7 @@ from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
 from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
-from gardo.recipe_text import MAX_BYTES, write_yaml
+from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.base import Reward, RewardSettings
 
@@ -42,34 +42,6 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
     _absolute_paths(raw, path.parent)
     rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
     return check(raw, str(path), origin, rules=rules)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The sections of a recipe's file, not checked yet."""
-    raw = read_yaml(_text(path), str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
-        )
-    return raw
-
-
-def _text(path: Path) -> str:
-    """The file's text; RecipeError where it has none that could be a recipe."""
-    if not os.path.isfile(path):
-        raise RecipeError(
-            f"{path}: no such recipe; give a YAML file, such as recipes/tiny_flux_gardo.yaml"
-        )
-    try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise RecipeError(
-                f"{path}: {size / 2**20:.0f} MiB; that is no recipe, which has a few kB"
-            )
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def check(

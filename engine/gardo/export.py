@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gardo.config import check, read
+from gardo.config import check
 from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.distributed.universal import write_universal
@@ -19,6 +19,7 @@ from gardo.policies.kohya import save_kohya
 from gardo.policies.lora_files import save_diffusers, save_peft
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
+from gardo.recipe_text import read
 from gardo.session import build_policy
 
 Weights = Mapping[str, Tensor]

@@ -29,6 +29,7 @@ from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError, shown
 from gardo.run_folder import flat
 
+MEETING_POINT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # where nothing is said
 PATIENCE = 60.0  # seconds that a refused rank waits for those that must hear of it
 
 
@@ -44,7 +45,7 @@ def meeting(recipe: Recipe, source: str) -> Iterator[None]:
     the first; and where the port at which they meet is another program's.
     """
     rank, _, world = ranks()
-    if world == 1:
+    if recipe.distributed.engine == "local" or _alone() or dist.is_initialized():
         yield
         return
     store = _store(recipe.distributed.timeout, source)
@@ -86,13 +87,27 @@ def running(recipe: Recipe) -> dict[str, Any]:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             fields[field] = f"a file with SHA-256 {digest[:16]}"
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     return {**fields, **versions, "gardo": gardo.__version__, "python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _alone() -> bool:
+    """One process that no launcher has told where to meet: nobody else can be there."""
+    return ranks()[2] == 1 and "MASTER_PORT" not in os.environ
 
 
 def _store(timeout: float, source: str) -> Any:
     rank, _, world = ranks()
-    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    for name, value in MEETING_POINT.items():
+        os.environ.setdefault(name, value)
+    at = ":".join(os.environ[name] for name in MEETING_POINT)
     try:
         store, *_ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=timeout)))
     except (dist.DistNetworkError, ValueError) as error:

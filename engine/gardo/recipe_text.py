@@ -7,8 +7,10 @@ What an alias (`*name`) stands for is copied: no two places of a recipe share a 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -152,6 +154,34 @@ def _scalar(node: ScalarNode) -> Any:
 
 def _wrong(what: str, node: Node) -> ConstructorError:
     return ConstructorError(None, None, what, node.start_mark)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The sections of a recipe's file, not checked yet."""
+    raw = read_yaml(_text(path), str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
+        )
+    return raw
+
+
+def _text(path: Path) -> str:
+    """The file's text; RecipeError where it has none that could be a recipe."""
+    if not os.path.isfile(path):
+        raise RecipeError(
+            f"{path}: no such recipe; give a YAML file, such as recipes/tiny_flux_gardo.yaml"
+        )
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise RecipeError(
+                f"{path}: {size / 2**20:.0f} MiB; that is no recipe, which has a few kB"
+            )
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_yaml(text: str, source: str) -> Any:

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import yaml
 
 from gardo.selftest.case import Case, must
-from gardo.selftest.forked import Ended, Launched
+from gardo.selftest.forked import Ended, Launched, on_cpu
 from gardo.selftest.trial import Trial, listing
 from gardo.settings import BUILTIN
 
@@ -124,14 +126,21 @@ def one_anchor(trial: Trial) -> None:
 
 
 def refused_by_command(trial: Trial) -> None:
-    """A process of its own is measured: what it imports is most of it."""
-    trial.recipe(run={"steps": 0})
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended = trial.type("train", "recipe.yaml")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    refused(trial, ended, "recipe.yaml: run.steps: 0")
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    must(used < 3, f"it took {used:.1f} s of a processor")
+    """Measured by what cannot be left out: to check a recipe, torch is imported and little else."""
+    features = {"role": "features", "path": "builtin:dinov3", "size": 16}
+    trial.recipe(rewards={"tiny_shape": {"role": "proxy"}, "dinov3": features}, run={"steps": 0})
+    before = _processor_seconds()
+    refused(trial, trial.type("train", "recipe.yaml"), "recipe.yaml: run.steps: 0")
+    used = _processor_seconds() - before
+    subprocess.run([sys.executable, "-c", "import torch"], env=on_cpu(), check=True)
+    torch = _processor_seconds() - before - used
+    must(used < 2 * torch, f"{used:.1f} s of a processor, where torch takes {torch:.1f} s")
+
+
+def _processor_seconds() -> float:
+    """Of all processes that have been started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # ---- what the file names -------------------------------------------------------------------------
@@ -154,6 +163,9 @@ def no_folder(trial: Trial) -> None:
     (trial.folder / "loop").symlink_to("loop")
     for name, field in (("file", "run.folder"), ("file/in", "run.folder"), ("loop", "run.folder")):
         refused_soon(trial, trial.recipe(run={"folder": name}), field)
+    (trial.folder / "there").mkdir()
+    (trial.folder / "there/tiny").symlink_to("tiny")
+    refused_soon(trial, trial.recipe(run={"folder": "there"}), "run.name: 'tiny'")
 
 
 BROKEN = {  # a module's own lines, and what is said of it
@@ -272,7 +284,7 @@ CASES = [
     Case(
         "refused-by-the-command",
         "`gardo train` is given a recipe with a wrong value",
-        "it ends with 2 after less than 3 s of a processor, and nothing is written",
+        "it ends with 2, nothing is written, and the wait was for torch to be imported",
         refused_by_command,
     ),
     Case(
