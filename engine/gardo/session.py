@@ -39,6 +39,7 @@ from gardo.machine import (
     use_device,
     use_threads,
 )
+from gardo.meeting import meeting
 from gardo.planner import Geometry, geometry
 from gardo.planner.forecast import forecast
 from gardo.policies.attention import use_attention
@@ -339,7 +340,8 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
     use_bf16_reductions(recipe.run.bf16_reduced_precision_reduction)
     if recipe.run.deterministic:
         use_deterministic_kernels()
-    group = join_ranks(recipe, device)
+    with meeting(recipe, source):
+        group = join_ranks(recipe, device)
     try:
         check_folder(Path(recipe.run.folder), group)
     except ValueError as error:

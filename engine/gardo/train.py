@@ -16,6 +16,7 @@ from gardo.distributed.base import leave_process_group
 from gardo.ending import Stopped, Watchdog, die_with_launcher, leave
 from gardo.evaluation.evaluate import due
 from gardo.machine import ranks
+from gardo.meeting import refuse
 from gardo.phases import (
     average,
     checkpoint,
@@ -115,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         # the others of the machine say the same
         if ranks()[1] == 0 or isinstance(error, RankError):
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
+        refuse(error)
         return 2
 
 
