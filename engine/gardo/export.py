@@ -212,7 +212,7 @@ def _pinned(folder: Path, step: int | None) -> Iterator[Saved]:
 
 def _writable(folder: Path) -> Path | None:
     """The folder, where links to its files can be; else the system's for temporary files."""
-    return folder if os.access(folder, os.W_OK) else None
+    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:

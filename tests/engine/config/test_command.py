@@ -121,7 +121,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     (run_folder / "metrics.jsonl").write_text("{}\n{}\n")
     message = refused(capsys, "report", str(run_folder))
     assert message.startswith(f"{run_folder}: no report can be made of it: ")
-    assert "line 1: not a metrics record" in message
+    assert f"no line of {run_folder / 'metrics.jsonl'} is a record" in message
     torn = run_folder / "checkpoints" / "step-000001"
     torn.mkdir(parents=True)
     assert "its manifest cannot be read" in refused(capsys, "export", str(run_folder))
