@@ -56,7 +56,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
     "meeting":       "machine recipe recipe_errors run_folder policies | torch",
-    "run_lock":      "|",
+    "run_lock":      "ending |",
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
                      " | torch transformers",

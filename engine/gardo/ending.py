@@ -115,17 +115,20 @@ class Watchdog:
     def __init__(self, clock: Clock, limit: float, file: Path, rank: int) -> None:
         self._clock, self._limit, self._file, self._rank = clock, limit, file, rank
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._limit:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
+        self._thread.join()  # which may just be about to have faulthandler wait
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        if not self._limit:
+            return
         seen, since = self._clock.moves, time.monotonic()
         every = min(self._limit / 10, 10.0)
         while not self._ended.wait(every):

@@ -38,9 +38,17 @@ def own_folder(lock: RunLock, ranks: Ranks, source: str) -> str:
 
 def run_id(folder: Path) -> str | None:
     """What tells this run from every other, in its checkpoints too; None of a run from before
-    there were such."""
+    there were such. RecipeError where it cannot be read."""
     file = folder / "run.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["id"]) if file.is_file() else None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RecipeError(
+            f"{file}: the run's id cannot be read ({error}); remove the file: the run then takes "
+            "the id of its newest checkpoint"
+        ) from error
 
 
 def keep_id(folder: Path, known: str | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -24,6 +25,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Self
+
+from gardo.ending import leave_at_once
 
 BEAT = 10.0  # seconds; network file systems show a change within a few
 POLL = 0.2
@@ -36,8 +39,10 @@ class Taken(ValueError):
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: `machine` is one start of one machine, `started` in that machine's clock ticks."""
+    """A process that holds a lock, this one time (`id`): `machine` is one start of one machine,
+    `started` in that machine's clock ticks."""
 
+    id: str
     host: str
     machine: str
     pid: int
@@ -51,6 +56,7 @@ class Owner:
     @classmethod
     def here(cls) -> Owner:
         return cls(
+            id=secrets.token_hex(4),
             host=socket.gethostname(),
             machine=this_machine(),
             pid=os.getpid(),
@@ -69,7 +75,7 @@ class RunLock:
     def __init__(self, run: Path, *, patience: float = PATIENCE, beat: float = BEAT) -> None:
         self.path = run.with_name(f".{run.name}.lock")
         self._run, self._patience, self._beat = run, patience, beat
-        self._file: BinaryIO | None = None
+        self._owner: Owner | None = None  # this process, once it is
         self._made_folder = False
         self._ended = threading.Event()
 
@@ -90,11 +96,10 @@ class RunLock:
     def release(self) -> None:
         """Gives the ownership back; nothing to do where there is none."""
         self._ended.set()
-        if self._file:
-            if self._is_at_path(self._file):
+        with suppress(FileNotFoundError):
+            if self._owner and self._named() == self._owner:
                 self.path.unlink()
-            self._file.close()
-            self._file = None
+        self._owner = None
         if self._made_folder:
             with suppress(OSError):  # not empty: the run has begun
                 self.path.parent.rmdir()
@@ -106,13 +111,16 @@ class RunLock:
         self.release()
 
     def _create(self) -> bool:
+        owner = Owner.here()
         try:
-            file = open(self.path, "xb")  # noqa: SIM115 - closed in `release`
+            with open(self.path, "x", encoding="utf-8") as file:
+                json.dump(asdict(owner), file, indent=1)
         except FileExistsError:
             return False
-        file.write(json.dumps(asdict(Owner.here()), indent=1).encode())
-        file.flush()
-        self._file = file
+        except OSError:  # no room to write it
+            self.path.unlink(missing_ok=True)
+            raise
+        self._owner = owner
         return True
 
     def _remove_left_behind(self) -> str:
@@ -155,24 +163,24 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         """Touches the lock; a run that somebody has taken over, thinking it dead, ends at once."""
+        mine = self._owner
         while not self._ended.wait(self._beat):
-            file = self._file
-            if file is None:
-                return
             with suppress(OSError):  # a disk that does not answer now; the next beat may
-                if self._is_at_path(file):
-                    os.utime(file.fileno())
-                elif not self._ended.is_set() and self.path.exists():
-                    print(f"{self.path}: another process has taken this run over", file=sys.stderr)
-                    sys.stderr.flush()
-                    os._exit(1)
+                named = self._named()
+                if named == mine:
+                    os.utime(self.path)
+                elif named and not self._ended.is_set():
+                    print(f"{self.path}: {named} has taken this run over", file=sys.stderr)
+                    leave_at_once(1)
+
+    def _named(self) -> Owner | None:
+        """The owner by the file; FileNotFoundError where it is not there."""
+        with open(self.path, "rb") as file:
+            return _read(file)
 
     def _is_at_path(self, file: BinaryIO) -> bool:
         """Whether the open file is the lock, and not one that was there before."""
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
 
 
 def _read(file: BinaryIO) -> Owner | None:

@@ -368,6 +368,7 @@ def open_session(
     quiet_libraries()
     resume = resume and bool(committed(asked.checkpoint_folder))
     changes = check_changes(asked, source) if resume else []
+    known = run_id(asked.run_folder) if resume else None
     recipe, device, plan, notes = prepare(asked, source)
     if lock:
         notes.append(own_folder(lock, join_ranks(recipe, device), source))
@@ -398,12 +399,7 @@ def open_session(
         algorithm=algorithm,
         engine=engine,
         evaluator=build_evaluator(recipe, policy, panel, engine),
-        checkpoints=Checkpoints(
-            recipe.checkpoint_folder,
-            engine,
-            recipe.checkpoint,
-            run_id(recipe.run_folder) if resume else None,
-        ),
+        checkpoints=Checkpoints(recipe.checkpoint_folder, engine, recipe.checkpoint, known),
         prompts=recipe.prompts(),
         ctx=LossContext(policy, panel.differentiable_score),
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),

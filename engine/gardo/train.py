@@ -88,8 +88,7 @@ def train(s: Session) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, 1 for a run that ended itself, or 2 for a recipe that cannot be used; of a run
-    that was asked to end, 0 where it can be gone on with and 128 + the signal's number where there
-    is nothing to go on from.
+    that was asked to end, 0 where it can be gone on with, else 128 + the signal's number.
 
     `--local_rank` is what the deepspeed launcher passes.
     """

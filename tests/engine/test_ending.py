@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from gardo.ending import HUNG, Stop, Watchdog
+from gardo.launch import free_port
 
 
 class Program:
@@ -156,3 +157,25 @@ def test_nothing_is_lost_in_leaving(tmp_path: Path) -> None:
     """And modules are not taken apart, which is where threads of C++ abort."""
     assert Program(LEAVING, tmp_path / "log").end() == (7, "printed at exit", "")
     assert "logged" in (tmp_path / "log").read_text()
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from gardo.ending import leave
+dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2,
+                        init_method=f"tcp://127.0.0.1:{sys.argv[2]}")
+works = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(200)]
+works[150].wait()
+del works
+leave(0)
+"""
+
+
+@pytest.mark.full  # two imports of torch
+def test_threads_of_gloo_do_not_abort_it() -> None:
+    """They give tensors back; an interpreter that is taken apart aborts every other time of it."""
+    port = free_port()
+    ranks = [Program(RANK, rank, port) for rank in range(2)]
+    for code, _, complained in [rank.end() for rank in ranks]:
+        assert code == 0 and "terminate called" not in complained, complained

@@ -92,13 +92,15 @@ def test_a_run_that_was_taken_over_ends(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from gardo.run_lock import RunLock\n"
         "lock = RunLock(Path(sys.argv[1]), beat=0.05); lock.take()\n"
-        "lock.path.unlink(); lock.path.write_text('another'); time.sleep(30)\n"
+        "lock.path.unlink(); time.sleep(0.5); print('lives on', flush=True)\n"
+        "RunLock(Path(sys.argv[1])).take(); time.sleep(30)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "tiny"], capture_output=True, text=True, timeout=20,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert done.returncode == 1 and "another process has taken this run over" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "lives on\n")
+    assert "has taken this run over" in done.stderr
 
 
 def contend(run: Path, go: Any, over: Any, codes: Any) -> None:
