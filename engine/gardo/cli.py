@@ -251,9 +251,10 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
     if not (run / "metrics.jsonl").is_file():
         _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
     try:
+        written = write_report(run)
         for trouble in missing(run / "metrics.jsonl"):
             print(trouble, file=sys.stderr)
-        print(write_report(run))
+        print(written)
     except (OSError, ValueError) as error:
         _refuse(f"{run}: no report can be made of it: {error}")
 
