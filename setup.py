@@ -66,6 +66,7 @@ setup(
         "safetensors>=0.5",
         "pydantic>=2.10,<3",
         "PyYAML>=6",
+        "typing-extensions>=4.12",
         "typer>=0.15",
         "rich>=13",
         "pillow>=10",

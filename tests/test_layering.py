@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gardo import plugins
 from tests import ROOT
 
 SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gardo_kernels"}
@@ -46,12 +47,15 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
     "recipe":        "types data bad_updates algorithms distributed evaluation policies rewards |",
+    "recipe_text":   "recipe_errors |",
     "recipe_rules":  "recipe algorithms distributed policies |",
-    "config":        "recipe recipe_rules recipe_errors algorithms distributed policies rewards |",
+    "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
+                     " rewards |",
     "nvidia":        "| torch",
     "ending":        "|",
     "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
+    "meeting":       "machine recipe recipe_errors run_folder policies | torch",
     "run_lock":      "ending |",
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
     "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
@@ -59,8 +63,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow nvidia policies gardo_kernels | torch",
-    "export":        "recipe config distributed recipe_errors policies session | torch",
+    "doctor":        "flow machine nvidia policies gardo_kernels | torch",
+    "export":        "recipe recipe_text config distributed recipe_errors policies session | torch",
     "session":       "* | torch diffusers transformers",
     "phases":        "* | torch",
     "train":         "* | torch",
@@ -80,6 +84,12 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
 FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these
 ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files"}  # except these
 
+HEAVY = "diffusers peft transformers accelerate deepspeed torch._dynamo"
+BUILT_IN = [
+    f"gardo.{package}.{name}"
+    for package in ("policies", "algorithms", "rewards")
+    for name in plugins.names(f"gardo.{package}")
+]
 ONLY_IN = {"deepspeed": {"gardo.distributed.zero", "gardo.distributed.deepspeed_adam"}}
 
 
@@ -182,11 +192,16 @@ def test_one_home(library: str, homes: set[str]) -> None:
     ("module", "heavy"),
     [
         *((f"gardo{name}", "torch") for name in ("", ".plugins", ".settings", ".streams", ".cli")),
-        ("gardo.config", "diffusers peft transformers accelerate deepspeed torch._dynamo"),
+        ("gardo.recipe_text", "torch"),
+        ("gardo.config", HEAVY),
+        (", ".join(BUILT_IN), HEAVY),  # what a recipe names is imported to check it
     ],
 )
 def test_what_is_heavy_is_not_loaded_by(module: str, heavy: str) -> None:
-    """The table cannot see what an allowed import drags in; a fresh interpreter can."""
+    """The table cannot see what an allowed import drags in; a fresh interpreter can.
+
+    Who wrote a bad recipe waits for torch alone.
+    """
     code = f"import sys, {module}; print(*set({heavy.split()}) & set(sys.modules))"
     path = ":".join(str(folder.parent) for folder in SOURCES.values())
     done = subprocess.run(

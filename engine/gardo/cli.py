@@ -58,7 +58,8 @@ def train(
         str | None, typer.Option(help="where ranks meet, of a hostfile; else asked of the first")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="where ranks meet; one that is free if left out")
+        int | None,
+        typer.Option(min=1, max=65535, help="where ranks meet; one that is free if left out"),
     ] = None,
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="train even what will not fit, by the plan")
@@ -66,6 +67,7 @@ def train(
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on as many ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _read(recipe)
     import torch
 
     from gardo import launch
@@ -79,6 +81,8 @@ def train(
     try:
         if master_addr and not hostfile:
             raise ValueError(f"--master-addr {master_addr}: for a --hostfile; leave it out")
+        if port and not (hostfile or launch.is_free(port)):
+            raise ValueError(f"--port {port}: another program has it; leave it out")
         where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
         checked = load(recipe, overrides)
         geometry(checked, rank=0, world=where.ranks, source=str(recipe))
@@ -99,6 +103,17 @@ def train(
     except (RecipeError, ValueError) as error:
         _refuse(error)
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
+
+
+def _read(recipe: Path) -> None:
+    """Refuses what is no recipe at all before torch is imported, which takes seconds."""
+    from gardo.recipe_errors import RecipeError
+    from gardo.recipe_text import read
+
+    try:
+        read(recipe)
+    except RecipeError as error:
+        _refuse(error)
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:
@@ -205,6 +220,7 @@ def import_(
     """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it."""
     import yaml
 
+    from gardo.files import made_folder
     from gardo.policies.lora_files import DIFFUSERS_FILE, lora_config, open_lora, save_diffusers
 
     try:
@@ -218,8 +234,10 @@ def import_(
         "alpha": found.alpha,
         "targets": list(found.targets),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    file = save_diffusers(found.read(), lora_config(**said), out)
+    try:
+        file = save_diffusers(found.read(), lora_config(**said), made_folder(out))
+    except ValueError as error:
+        _refuse(error)
     weights = {"kind": "lora", "path": str(file.absolute()), **said}
     print(yaml.safe_dump({"train": {"weights": weights}}, sort_keys=False), end="")
 
@@ -232,9 +250,13 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
 
     if not (run / "metrics.jsonl").is_file():
         _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
-    for trouble in missing(run / "metrics.jsonl"):
-        print(trouble, file=sys.stderr)
-    print(write_report(run))
+    try:
+        written = write_report(run)
+        for trouble in missing(run / "metrics.jsonl"):
+            print(trouble, file=sys.stderr)
+        print(written)
+    except (OSError, ValueError) as error:
+        _refuse(f"{run}: no report can be made of it: {error}")
 
 
 @app.command()

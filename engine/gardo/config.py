@@ -7,51 +7,26 @@ loads.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal, Union
 
-import yaml
 from pydantic import BaseModel, ValidationError, create_model
+from typing_extensions import TypedDict
 
 from gardo import plugins, recipe_rules
+from gardo.algorithms.base import Algorithm, AlgorithmSettings
 from gardo.algorithms.wrapper import Wrapper
+from gardo.policies.base import Policy
+from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
-from gardo.recipe_errors import Origin, RecipeError, explain, placed
-from gardo.settings import Strict
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-4 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(self.construct_object(key_node))
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(text: str, source: str) -> Any:
-    try:
-        return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
+from gardo.recipe_text import read, write_yaml
+from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
+from gardo.rewards.base import Reward, RewardSettings
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
@@ -60,19 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
     `prompts=False` leaves alone what need not be there to plan: prompt files, a starting LoRA.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(
-            f"{path}: no such recipe; give a YAML file, such as recipes/tiny_flux_gardo.yaml"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    raw = read_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of sections; this is {type(raw).__name__}"
-        )
+    raw = read(path)
     origin: Origin = {}
     for override in overrides:
         _override(raw, override, origin)
@@ -93,14 +56,13 @@ def check(
     `rules` are those between sections; all of them if left out.
     """
     origin = origin or {}
-    if isinstance(raw.get("rewards"), dict):  # a reward that is null is not there
-        raw = {**raw, "rewards": {n: r for n, r in raw["rewards"].items() if r is not None}}
+    if isinstance(raw.get("rewards"), dict):
+        raw = {**raw, "rewards": _named(raw["rewards"])}
     try:
         schema = recipe_schema(raw)
         recipe = schema.model_validate(raw)
     except ValidationError as error:
-        lines = [explain(schema, e, source, origin) for e in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        raise RecipeError(explained(schema, error, source, origin)) from None
     except _BadName as error:
         raise RecipeError(placed(error, source, origin)) from None
     for rule in recipe_rules.ALL if rules is None else rules:
@@ -109,6 +71,15 @@ def check(
         except ValueError as error:
             raise RecipeError(placed(error, source, origin)) from None
     return recipe
+
+
+def _named(rewards: dict[str, Any]) -> dict[str, Any]:
+    """The rewards that are there (null is not), each with its kind: its name if left out."""
+    return {
+        name: {"kind": name, **section} if isinstance(section, dict) else section
+        for name, section in rewards.items()
+        if section is not None
+    }
 
 
 def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
@@ -144,12 +115,19 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
         (weights, "path"),
     ):
         if isinstance(part, dict) and isinstance(part.get(field), str):
-            given = Path(part[field]).expanduser()
+            given = os.path.expanduser(part[field])
             beside = folder / given
-            part[field] = str((beside if beside.exists() else given).absolute())
+            part[field] = os.path.abspath(beside if os.path.exists(beside) else given)
 
 
 # ---- plug-in sections ----------------------------------------------------------------------------
+
+
+BASES: dict[str, tuple[type, type[BaseModel]]] = {  # of a plug-in, and of its Settings
+    "gardo.algorithms": (Algorithm, AlgorithmSettings),
+    "gardo.policies": (Policy, PolicySettings),
+    "gardo.rewards": (Reward, RewardSettings),
+}
 
 
 class _BadName(Exception):
@@ -157,14 +135,27 @@ class _BadName(Exception):
 
 
 def _plugin(package: str, section: Any, field: str, location: str) -> Any:
-    if not isinstance(section, dict) or not isinstance(section.get(field), str):
-        raise _BadName(f"{location}.{field}: missing; one of {', '.join(plugins.names(package))}")
+    named = section.get(field) if isinstance(section, dict) else None
+    if not isinstance(named, str):
+        known = f"one of {', '.join(plugins.names(package))}"
+        if section is not None and not isinstance(section, dict):
+            raise _BadName(f"{location}: {shown(section)}: write a mapping with {field}: {known}")
+        missing = "missing" if named is None else f"{shown(named)} is no name"
+        raise _BadName(f"{location}.{field}: {missing}; {known}")
     try:
         plugin = plugins.resolve(package, section[field])
     except ValueError as error:
         raise _BadName(f"{location}.{field}: {error}") from None
+    given, (base, settings) = shown(section[field]), BASES[package]
     if not hasattr(plugin, "Settings"):
-        raise _BadName(f"{location}.{field}: {section[field]!r} is no plug-in: it has no Settings")
+        raise _BadName(f"{location}.{field}: {given} is no plug-in: it has no Settings")
+    for found, wanted in ((plugin, base), (plugin.Settings, settings)):
+        if not (isinstance(found, type) and issubclass(found, wanted)):
+            raise _BadName(
+                f"{location}.{field}: {given} is no plug-in: "
+                f"{getattr(found, '__name__', type(found).__name__)} is no subclass of "
+                f"{wanted.__module__}.{wanted.__name__}"
+            )
     return plugin
 
 
@@ -179,8 +170,6 @@ def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseM
 
 def _reward_settings(name: str, section: Any) -> type[BaseModel]:
     location = f"rewards.{name}"
-    if isinstance(section, dict):
-        section.setdefault("kind", name)
     settings = _plugin("gardo.rewards", section, "kind", location).Settings
     own: dict[str, Any] = {"kind": (str, ...)} if ":" in section["kind"] else {}
     if "judge" in settings.model_fields:
@@ -203,13 +192,11 @@ def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
     if not isinstance(rewards, dict) or not rewards:
         raise _BadName("rewards: missing; name at least one with role proxy")
     for name in rewards:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
     model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
-    fields: dict[str, Any] = {
-        str(n): (_reward_settings(str(n), section), ...) for n, section in rewards.items()
-    }
-    panel = create_model("Rewards", __base__=Strict, **fields)
+    # no model, of which a reward called `json` or `copy` would be an attribute
+    panel: Any = TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in rewards.items()})  # type: ignore[misc]
     return create_model(
         "Recipe",
         __base__=Recipe,
@@ -237,4 +224,4 @@ def full_schema() -> dict[str, Any]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))

@@ -9,6 +9,7 @@ Every epoch is a permutation of the file, so each prompt comes once before any c
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from gardo.types import Prompt
 from gardo_kernels import random_uniform
 
 MAX_BYTES = 64 << 20
+MAX_PROMPTS = 1_000_000
 MEND = 'write one object a line, such as {"prompt": "two red circles", "tag": "counting"}'
 SHOWN = 60  # characters of a line, in an error
 
@@ -31,7 +33,7 @@ def load_prompts(path: Path) -> list[Prompt]:
     In a file NAME.jsonl, what an object says beside its "prompt" is the prompt's metadata.
     ValueError says what is wrong with the file, in which line, and how to mend it.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"no such file: {str(path)!r}; give a text file with one prompt a line")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{str(path)!r} is larger than {MAX_BYTES >> 20} MiB; split it")
@@ -39,11 +41,17 @@ def load_prompts(path: Path) -> list[Prompt]:
         raise ValueError(f"{str(path)!r}: {MEND}, and call the file {path.stem}.jsonl")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8, "
             "for example with iconv -t UTF-8"
         ) from error
+    if text.count("\n") > MAX_PROMPTS:
+        raise ValueError(f"{str(path)!r} has more than {MAX_PROMPTS} lines; split it")
+    if "\0" in text:
+        raise ValueError(f"{str(path)!r} is no text: it has a NUL in it; write one prompt a line")
     if path.suffix.lower() == ".jsonl":
         prompts = _from_json_lines(text, path)
     else:

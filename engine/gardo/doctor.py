@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 import torch
 
+from gardo.machine import PACKAGES
 from gardo.nvidia import (
     ALLOCATOR,
     cuda_trouble,
@@ -33,7 +34,6 @@ from gardo_kernels._examples import Examples, On, op_modules
 from gardo_kernels._trial import cache_trouble, compiler_trouble
 
 State = Literal["ok", "note", "problem"]
-PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
 SHARED_MEMORY = 2**30  # bytes of /dev/shm; Docker's 64 MiB are too few for NCCL
 OPTIONAL = {"bitsandbytes": "model.base nf4 and int8, its optimizers:"}
 

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gardo.config import check, read_yaml
+from gardo.config import check
 from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.distributed.universal import write_universal
+from gardo.files import made_folder
 from gardo.policies.base import Policy
 from gardo.policies.folders import SHARD_BYTES, link_pipeline, save_transformer
 from gardo.policies.kohya import save_kohya
 from gardo.policies.lora_files import save_diffusers, save_peft
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
+from gardo.recipe_text import read
 from gardo.session import build_policy
 
 ATTEMPTS = 5  # to catch a checkpoint of a run that prunes them
@@ -133,9 +135,8 @@ def _export(
     dtype = policy.dtype if policy.lora is None else torch.float32
     usual = format in [next(iter(formats)) for formats in FORMATS.values()]
     name = "-".join(["export", *([] if usual else [format]), *(["ema"] if average else [])])
-    out = out or folder / name
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out = made_folder(out or folder / name)
         return write(policy, Trained(saved, kind, shapes, dtype), out, shard_bytes)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -168,17 +169,15 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
         policy = build_policy(_recipe_of(folder), torch.device("cpu"))
         shapes = {n: tuple(p.shape) for n, p in policy.trainable().items()}
         try:
-            return write_universal(saved, shapes, out or folder / "universal")
-        except Unusable as error:
+            return write_universal(saved, shapes, made_folder(out or folder / "universal"))
+        except ValueError as error:
             raise RecipeError(str(error)) from error
 
 
 def _recipe_of(folder: Path) -> Recipe:
     """The recipe of a run, on a whole base: what trains has the same names there."""
     source = folder / "recipe.yaml"
-    recipe = check(
-        read_yaml(source.read_text(encoding="utf-8"), str(source)), str(source), rules=()
-    )
+    recipe = check(read(source), str(source), rules=())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": None})})
 
 
@@ -213,7 +212,7 @@ def _pinned(folder: Path, step: int | None) -> Iterator[Saved]:
 
 def _writable(folder: Path) -> Path | None:
     """The folder, where links to its files can be; else the system's for temporary files."""
-    return folder if os.access(folder, os.W_OK) else None
+    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
 def _checkpoint(folder: Path, step: int | None) -> Saved:

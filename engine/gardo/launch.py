@@ -200,6 +200,17 @@ def _exit_code(code: int) -> int:
     return 128 + 256 - code if code > 256 - signal.NSIG else code
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens at a port of this machine, and we may."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:

@@ -26,6 +26,7 @@ from gardo.recipe_errors import RankError, RecipeError
 from gardo.settings import FieldError, check_installed, is_hub_id, model_path
 from gardo_kernels import kernels_run_on, triton_trouble
 
+PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
 FULL_SIZE = 10**9  # bytes of a transformer: a CPU would train it for weeks
 
 

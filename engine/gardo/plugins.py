@@ -15,10 +15,20 @@ from typing import Any
 
 
 def names(package: str, *, hidden: tuple[str, ...] = ("base",)) -> list[str]:
-    """The built-in names of a package ("gardo.algorithms"): its modules that define `PLUGIN`."""
+    """The built-in names of a package ("gardo.algorithms"): its modules that define `PLUGIN`.
+
+    They are read, not imported: some take seconds.
+    """
     path = importlib.import_module(package).__path__
     found = [m.name for m in pkgutil.iter_modules(path) if m.name not in hidden]
-    return sorted(n for n in found if hasattr(importlib.import_module(f"{package}.{n}"), "PLUGIN"))
+    return sorted(n for n in found if "PLUGIN" in _globals_of(f"{package}.{n}"))
+
+
+def _globals_of(module: str) -> tuple[str, ...]:
+    """The names that a module's own code uses."""
+    spec = importlib.util.find_spec(module)
+    code = spec.loader.get_code(module) if spec and spec.loader else None  # type: ignore[attr-defined]
+    return code.co_names if code else ()
 
 
 def resolve(package: str, name: str) -> Any:
@@ -34,6 +44,9 @@ def resolve(package: str, name: str) -> Any:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{name!r} cannot be imported ({error})") from error
+        except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name!r} cannot be imported ({said})") from error
     # Only the module that is named, not all of the package: some import what takes seconds.
     if name.isidentifier() and importlib.util.find_spec(f"{package}.{name}"):
         plugin = getattr(importlib.import_module(f"{package}.{name}"), "PLUGIN", None)

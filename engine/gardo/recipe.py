@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, plugin_of
@@ -24,11 +25,22 @@ from gardo.settings import Strict
 from gardo.types import Prompt
 
 
+def _at_home(folder: str) -> str:
+    """The folder, `~` being the user's own."""
+    expanded = os.path.expanduser(folder)
+    if expanded.startswith("~"):
+        raise ValueError(f"{folder!r}: nobody's home; write the path out")
+    return expanded
+
+
+LayerName = Annotated[str, Field(min_length=1)]
+
+
 class Lora(Strict):
     kind: Literal["lora"]
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1, le=16_384)
     alpha: float = Field(64, gt=0)
-    targets: list[str] | None = Field(
+    targets: Annotated[list[LayerName], Field(min_length=1)] | None = Field(
         None, description="module names; the family's list if left out"
     )
     path: str | None = Field(
@@ -49,7 +61,7 @@ class TrainSettings(Strict):
     weights: Annotated[Lora | Full, Field(discriminator="kind")]
     optimizer: OptimizerSettings = OptimizerSettings()
     ema: AverageSettings | None = Field(None, description="an average of what trains")
-    updates_per_step: int = Field(1, ge=1, description="gradient steps an iteration")
+    updates_per_step: int = Field(1, ge=1, le=10_000, description="gradient steps an iteration")
     micro_batch: int | None = Field(
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
     )
@@ -75,15 +87,17 @@ class DataSettings(Strict):
         description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
         "relative to the recipe"
     )
-    prompts_per_step: int = Field(ge=1)
-    images_per_prompt: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1, le=100_000)
+    images_per_prompt: int = Field(ge=1, le=10_000)
 
 
 class RunSettings(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    steps: int = Field(ge=1, description="iterations")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    steps: int = Field(ge=1, le=10_000_000, description="iterations")
     seed: int = Field(42, ge=0)
-    folder: str = Field("runs", description="runs are written to FOLDER/NAME")
+    folder: Annotated[str, AfterValidator(_at_home)] = Field(
+        "runs", min_length=1, description="runs are written to FOLDER/NAME"
+    )
     watchdog: float = Field(
         1800, ge=0, description="seconds without progress, once all is loaded, after which a rank "
         "writes where it stands and ends the run; 0: never"
@@ -175,8 +189,7 @@ class Recipe(Strict):
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:
-    panel: Any = recipe.rewards  # a settings class once it is checked
-    return {name: getattr(panel, name) for name in type(panel).model_fields}
+    return dict(recipe.rewards)
 
 
 def reward_plugin(settings: RewardSettings) -> Any:

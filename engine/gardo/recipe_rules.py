@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from gardo.algorithms.base import plugin_of
 from gardo.distributed.optimizers import check_optimizer
 from gardo.policies.attention import check_settings
 from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import check_base
+from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 
 
@@ -66,7 +70,7 @@ def _all_differentiable(recipe: Recipe) -> None:
 def _prompts_fit(recipe: Recipe) -> None:
     rewards = reward_settings(recipe)
     judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
-    rewards |= {name: judge for name, judge in judges.items() if judge}
+    rewards = rewards | {name: judge for name, judge in judges.items() if judge}
     for field, prompts in (
         ("data.prompts", recipe.prompts),
         ("evaluate.prompts", recipe.evaluation_prompts),
@@ -125,6 +129,10 @@ def _attention_fits(recipe: Recipe) -> None:
     )
 
 
+def _model_fits(recipe: Recipe) -> None:
+    check_parts(recipe.model.path)
+
+
 def _start_fits(recipe: Recipe) -> None:
     weights = recipe.train.weights
     if weights.kind == "full" or weights.path is None:
@@ -140,5 +148,30 @@ def _start_fits(recipe: Recipe) -> None:
         raise ValueError(f"train.weights.{error}") from None
 
 
+def _folder_fits(recipe: Recipe) -> None:
+    """The run's folder is made when the models have loaded; so much can be said before."""
+    folder = recipe.run_folder.absolute()
+    for at in (*reversed(folder.parents), folder):
+        field, name = ("run.name", recipe.run.name) if at == folder else ("run.folder", str(at))
+        try:
+            is_folder = stat.S_ISDIR(os.stat(at).st_mode)
+        except FileNotFoundError:
+            if os.path.islink(at):
+                raise ValueError(
+                    f"{field}: {name!r} is a link that leads nowhere; give another"
+                ) from None
+            break
+        except OSError as error:  # a circle of links, a name that is too long
+            raise ValueError(f"{field}: {name!r}: {error.strerror}; give another") from None
+        if not is_folder:
+            raise ValueError(f"{field}: {name!r} is there, and no folder; give another")
+        there = at
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"run.folder: {str(there)!r} cannot be written to; give a folder that this user may "
+            "write to"
+        )
+
+
 WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
-ALL = (*WITHOUT_PROMPTS, _start_fits, _prompts_fit, _diversity_fits)
+ALL = (*WITHOUT_PROMPTS, _model_fits, _folder_fits, _start_fits, _prompts_fit, _diversity_fits)

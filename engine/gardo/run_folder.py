@@ -99,8 +99,8 @@ def check_changes(recipe: Recipe, source: str) -> list[str]:
     path = recipe.run_folder / "recipe.yaml"
     if not path.is_file():
         return [f"{path} is not there: what else has changed is not known"]
-    old = _flat(config.read_yaml(path.read_text(encoding="utf-8"), str(path)))
-    new = _flat(recipe.model_dump(mode="json"))
+    old = flat(config.read_yaml(path.read_text(encoding="utf-8"), str(path)))
+    new = flat(recipe.model_dump(mode="json"))
     lines = []
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
@@ -114,8 +114,9 @@ def check_changes(recipe: Recipe, source: str) -> list[str]:
     return lines
 
 
-def _flat(section: Any, name: str = "") -> dict[str, Any]:
+def flat(section: Any, name: str = "") -> dict[str, Any]:
+    """The values of a section by the names of their fields: `train.optimizer.lr`."""
     if not isinstance(section, dict):
         return {name: section}
-    parts = (_flat(value, f"{name}.{key}" if name else key) for key, value in section.items())
+    parts = (flat(value, f"{name}.{key}" if name else key) for key, value in section.items())
     return {field: value for part in parts for field, value in part.items()}

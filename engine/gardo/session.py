@@ -17,7 +17,7 @@ from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
 from gardo.data import run_prompts
 from gardo.distributed.average import Average
-from gardo.distributed.base import Engine, ranks_here
+from gardo.distributed.base import Engine, gather_text, ranks_here
 from gardo.distributed.checkpoint import Checkpoints
 from gardo.distributed.group import Group
 from gardo.distributed.nodes import check_folder
@@ -39,6 +39,7 @@ from gardo.machine import (
     use_device,
     use_threads,
 )
+from gardo.meeting import meeting
 from gardo.planner import Geometry, geometry
 from gardo.planner.forecast import forecast
 from gardo.policies.attention import use_attention
@@ -101,9 +102,9 @@ class Session:
             "base": self.policy.identity if self.engine.rank == 0 else None,
             "algorithm": self.algorithm.state_dict(),
             "average": self.average.state_dict() if self.average else None,
-            "evaluated": self.evaluated,
             "bad_updates": self.bad_updates.state_dict(),
             "evaluation": self.evaluator.identity,
+            "evaluated": self.evaluated,
             "first_evaluation": {n: v.tolist() for n, v in self.evaluator.first.items()},
         }
 
@@ -339,7 +340,8 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
     use_bf16_reductions(recipe.run.bf16_reduced_precision_reduction)
     if recipe.run.deterministic:
         use_deterministic_kernels()
-    group = join_ranks(recipe, device)
+    with meeting(recipe, source):
+        group = join_ranks(recipe, device)
     try:
         check_folder(Path(recipe.run.folder), group)
     except ValueError as error:
@@ -415,11 +417,23 @@ def open_session(
         if log_file.is_file():
             for trouble in missing(log_file, session.first_step):
                 progress.message(trouble)
-    if first:
-        session.log = open_log(asked, progress, session.first_step)
-        session.checkpoints.run = keep_id(recipe.run_folder, session.checkpoints.run)
-        left = recipe.run.steps - session.first_step
-        if profile and left:
-            session.profile = StepProfile(recipe.run_folder / "profile", device, left=left)
-    engine.barrier()
+    problem = begin_files(session, asked, profile=profile) if first else ""
+    if said := gather_text(engine, problem)[0]:
+        raise RecipeError(f"{source}: run.folder: {said}")
     return session
+
+
+def begin_files(s: Session, asked: Recipe, *, profile: bool) -> str:
+    """Opens what the first rank writes in the run's folder; what was wrong with that, if anything.
+
+    `asked` is the recipe as its user wrote it.
+    """
+    folder, left = s.recipe.run_folder, s.recipe.run.steps - s.first_step
+    try:
+        s.log = open_log(asked, s.progress, s.first_step)
+        s.checkpoints.run = keep_id(folder, s.checkpoints.run)
+        if profile and left:
+            s.profile = StepProfile(folder / "profile", s.engine.device, left=left)
+    except OSError as error:  # a full disk
+        return str(error)
+    return ""

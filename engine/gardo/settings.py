@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,23 +19,42 @@ def model_path(path: str) -> str:
     """A folder, a hub id, or "builtin:NAME" for a model that ships with the package."""
     if path.startswith("builtin:"):
         return str(BUILTIN / path.removeprefix("builtin:"))
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return os.path.expanduser(path)
 
 
 def config_folder(path: str) -> Path | None:
     """A folder here with the configuration of a model, and perhaps nothing else: its own, or the
     one that ships for a hub id. None where there is none."""
     for folder in (Path(model_path(path)), PUBLISHED / path.replace("/", "--")):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return folder
     return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. ValueError where it is something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}; get it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, no object; get it again")
+    return found
+
+
+def read_value(path: Path, name: str, kind: type[T]) -> T:
+    """A value of a model's configuration. ValueError where there is none of this type."""
+    value = read_object(path).get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{str(path)!r} has no {name} ({kind.__name__}); get it again")
+    return value
 
 
 def is_hub_id(path: str) -> bool:
     """owner/name, unless it starts like a path or `owner` is a folder here."""
     owner, slash, name = path.partition("/")
     looks_local = path.startswith(("builtin:", ".", "/", "~")) or not slash or "/" in name
-    return not looks_local and not Path(owner).is_dir()
+    return not looks_local and not os.path.isdir(owner)
 
 
 class FieldError(ValueError):

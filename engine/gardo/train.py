@@ -16,6 +16,7 @@ from gardo.distributed.base import leave_process_group
 from gardo.ending import Stopped, Watchdog, die_with_launcher, leave
 from gardo.evaluation.evaluate import due
 from gardo.machine import ranks
+from gardo.meeting import refuse
 from gardo.phases import (
     average,
     checkpoint,
@@ -114,12 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         # the others of the machine say the same
         if ranks()[1] == 0 or isinstance(error, RankError):
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
+        refuse(error)
         return 2
 
 
 def _carry_out(s: Session) -> int:
-    """Trains to the end, or until the run is asked to end; the exit code."""
+    """Trains to the end, or until the run is asked to end or ends itself; the exit code."""
     clock, folder = s.progress.phases, s.recipe.run_folder
     stacks = folder / f"hung-rank-{s.engine.rank}.txt"
     code = None
@@ -133,9 +135,7 @@ def _carry_out(s: Session) -> int:
                 print(error, file=sys.stderr)
             code = 1
     leave_process_group()
-    if code is None:
-        code = 0 if publish(s) else 1
-    return code
+    return int(not publish(s)) if code is None else code
 
 
 if __name__ == "__main__":

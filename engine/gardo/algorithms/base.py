@@ -35,7 +35,7 @@ from gardo_kernels import Backend, seed_tensor
 class SamplerSettings(Strict):
     """How training samples are drawn."""
 
-    steps: int = Field(ge=2, description="denoise steps T")
+    steps: int = Field(ge=2, le=1000, description="denoise steps T")
     train_steps: int = Field(
         ge=1, description="steps of a sample that are trained; the algorithm says which"
     )
@@ -54,7 +54,7 @@ class SamplerSettings(Strict):
     def _shift_has_an_effect(self) -> Self:
         if self.shift is not None and self.schedule == "model":
             raise ValueError(
-                f"shift {self.shift} has no effect on schedule model; give schedule: "
+                f"shift: {self.shift} has no effect on schedule model; give schedule: "
                 "shifted_linear, or leave shift out"
             )
         return self

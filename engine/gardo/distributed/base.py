@@ -68,10 +68,13 @@ class DistributedSettings(Strict):
         "2 can too, and has not been seen to on GPUs",
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads a rank; cores / ranks if left out"
+        None, ge=1, le=1024, description="CPU threads a rank; cores / ranks if left out"
     )
     timeout: float = Field(
-        3600, gt=0, description="seconds that a rank waits for the others before the run fails"
+        3600,
+        gt=0,
+        le=10_000_000,
+        description="seconds that a rank waits for the others before the run fails",
     )
 
     def check(self, slots: Sequence[str]) -> None:

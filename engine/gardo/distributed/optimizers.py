@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ class OptimizerSettings(Strict):
         "deepspeed_fused, deepspeed_cpu: DeepSpeed's, for GPUs and for offload",
     )
     lr: float = Field(3e-4, gt=0)
-    betas: Pair[float] = (0.9, 0.999)
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
 

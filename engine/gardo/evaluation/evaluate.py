@@ -43,9 +43,9 @@ class EvaluateSettings(Strict):
         None, description="as data.prompts; the training prompts if left out"
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(8, ge=1)
-    steps: int = Field(8, ge=1, description="denoise steps")
-    batch: int = Field(16, ge=1, description="images a forward")
+    images_per_prompt: int = Field(8, ge=1, le=10_000)
+    steps: int = Field(8, ge=1, le=1000, description="denoise steps")
+    batch: int = Field(16, ge=1, le=100_000, description="images a forward")
     diversity: Literal["none", "attributes", "features"] = "none"
     shown: int = Field(6, ge=1, description="prompts in the sample picture")
 
@@ -167,8 +167,7 @@ class Evaluator:
         for name, reward in self.panel.rewards.items():
             if not reward.scores_alone:
                 continue
-            with reward.precision():
-                value = reward.score(images, prompts)
+            value = self.panel.score(name, images, prompts)
             if reward.gives_features:
                 if self.settings.diversity == "features":
                     columns["features"] = value

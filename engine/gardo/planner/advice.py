@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from gardo.planner.geometry import geometry
+from gardo.planner.geometry import divisors, geometry
 from gardo.planner.memory import Counted, Memory
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe, reward_settings
@@ -39,18 +39,21 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
         for name in _wide_rewards(recipe):
             recipe = changed(recipe, Change(f"rewards.{name}.dtype", change.value))
         return recipe
-    *sections, name = change.field.split(".")
-    whole: Any = recipe
-    parents = [whole := getattr(whole, section) for section in sections]
-    value = parents[-1].model_copy(update={name: change.value})
-    for section, parent in zip(reversed(sections[1:]), reversed(parents[:-1]), strict=True):
-        value = parent.model_copy(update={section: value})
-    return recipe.model_copy(update={sections[0]: value})
+    made: Recipe = _replaced(recipe, change.field.split("."), change.value)
+    return made
+
+
+def _replaced(section: Any, names: list[str], value: Any) -> Any:
+    """A section, or the rewards by their names, with one value inside changed."""
+    (name, *inner), whole = names, isinstance(section, dict)
+    old = section[name] if whole else getattr(section, name)
+    new = {name: _replaced(old, inner, value) if inner else value}
+    return {**section, **new} if whole else section.model_copy(update=new)
 
 
 def _divisors(number: int, below: int) -> list[int]:
     """Of the number, largest first."""
-    return [n for n in range(below - 1, 0, -1) if number % n == 0]
+    return [n for n in reversed(divisors(number)) if n < below]
 
 
 def _after(values: list[Any], now: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gardo.recipe import Recipe
@@ -32,12 +33,7 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
     data, updates = recipe.data, recipe.train.updates_per_step
     prompts, images = data.prompts_per_step, data.images_per_prompt
     if prompts * images % (world * updates):
-        fitting = [
-            p
-            for p in range(1, 8 * prompts + world * updates)
-            if p * images % (world * updates) == 0
-        ]
-        near = sorted(sorted(fitting, key=lambda p: abs(p - prompts))[:2])
+        near = _multiples_near(prompts, of=world * updates // math.gcd(world * updates, images))
         raise RecipeError(
             f"{source}: data.prompts_per_step: {prompts} prompts x {images} images = "
             f"{prompts * images} do not split evenly over {world} ranks with {updates} updates a "
@@ -48,8 +44,7 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
     rows = samples // updates * steps
     micro_batch = recipe.train.micro_batch or rows
     if rows % micro_batch:
-        fitting = [m for m in range(1, rows + 1) if rows % m == 0]
-        near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
+        near = sorted(sorted(divisors(rows), key=lambda m: abs(m - micro_batch))[:2])
         raise RecipeError(
             f"{source}: train.micro_batch: {micro_batch} does not divide the {rows} rows "
             f"({samples // updates} samples x {steps} steps) of an update on each of "
@@ -65,3 +60,15 @@ def geometry(recipe: Recipe, *, rank: int, world: int, source: str = "recipe") -
         micro_batch=micro_batch,
         accumulation=rows // micro_batch,
     )
+
+
+def _multiples_near(number: int, *, of: int) -> list[int]:
+    """The two positive multiples that are nearest to a number which is none."""
+    below = max(of, number // of * of)
+    return [below, below + of]
+
+
+def divisors(number: int) -> list[int]:
+    """Of a positive number, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

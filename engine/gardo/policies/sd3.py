@@ -8,7 +8,6 @@ Shapes: P prompts, R rows, X = [C, h, w] one latent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -21,7 +20,7 @@ from gardo.flow import sd3_sigmas
 from gardo.policies import kohya
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
-from gardo.settings import config_folder
+from gardo.settings import config_folder, read_value
 
 
 class SD3Settings(PolicySettings):
@@ -39,11 +38,12 @@ class SD3Settings(PolicySettings):
         files = [folder / part / "config.json" for part in ("transformer", "vae")]
         if not all(file.is_file() for file in files):
             return self
-        table, vae = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-        patch = table["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-        if max(self.size) > (most := table["pos_embed_max_size"] * patch):
+        table, vae = files
+        levels = len(read_value(vae, "block_out_channels", list))
+        patch = read_value(table, "patch_size", int) * 2 ** (levels - 1)
+        if max(self.size) > (most := read_value(table, "pos_embed_max_size", int) * patch):
             raise ValueError(
-                f"size {list(self.size)}: the model has positions for {most} pixels a side at most"
+                f"size: {list(self.size)}: the model has positions for {most} pixels a side at most"
             )
         return self
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
-    PositiveInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -17,7 +16,8 @@ from pydantic import (
 
 from gardo.policies.attention import BACKENDS, check_name
 from gardo.policies.embeddings import Residence
-from gardo.settings import Pair, Strict, is_hub_id, model_path
+from gardo.policies.weights import shapes_in
+from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path, read_object, read_value
 
 
 class PolicySettings(Strict):
@@ -35,7 +35,9 @@ class PolicySettings(Strict):
         description="how the frozen weights are kept: nf4 and int8 (bitsandbytes, for LoRA), or as "
         "distributed.precision if left out",
     )
-    size: Pair[PositiveInt] = Field(description="height and width in pixels")
+    size: Pair[Annotated[int, Field(gt=0, le=16_384)]] = Field(
+        description="height and width in pixels"
+    )
     guidance: float = Field(3.5, ge=0, description="guidance scale")
     text_tokens: int = Field(
         512, ge=1, le=512, description="T5 tokens a prompt is cut or padded to"
@@ -60,7 +62,7 @@ class PolicySettings(Strict):
     @classmethod
     def _exists(cls, value: str) -> str:
         path = Path(model_path(value))
-        if not path.is_dir():
+        if not os.path.isdir(path):
             if not is_hub_id(value):
                 raise ValueError(
                     f"no such folder: {value!r}; give a diffusers folder or a hub id owner/name"
@@ -69,7 +71,7 @@ class PolicySettings(Strict):
         index = path / "model_index.json"
         if not index.is_file():
             raise ValueError(f"{value!r} has no model_index.json: not a folder in diffusers format")
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        found = read_object(index).get("_class_name")
         if found != cls.pipeline_name:
             raise ValueError(
                 f"{value!r} holds a {found}, this family needs a {cls.pipeline_name}; change "
@@ -88,9 +90,8 @@ class PolicySettings(Strict):
     @model_validator(mode="after")
     def _size_fits(self) -> Self:
         config = Path(model_path(self.path)) / "vae" / "config.json"
-        if config.is_file():
-            levels = len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"])
-            check_size(self.size, 2**levels)
+        if os.path.isfile(config):
+            check_size(self.size, 2 ** len(read_value(config, "block_out_channels", list)))
         return self
 
 
@@ -99,5 +100,37 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
     if any(side % multiple for side in size):
         near = [max(multiple, round(side / multiple) * multiple) for side in size]
         raise ValueError(
-            f"size {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
+            f"size: {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
         )
+
+
+def check_parts(path: str) -> None:
+    """FieldError where a local pipeline lacks a part, or a file of one is torn or something else.
+
+    The headers of weights are read, not the weights. A model on a hub is not looked at.
+    """
+    folder = Path(model_path(path))
+    if not folder.is_dir():
+        return
+    try:
+        for name, made_by in read_object(folder / "model_index.json").items():
+            if isinstance(made_by, list) and None not in made_by:
+                _check_part(folder / name)
+    except ValueError as error:
+        raise FieldError(f"model.path: {error}") from None
+
+
+def _check_part(part: Path) -> None:
+    if not part.is_dir():
+        raise ValueError(f"{str(part)!r} is missing, a part of the pipeline; get it again")
+    for file in part.glob("*config.json"):
+        read_object(file)
+    weights = {file.name for file in part.glob("*.safetensors")}
+    for name in weights:
+        shapes_in(part / name)
+    if (part / "config.json").is_file() and not weights:
+        raise ValueError(f"{str(part)!r} has no weights (*.safetensors); get them again")
+    for index in part.glob("*.safetensors.index.json"):
+        shards = map(str, read_value(index, "weight_map", dict).values())
+        if lacking := {*shards} - {*weights}:
+            raise ValueError(f"{str(part / min(lacking))!r} is missing; get it again")

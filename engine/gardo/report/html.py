@@ -82,9 +82,13 @@ def write_report(run_folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: the folder has no `metrics.jsonl`.
+        ValueError: no line of it is a record.
     """
     run_folder = Path(run_folder)
-    records = read_metrics(run_folder / "metrics.jsonl")
+    log = run_folder / "metrics.jsonl"
+    records = read_metrics(log)
+    if not records and log.stat().st_size:
+        raise ValueError(f"no line of {log} is a record")
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     recipe_path = run_folder / "recipe.yaml"

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
 from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards._loading import frozen
@@ -41,7 +40,7 @@ class Clip:
 
     def __init__(
         self,
-        model: CLIPModel,
+        model: Any,
         tokenizer_path: str,
         settings: ModelRewardSettings,
         device: torch.device,
@@ -49,6 +48,8 @@ class Clip:
         tokenizer_revision: str | None = None,
         fit: Fit = "crop",
     ) -> None:
+        from transformers import CLIPTokenizer
+
         self.scale = float(model.logit_scale.detach().exp())
         self.tokenizer = CLIPTokenizer.from_pretrained(
             model_path(tokenizer_path), revision=tokenizer_revision

@@ -10,18 +10,19 @@ the field `revision` if `path` names it, else in FIELD_revision.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from huggingface_hub import snapshot_download
 from pydantic import Field, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
+from safetensors import SafetensorError, safe_open
 
 from gardo.hub import download_error
 from gardo.rewards.base import RewardSettings
-from gardo.settings import FieldError, is_hub_id, model_path
+from gardo.settings import FieldError, is_hub_id, model_path, read_object
 
 File = str | tuple[str, ...] | Callable[[Mapping[str, Any]], str]
 WEIGHTS = ("model*.safetensors*",)  # one file, or shards and their index
@@ -53,7 +54,21 @@ class Files:
             raise ValueError(
                 f"no folder with {missing}: {path!r}; give one, or a hub id owner/name"
             )
+        self._look_into(Path(model_path(path)))
         return path
+
+    def _look_into(self, folder: Path) -> None:
+        """ValueError where a file of a local folder is torn, or something else; reads headers."""
+        if os.path.isfile(config := folder / "config.json"):
+            read_object(config)
+        for file in (file for pattern in self.loaded for file in folder.glob(pattern)):
+            if file.suffix == ".safetensors":
+                try:
+                    safe_open(file, "pt")
+                except (OSError, SafetensorError) as error:
+                    raise ValueError(
+                        f"{str(file)!r} cannot be read: {error}; get it again"
+                    ) from None
 
     def alternatives(self, fields: Mapping[str, Any]) -> list[tuple[str, ...]]:
         chosen = [file(fields) if callable(file) else file for file in self.needed]
@@ -118,6 +133,8 @@ def _find(
     patterns = [*needed, *(pattern for mark in marks for pattern in mark.loaded)]
     folder, hub = Path(model_path(path)), is_hub_id(path)
     if hub:
+        from huggingface_hub import snapshot_download
+
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
         except Exception as error:  # whatever a network, a proxy or a cache can say

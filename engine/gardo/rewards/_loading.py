@@ -8,8 +8,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from gardo.rewards.base import weights_dtype
 from gardo.settings import model_path
@@ -20,6 +18,8 @@ def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor
 
     A training checkpoint's is under `state_dict`. ValueError where the file holds none.
     """
+    from transformers.utils import cached_file
+
     found = cached_file(model_path(path), file, revision=revision)
     try:
         if file.endswith(".safetensors"):
@@ -67,6 +67,8 @@ def load_model(
 
 def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
     """ValueError unless the config.json is of one of the types of models."""
+    from transformers import PretrainedConfig
+
     try:
         config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
     except (OSError, ValueError) as error:
@@ -77,9 +79,7 @@ def check_type(where: str, path: str, revision: str | None, *kinds: str | None) 
         raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
 
 
-def model_of(
-    model_class: Any, where: str, config: PretrainedConfig, state: Any, **options: Any
-) -> Any:
+def model_of(model_class: Any, where: str, config: Any, state: Any, **options: Any) -> Any:
     """A `model_class` with exactly the weights `state`, in float32 on the CPU.
 
     ValueError, opening with `where`, unless their names and shapes are its own.

@@ -14,16 +14,13 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
 
 Statistics = tuple[list[float], list[float]]  # mean and deviation of the three channels
-CLIP: Statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-IMAGENET: Statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+CLIP: Statistics = (
+    [0.48145466, 0.4578275, 0.40821073],
+    [0.26862954, 0.26130258, 0.27577711],
+)
+IMAGENET: Statistics = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 Fit = Literal["crop", "pad"]
 
 

@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from gardo.rewards._affine import collapse
 from gardo.rewards._clip import unit_features
@@ -55,6 +54,8 @@ class Aesthetic(Reward):
     differentiable = True
 
     def __init__(self, settings: AestheticSettings, device: torch.device) -> None:
+        from transformers import CLIPVisionModelWithProjection
+
         super().__init__(settings, device)
         model = load_model(
             CLIPVisionModelWithProjection, settings.path, settings.revision, also="clip"

@@ -25,6 +25,7 @@ from torch import Tensor
 from gardo.settings import Strict
 from gardo.types import Phase, Prompt, Scores, no_phase
 
+SCORING = ("score", "compare", "score_together")  # a reward has one of them, or more
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
 
@@ -133,6 +134,11 @@ class Reward:
                 f"kind: {settings.kind} compares images and scores none; use kind: preference "
                 f"with judge: {{kind: {settings.kind}}}"
             )
+        if not any(provides(cls, method) for method in SCORING):
+            raise ValueError(
+                f"kind: {settings.kind} has no score; give it "
+                "`def score(self, images_B3HW, prompts)`"
+            )
 
     @classmethod
     def holds(cls, settings: Any) -> list[tuple[str, str]] | None:
@@ -203,7 +209,7 @@ class Panel:
         said = said or {}
         for name, reward in self._due(step).items():
             ask = partial(reward.score_together, images_B3HW, prompts, place)
-            value = said[name] if name in said else self._asked(reward, ask, len(prompts))
+            value = said[name] if name in said else self._asked(name, ask, len(prompts))
             if reward.gives_features:
                 features_valid_B = value.isfinite().all(-1)
                 features = torch.where(features_valid_B[:, None], value.float(), 0.0)
@@ -232,7 +238,7 @@ class Panel:
     ) -> dict[str, Tensor]:
         """What the rewards say that need no other image: some of a rank's images, no collective."""
         return {
-            name: self._asked(reward, partial(reward.score, images_B3HW, prompts), len(prompts))
+            name: self._asked(name, partial(reward.score, images_B3HW, prompts), len(prompts))
             for name, reward in self._due(step).items()
             if not provides(type(reward), "score_together")
         }
@@ -240,26 +246,40 @@ class Panel:
     def _due(self, step: int) -> dict[str, Reward]:
         return {n: r for n, r in self.rewards.items() if step % r.settings.every == 0}
 
-    def _asked(self, reward: Reward, ask: Callable[[], Tensor], count: int) -> Tensor:
-        """The value of so many images, measured and in the reward's precision."""
+    def _asked(self, name: str, ask: Callable[[], Tensor], count: int) -> Tensor:
+        """What a reward says of so many images, measured and in the reward's precision."""
+        reward = self.rewards[name]
         kind = "features" if reward.gives_features else "reward"
-        with self.phase(kind, rows=count), reward.precision():
-            value = ask()
-        _check_shape(value, count, reward)
+        with self.phase(kind, rows=count):
+            return self._checked(name, ask, count)
+
+    def score(self, name: str, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """What one reward says of images, [B], features [B, D]; with gradients, if it has any."""
+        ask = partial(self.rewards[name].score, images_B3HW, prompts)
+        return self._checked(name, ask, len(prompts))
+
+    def _checked(self, name: str, ask: Callable[[], Tensor], count: int) -> Tensor:
+        """The value of so many images. Whatever goes wrong in a reward names it."""
+        reward = self.rewards[name]
+        try:
+            with reward.precision():
+                value = ask()
+        except Exception as error:
+            error.add_note(f"rewards.{name}: {type(reward).__name__} failed")
+            raise
+        _check_shape(value, count, name, reward)
         return value
 
     def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The weighted sum of the proxies with gradients to the images, fp32 [B]."""
         total = images_B3HW.new_zeros(len(images_B3HW))
         for name in self.names("proxy"):
-            reward = self.rewards[name]
-            with reward.precision():
-                value = reward.score(images_B3HW, prompts)
-            total = total + reward.settings.weight * value
+            weight = self.rewards[name].settings.weight
+            total = total + weight * self.score(name, images_B3HW, prompts)
         return total
 
 
-def _check_shape(value: Any, count: int, reward: Reward) -> None:
+def _check_shape(value: Any, count: int, name: str, reward: Reward) -> None:
     """A value [B, 1], for one, would make [B, B] of the proxies' sum."""
     dimensions = 1 + reward.gives_features
     if isinstance(value, Tensor) and value.dim() == dimensions and len(value) == count:
@@ -267,6 +287,6 @@ def _check_shape(value: Any, count: int, reward: Reward) -> None:
     given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     wanted = f"[{count}, D]" if reward.gives_features else f"[{count}]"
     raise ValueError(
-        f"{type(reward).__name__}.score gave {given}; it must give a tensor {wanted}, NaN where an "
-        "image has no value"
+        f"rewards.{name}: {type(reward).__name__}.score gave {given}; it must give a tensor "
+        f"{wanted}, NaN where an image has no value"
     )

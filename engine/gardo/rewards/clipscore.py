@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
-from transformers import CLIPModel
 
 from gardo.rewards._clip import Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
@@ -38,6 +37,8 @@ class ClipScore(ClipReward):
     factor = SCALE / DIVISOR
 
     def load(self) -> Clip:
+        from transformers import CLIPModel
+
         path, revision = self.settings.path, self.settings.revision
         model = load_model(CLIPModel, path, revision)
         return Clip(model, path, self.settings, self.device, tokenizer_revision=revision)

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import DINOv3ViTModel
 
 from gardo.rewards._files import ModelFolder, ModelRewardSettings
 from gardo.rewards._loading import frozen, load_model
@@ -30,7 +29,7 @@ class Dinov3Settings(ModelRewardSettings):
     path: Annotated[ModelFolder, Holds("DINOv3ViTModel")] = Field(
         "facebook/dinov3-vitl16-pretrain-lvd1689m", description="hub id or folder"
     )
-    size: int = Field(256, ge=8, description="pixels a side; a multiple of the patch size")
+    size: int = Field(256, ge=8, le=8192, description="pixels a side; a multiple of the patch size")
     batch: int = Field(64, ge=1, description="images that the model sees at once")
 
 
@@ -44,6 +43,8 @@ class Dinov3(Reward):
     gives_features = True
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:
+        from transformers import DINOv3ViTModel
+
         super().__init__(settings, device)
         model = load_model(DINOv3ViTModel, settings.path, settings.revision, exact=True)
         self.model = frozen(model, settings.dtype, device)

@@ -34,7 +34,6 @@ from gardo.rewards.base import Holds, Reward
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
-from gardo.rewards.geneval_vision import ColourJudge, Detector, Source, cut_out
 from gardo.types import Prompt
 
 SCORINGS = {"fraction": fraction, "strict": strict}
@@ -51,7 +50,9 @@ class GenevalSettings(ModelRewardSettings):
         "openai/clip-vit-large-patch14", description="CLIP: hub id or folder"
     )
     clip_revision: str | None = Field(None, description="of `clip` on the hub")
-    size: int = Field(800, ge=32, description="pixels of the shorter side, for the detector")
+    size: int = Field(
+        800, ge=32, le=8192, description="pixels of the shorter side, for the detector"
+    )
     batch: int = Field(8, ge=1, description="images, or cut-out objects, that a model sees at once")
     dtype: Literal["tf32", "float32", "bfloat16"] = Field(
         "tf32", description="of the models; Mask2Former is not for float16"
@@ -62,6 +63,8 @@ class Geneval(Reward):
     Settings = GenevalSettings
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
+        from gardo.rewards.geneval_vision import ColourJudge, Detector, Source
+
         super().__init__(settings, device)
         dtype = settings.dtype
         detector = Source("path", settings.path, settings.revision, dtype, device)
@@ -85,6 +88,8 @@ class Geneval(Reward):
 
     def rules(self, images_B3HW: Tensor, requests: Sequence[Request]) -> list[list[bool] | None]:
         """Which rules each picture fulfils; None where a model failed on it."""
+        from gardo.rewards.geneval_vision import cut_out
+
         names = [{asked.name for asked in (*r.objects, *r.absent)} for r in requests]
         seen = self.detector(images_B3HW, names)
         kept = [

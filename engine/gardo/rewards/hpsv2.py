@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
@@ -122,6 +121,8 @@ class HPSv2(ClipReward):
     Settings = HPSv2Settings
 
     def load(self) -> Clip:
+        from transformers import CLIPConfig, CLIPModel
+
         settings = self.settings
         where = f"path: {settings.weights} of {settings.path!r}"
         state = read_weights(settings.path, settings.weights, settings.revision)

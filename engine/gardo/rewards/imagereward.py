@@ -38,14 +38,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from transformers import (
-    BertTokenizer,
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-)
-from transformers.utils import cached_file
 
 from gardo.rewards._affine import collapse
 from gardo.rewards._files import TOKENIZER_FILES, ModelRewardSettings, holding
@@ -91,8 +83,10 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def vision_model(weights: Mapping[str, Tensor]) -> BlipVisionModel:
+def vision_model(weights: Mapping[str, Tensor]) -> Any:
     """BLIP's ViT; the sizes are those of the tensors, and heads are 64 wide as in B and L."""
+    from transformers import BlipVisionConfig, BlipVisionModel
+
     published = part_of(weights, VISION)
     state = {}
     for name, weight in published.items():
@@ -112,8 +106,10 @@ def vision_model(weights: Mapping[str, Tensor]) -> BlipVisionModel:
     return model_of(BlipVisionModel, "the vision encoder", config, state)
 
 
-def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int) -> BlipTextModel:
+def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int) -> Any:
     """BERT with cross attention to pictures, whose tokens are `width` wide; `med`: its settings."""
+    from transformers import BlipTextConfig, BlipTextModel
+
     config = BlipTextConfig(
         **{name: med[name] for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -132,6 +128,9 @@ class ImageReward(Reward):
     differentiable = True
 
     def __init__(self, settings: ImageRewardSettings, device: torch.device) -> None:
+        from transformers import BertTokenizer
+        from transformers.utils import cached_file
+
         super().__init__(settings, device)
         folder, revision = model_path(settings.path), settings.revision
         name = next((n for n in WEIGHTS if (Path(folder) / n).is_file()), WEIGHTS[-1])

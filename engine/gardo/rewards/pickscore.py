@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
-from transformers import CLIPModel
 
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import ModelFolder, ModelRewardSettings, TokenizerFolder
@@ -38,6 +37,8 @@ class PickScore(ClipReward):
     Settings = PickScoreSettings
 
     def load(self) -> Clip:
+        from transformers import CLIPModel
+
         settings = self.settings
         model = load_model(CLIPModel, settings.path, settings.revision)
         return Clip(

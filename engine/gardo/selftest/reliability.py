@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gardo.selftest import disk, ending, numbers, ownership, resuming
+from gardo.selftest import disk, ending, numbers, ownership, recipes, resuming
 from gardo.selftest.case import Case
 from gardo.selftest.trial import Trial
 
@@ -18,6 +18,7 @@ SUBJECTS = {
     "Resuming": resuming.CASES,
     "Two runs of one name": ownership.CASES,
     "Ending": ending.CASES,
+    "Recipes": recipes.CASES,
 }
 
 

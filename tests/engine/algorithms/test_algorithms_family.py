@@ -375,7 +375,7 @@ def test_schedules():
     for shift, expected in ((None, 3.0), (5.0, 5.0)):
         sampler = SamplerSettings(**settings, schedule="shifted_linear", shift=shift)
         assert torch.equal(sampler.sigmas(lambda s: own), shifted_linear_sigmas(2, expected))
-    with pytest.raises(ValueError, match=r"shift 5\.0 has no effect on schedule model"):
+    with pytest.raises(ValueError, match=r"shift: 5\.0 has no effect on schedule model"):
         SamplerSettings(**settings, shift=5.0)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from gardo import plugins
 from gardo.config import load, read_yaml
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
+from gardo.recipe_text import write_yaml
 from gardo.tiny import world
 from tests import ROOT
 
@@ -63,7 +63,7 @@ def written(folder: Path, fragment: str = "") -> Path:
     _merge(recipe, read_yaml(fragment, "fragment") or {})
     (folder / "prompts.txt").write_text("\n".join(world.prompts()))
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False) if fragment else GOOD)
+    path.write_text(write_yaml(recipe) if fragment else GOOD)
     return path
 
 

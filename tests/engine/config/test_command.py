@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gardo import cli
+from gardo.distributed.saved import self_digest
 from tests import ROOT
 from tests.engine.config.recipe import written
 
@@ -101,3 +104,45 @@ def test_folders_without_a_run_are_refused(
         f"{tmp_path}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, a folder that is not there, a log that is none, a run without its recipe."""
+    file, gone, run_folder = tmp_path / "file", tmp_path / "gone", tmp_path / "run"
+    file.write_text("no run")
+    for folder in (file, gone):
+        assert "no checkpoints; name the folder" in refused(capsys, "export", str(folder))
+        assert "no metrics.jsonl; name the folder" in refused(capsys, "report", str(folder))
+        assert f"{folder}" in refused(capsys, "plan", str(folder))
+        assert f"{folder}" in refused(capsys, "doctor", str(folder))
+        out = str(tmp_path / "out")
+        assert f"{folder}" in refused(capsys, "import", str(folder), "--out", out)
+    run_folder.mkdir()
+    (run_folder / "metrics.jsonl").write_text("{}\n{}\n")
+    message = refused(capsys, "report", str(run_folder))
+    assert message.startswith(f"{run_folder}: no report can be made of it: ")
+    assert f"no line of {run_folder / 'metrics.jsonl'} is a record" in message
+    torn = run_folder / "checkpoints" / "step-000001"
+    torn.mkdir(parents=True)
+    assert "its manifest cannot be read" in refused(capsys, "export", str(run_folder))
+    manifest: dict[str, object] = {"format": 1, "step": 1, "files": []}
+    manifest["sha256"] = self_digest(manifest)
+    (torn / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(capsys, "export", str(run_folder))
+    assert message.startswith(f"{run_folder / 'recipe.yaml'}: no such recipe")
+    (run_folder / "recipe.yaml").write_text("[")
+    assert "recipe.yaml: not valid YAML" in refused(capsys, "export", str(run_folder))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_a_port_that_is_taken_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        message = refused(capsys, "train", str(path), "--port", port)
+    assert message == f"--port {port}: another program has it; leave it out"
+    assert "less than or equal to 65535" in refused(capsys, "train", str(path), "--port", "70000")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gardo.config import load
 from tests.engine.config.recipe import GOOD, refusal, written
 
 NO_YAML = "not valid YAML: "
@@ -60,12 +61,59 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}: not UTF-8 (byte 15); save it as UTF-8"
 
 
+def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with open(path, "wb") as file:
+        file.truncate(20 << 20)
+    assert refusal(path) == f"{path}: 20 MiB; that is no recipe, which has a few kB"
+
+
+def test_utf_16_is_no_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(GOOD.encode("utf-16"))
+    assert refusal(path) == f"{path}: not UTF-8 (byte 0); save it as UTF-8"
+    path.write_bytes(GOOD.encode("utf-16-le"))
+    assert "special characters are not allowed" in refusal(path)
+
+
 @pytest.mark.parametrize("name", ["no.yaml", "."])
 def test_a_missing_recipe(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     assert refusal(path) == (
         f"{path}: no such recipe; give a YAML file, such as recipes/tiny_flux_gardo.yaml"
     )
+
+
+# ---- the run's folder ----------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    long = "x" * 300
+    said = {
+        "file": f"run.folder: '{tmp_path}/file' is there, and no folder; give another",
+        "file/in/it": f"run.folder: '{tmp_path}/file' is there, and no folder; give another",
+        "loop": f"run.folder: '{tmp_path}/loop': Too many levels of symbolic links; give another",
+        "dangling": f"run.folder: '{tmp_path}/dangling' is a link that leads nowhere; give another",
+        long: f"run.folder: '{tmp_path}/{long}': File name too long; give another",
+    }
+    for folder, message in said.items():
+        path = written(tmp_path, f"run: {{folder: '{tmp_path}/{folder}'}}")
+        assert refusal(path) == f"{path}: {message}"
+    (tmp_path / "good-run").symlink_to("good-run")
+    path = written(tmp_path, f"run: {{folder: '{tmp_path}'}}")
+    assert refusal(path) == (
+        f"{path}: run.name: 'good-run': Too many levels of symbolic links; give another"
+    )
+
+
+def test_a_folder_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load(written(tmp_path, "run: {folder: ~/runs}"))
+    assert recipe.run_folder == tmp_path / "runs" / "good-run"
+    assert not recipe.run_folder.exists()
 
 
 # ---- prompts -------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_overrides_have_yaml_types(good: Path) -> None:
     assert recipe.algorithm.reference.reset_kl == 0.5
     assert recipe.algorithm.reference.reset_updates == load(good).algorithm.reference.reset_updates
     assert recipe.train.optimizer.betas == (0.9, 0.95)
-    assert recipe.rewards.tiny_count.weight == 2
+    assert recipe.rewards["tiny_count"].weight == 2
 
 
 def test_the_last_override_wins(good: Path) -> None:

@@ -47,7 +47,7 @@ MODEL = (
         "model.family: 'fluks' is none of flux, sd3, nor a dotted path module:Name",
     ),
     ("model: {guidence: 3.5}", "model.guidence: unknown field. Did you mean model.guidance?"),
-    ("model: {size: 32}", "model.size: 32: input should be a valid tuple"),
+    ("model: {size: 32}", "model.size: 32: input should be a valid tuple; write a list"),
     (
         "model: {size: [32, 32, 3]}",
         "model.size: (32, 32, 3): tuple should have at most 2 items after validation, not 3",
@@ -171,7 +171,7 @@ SAMPLER = (
     ("sampler: {sde: ode}", "sampler.sde: 'ode': input should be 'flow', 'dance' or 'cps'"),
     (
         "sampler: {shift: 3}",
-        "sampler: shift 3.0 has no effect on schedule model; give schedule: shifted_linear, "
+        "sampler.shift: 3.0 has no effect on schedule model; give schedule: shifted_linear, "
         "or leave shift out",
     ),
     *(
@@ -384,7 +384,8 @@ RUN = (
     ("run: {steps: eighty}", "run.steps: 'eighty': input should be a valid integer"),
     ("run: {steps: 80.5}", "run.steps: 80.5: input should be a valid integer"),
     ("run: {steps: {a: 1}}", "run.steps: input should be a valid integer"),
-    ("run: {seed: yes}", "run.seed: True: input should be a valid integer"),
+    ("run: {seed: true}", "run.seed: True: input should be a valid integer"),
+    ("run: {seed: 'yes'}", "run.seed: 'yes': input should be a valid integer"),
     ("run: {name: 5}", "run.name: 5: input should be a valid string"),
     (
         "run: {name: ../elsewhere}",

@@ -14,6 +14,7 @@ from gardo.algorithms.flow_grpo import FlowGRPO
 from gardo.config import check, dump, load, read_yaml
 from gardo.planner import geometry
 from gardo.recipe import reward_plugin, reward_settings
+from gardo.recipe_text import write_yaml
 from tests.engine.config.recipe import refusal, values, written
 
 PLUGINS = """
@@ -35,6 +36,9 @@ class LengthSettings(RewardSettings):
 
 class Length(Reward):
     Settings = LengthSettings
+
+    def score(self, images_B3HW, prompts):
+        return images_B3HW.mean((1, 2, 3))
 
     @classmethod
     def check_prompt(cls, prompt):
@@ -101,6 +105,71 @@ def test_a_name_that_the_module_lacks_is_explained(users_module: str, tmp_path: 
         f"{path}: algorithm.base.name: '{users_module}:Nothing' cannot be imported "
         f"(module '{users_module}' has no attribute 'Nothing')"
     )
+
+
+BROKEN = {  # a module's text, and what is said of its `Mine`
+    "raises": ("1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
+    "leaves": ("import sys; sys.exit(3)", "cannot be imported (SystemExit: 3)"),
+    "is no Python": ("def", "cannot be imported (SyntaxError: "),
+    "is no class": ("Mine = 5", "is no plug-in: it has no Settings"),
+    "is no reward": (
+        "class Mine: Settings = RewardSettings",
+        "is no plug-in: Mine is no subclass of gardo.rewards.base.Reward",
+    ),
+    "settings of its own": (
+        "class Mine(Reward):\n    class Settings: pass",
+        "is no plug-in: Settings is no subclass of gardo.rewards.base.RewardSettings",
+    ),
+    "settings that are no class": (
+        "class Mine(Reward): Settings = {'role': str}",
+        "is no plug-in: dict is no subclass of gardo.rewards.base.RewardSettings",
+    ),
+    "no score": (
+        "class Mine(Reward): Settings = RewardSettings",
+        "has no score; give it `def score(self, images_B3HW, prompts)`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_reward_that_is_broken_is_refused_by_its_name(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, said = BROKEN[case]
+    module = f"gardo_test_{case.replace(' ', '_')}"
+    imports = "from gardo.rewards.base import Reward, RewardSettings\n"
+    (tmp_path / f"{module}.py").write_text(imports + text)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = written(tmp_path, f"rewards: {{mine: {{kind: '{module}:Mine', role: held_out}}}}")
+    message = refusal(path)
+    assert message.startswith(f"{path}: rewards.mine.kind: ") and said in message
+    assert f"{module}:Mine" in message and "\n" not in message
+
+
+def test_rewards_may_be_called_as_pydantic_calls_its_own(tmp_path: Path) -> None:
+    names = ("model_config", "model_fields", "copy", "json", "schema", "validate", "dict")
+    fragment = {"rewards": {n: {"kind": "tiny_shape", "role": "held_out"} for n in names}}
+    recipe = load(written(tmp_path, write_yaml(fragment)))
+    assert {*names} <= reward_settings(recipe).keys()
+    assert values(check(read_yaml(dump(recipe), "dump"), "dump")) == values(recipe)
+    path = written(tmp_path, "rewards: {json: {kind: tiny_shape, role: held_out, wieght: 1}}")
+    assert refusal(path) == (
+        f"{path}: rewards.json.wieght: unknown field. Did you mean rewards.json.weight?"
+    )
+
+
+def test_an_alias_shares_no_settings(tmp_path: Path) -> None:
+    """Two rewards of one anchor are what their names say."""
+    text = written(tmp_path).read_text()
+    path = tmp_path / "recipe.yaml"
+    shared = "tiny_shape: &held {role: auxiliary, batch: 7}\n  tiny_purity: *held"
+    old = "tiny_shape: {role: auxiliary}\n  tiny_purity: {role: auxiliary}"
+    assert old in text
+    path.write_text(text.replace(old, shared))
+    kinds = {name: s.kind for name, s in reward_settings(load(path)).items()}
+    assert kinds["tiny_shape"] == "tiny_shape" and kinds["tiny_purity"] == "tiny_purity"
+    batches = reward_settings(load(path, ["rewards.tiny_shape.batch=8"]))
+    assert (batches["tiny_shape"].batch, batches["tiny_purity"].batch) == (8, 7)
 
 
 def test_a_plug_in_is_found_without_importing_its_neighbours(

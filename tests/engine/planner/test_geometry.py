@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gardo.config import load
 from gardo.planner import geometry
+from gardo.planner.geometry import divisors
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from tests.engine.config.recipe import written
@@ -102,3 +106,41 @@ def test_images_of_a_sampling_forward(
 def test_all_of_an_update_goes_at_once_without_micro_batch(good: Recipe) -> None:
     plan = geometry(changed(good, train={"micro_batch": None}), rank=1, world=2)
     assert (plan.samples, plan.first, plan.rows, plan.micro_batch) == (48, 48, 144, 144)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "updates", "ranks"),
+    [(100_000, 9_999, 7, 4096), (99_999, 10_000, 9_973, 64), (1, 1, 10_000, 8)],
+)
+def test_large_batches_are_told_at_once(
+    prompts: int, images: int, updates: int, ranks: int, good: Recipe
+) -> None:
+    """What is offered is computed, not searched for."""
+    recipe = changed(
+        good,
+        data={"prompts_per_step": prompts, "images_per_prompt": images},
+        train={"updates_per_step": updates, "micro_batch": None},
+    )
+    started = time.process_time()
+    with pytest.raises(RecipeError) as raised:
+        geometry(recipe, rank=0, world=ranks)
+    assert time.process_time() - started < 1
+    for better in nearest(str(raised.value)):
+        assert better * images % (ranks * updates) == 0
+
+
+def test_a_large_micro_batch_is_told_at_once(good: Recipe) -> None:
+    recipe = changed(
+        good,
+        data={"prompts_per_step": 100_000, "images_per_prompt": 10_000},
+        train={"updates_per_step": 1, "micro_batch": 2**62 - 1},
+    )
+    started = time.process_time()
+    with pytest.raises(RecipeError, match="Nearest that do: 3000000000 or 6000000000"):
+        geometry(recipe, rank=0, world=1)
+    assert time.process_time() - started < 1
+
+
+@given(st.integers(1, 3000))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]

@@ -15,7 +15,7 @@ def test_the_largest_size_is_sampled_and_a_larger_one_refused() -> None:
     with torch.no_grad():
         velocity = policy.velocity(x_RX, torch.tensor([0.5]), policy.encode(["a circle"]))
     assert velocity.shape == x_RX.shape
-    said = r"size \[100, 16\]: the model has positions for 96 pixels a side at most"
+    said = r"size: \[100, 16\]: the model has positions for 96 pixels a side at most"
     with pytest.raises(ValidationError, match=said):
         SD3Settings(path="builtin:sd3", size=(100, 16), text_tokens=8)
 

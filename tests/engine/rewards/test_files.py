@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from gardo import plugins
 from gardo.config import load
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import Files, ModelRewardSettings, find_files
 from gardo.session import build_panel, open_session
+from gardo.settings import BUILTIN
 from gardo.train import main
 from gardo.types import Prompt
 from tests import ROOT
-from tests.engine.config.recipe import written
+from tests.engine.config.recipe import refusal, written
 from tests.engine.rewards.clip_models import CPU, PROMPTS, pictures
 
+FOREIGN = {"weight": torch.zeros(1)}
 KINDS = [n for n in plugins.names("gardo.rewards") if n != "preference"]
 
 
@@ -108,9 +112,9 @@ def test_a_file_that_another_field_names_is_looked_for(clip_folder: Path) -> Non
 def test_a_reward_is_looked_for_before_the_model_loads(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model is damaged, and the reward speaks first."""
+    """The model's weights are another's, and the reward speaks first."""
     model = shutil.copytree(ROOT / "engine/gardo/tiny/weights/flux", tmp_path / "flux")
-    (model / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    save_file(FOREIGN, model / "transformer" / "diffusion_pytorch_model.safetensors")
     recipe = written(tmp_path, "distributed: {engine: local}")
     judge = "rewards.best={kind: preference, role: held_out, judge: {kind: clipscore}}"
     sets = [f"model.path={model}", judge, f"run.folder={tmp_path / 'runs'}"]
@@ -122,7 +126,7 @@ def test_a_reward_is_looked_for_before_the_model_loads(
 
 def test_a_reward_that_does_not_load_is_named(clip_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(clip_folder, tmp_path / "clip")
-    (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
+    save_file(FOREIGN, tmp_path / "clip" / "model.safetensors")
     added = f"{{kind: clipscore, role: held_out, path: {tmp_path / 'clip'}}}"
     for reward, place in (
         (added, "rewards.extra.path: "),
@@ -147,3 +151,15 @@ def test_the_model_of_a_reward_is_replaced_and_a_reward_is_added(
         build_panel(recipe, CPU).rewards["clipscore"].score(pictures(3), [*map(Prompt, PROMPTS)])
     )
     assert scores.shape == (3,) and bool(scores.isfinite().all())
+
+
+def test_a_file_of_a_folder_that_is_torn_is_refused_with_the_recipe(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(BUILTIN / "dinov3", tmp_path / "dinov3"))
+    path = written(tmp_path, f"rewards: {{dinov3: {{path: '{folder}'}}}}")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    message = refusal(path)
+    assert message.startswith(f"{path}: rewards.dinov3.path: ")
+    assert "model.safetensors' cannot be read: " in message
+    (folder / "config.json").write_text("[]")
+    assert "config.json' holds a list, no object; get it again" in refusal(path)

@@ -99,14 +99,36 @@ def test_a_failed_held_out_reward_costs_no_sample() -> None:
         (torch.zeros(4, 1), r"\[4, 1\]"),  # added to another proxy it would be [4, 4]
         (torch.zeros(3), r"\[3\]"),
         ((torch.zeros(4), torch.ones(4)), "tuple"),
+        ([1, 2, 3, 4], "list"),
+        (7, "int"),
+        (None, "NoneType"),
     ],
 )
 def test_a_value_of_another_shape_is_told(given: Any, said: str) -> None:
     images, prompts = clean(4, 38)
     reward = build("tiny_purity")
     reward.score = lambda images_B3HW, prompts: given
-    with pytest.raises(ValueError, match=rf"TinyPurity.score gave {said}; .* a tensor \[4\], NaN"):
+    with pytest.raises(
+        ValueError, match=rf"rewards.purity: TinyPurity.score gave {said}; .* a tensor \[4\], NaN"
+    ):
         panel_scores(images, prompts, purity=reward)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_reward_that_raises_is_named(differentiable: bool) -> None:
+    images, prompts = clean(4, 38)
+    reward = build("tiny_purity")
+
+    def score(images_B3HW: Tensor, prompts: Any) -> Tensor:
+        raise RuntimeError("out of ink")
+
+    reward.score = score
+    with pytest.raises(RuntimeError, match="out of ink") as raised:
+        if differentiable:
+            Panel({"purity": reward}).differentiable_score(images, prompts)
+        else:
+            panel_scores(images, prompts, purity=reward)
+    assert raised.value.__notes__ == ["rewards.purity: TinyPurity failed"]
 
 
 def test_panel_keeps_features_apart(features: dinov3.Dinov3) -> None:

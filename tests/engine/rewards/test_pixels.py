@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from transformers import image_utils
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gardo.rewards import _pixels
@@ -13,6 +14,12 @@ from tests.engine.rewards.clip_models import (
     pictures,
     pil,
 )
+
+
+def test_means_and_deviations_are_those_of_transformers() -> None:
+    assert _pixels.CLIP == (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD)
+    imagenet = image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD
+    assert imagenet == _pixels.IMAGENET
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (64, 64), (61, 40), (33, 90), (20, 17)])
