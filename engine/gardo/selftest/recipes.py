@@ -20,7 +20,7 @@ from gardo.selftest.trial import Trial, listing
 from gardo.settings import BUILTIN
 
 ZERO = {"engine": "zero", "stage": 1, "threads": 1}
-SOON = 10.0  # seconds; a processor that others use too
+SOON = 30.0  # seconds, with the start of what processes are forked from
 
 
 def refused(trial: Trial, ended: Ended, *said: str) -> None:
