@@ -114,7 +114,7 @@ def _store(timeout: float, source: str) -> Any:
         first, *_ = str(error).splitlines()
         raise RecipeError(
             f"{source}: the ranks cannot meet at {at} (MASTER_ADDR, MASTER_PORT): {first}; "
-            "where another program has that port, give another, or start with `gardo train`"
+            "if another program has that port, give another, or none to `gardo train`"
         ) from error
     return store
 

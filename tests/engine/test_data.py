@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gardo.data import load_prompts, step_prompts
+from gardo.data import MAX_BYTES, MAX_PROMPTS, load_prompts, step_prompts
 from gardo.types import Prompt
 
 
@@ -53,6 +53,22 @@ def test_file_in_another_encoding(tmp_path):
     path.write_bytes("caf\xe9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts\.txt.*not UTF-8 \(byte 3\).*save it as UTF-8"):
         load_prompts(path)
+
+
+def test_files_that_are_no_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\x7fELF\x02\x01\0\0")
+    with pytest.raises(ValueError, match=r"prompts\.txt' is no text: it has a NUL in it"):
+        load_prompts(path)
+    path.write_bytes(b"\n" * (MAX_PROMPTS + 1))
+    with pytest.raises(ValueError, match=r"prompts\.txt' has more than 1000000 lines; split it"):
+        load_prompts(path)
+    with open(path, "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=r"prompts\.txt' is larger than 64 MiB; split it"):
+        load_prompts(path)
+    with pytest.raises(ValueError, match="no such file"):
+        load_prompts(tmp_path / ("x" * 300))
 
 
 # ---- one JSON object a line ----------------------------------------------------------------------
