@@ -18,9 +18,9 @@ from torch import Tensor
 from gardo.algorithms.gardo import Gate, GateSettings, uncertainty
 from gardo.config import load
 from gardo.flow import transitions
+from gardo.loading import build_panel, build_policy
 from gardo.report.pictures import save_grid
 from gardo.rollout import sample
-from gardo.session import build_panel, build_policy
 from gardo.types import SamplePlan, Scores
 from gardo_kernels import win_rate
 from pages import ROOT, fill, revision

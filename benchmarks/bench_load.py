@@ -120,9 +120,9 @@ def work(folder: Path, weights: str, way: str, out: Path) -> None:
     """One rank: starts the engine as a run does, and says what that took."""
     from gardo.config import check
     from gardo.distributed.base import leave_process_group
+    from gardo.loading import build_engine, build_policy, join_ranks, quiet_libraries
     from gardo.machine import ranks
     from gardo.planner import geometry
-    from gardo.session import build_engine, build_policy, join_ranks, quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()

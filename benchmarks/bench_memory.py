@@ -134,8 +134,9 @@ def work(source: str, sets: list[str], out: Path) -> None:
     """One rank of a run."""
     from gardo.config import load
     from gardo.distributed.base import leave_process_group
+    from gardo.loading import join_ranks, quiet_libraries
     from gardo.machine import ranks
-    from gardo.session import join_ranks, open_session, quiet_libraries
+    from gardo.session import open_session
     from gardo.train import train
 
     quiet_libraries()

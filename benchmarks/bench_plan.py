@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gardo.config import load
+from gardo.loading import quiet_libraries
 from gardo.planner import geometry
 from gardo.planner.advice import advise, changed
 from gardo.planner.memory import Counted
@@ -23,7 +24,6 @@ from gardo.planner.page import gigabytes
 from gardo.planner.shadow import Shadow
 from gardo.planner.time import seconds
 from gardo.recipe import Recipe
-from gardo.session import quiet_libraries
 from pages import fill, revision
 
 ROOT = Path(__file__).parents[1]

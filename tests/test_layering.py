@@ -64,8 +64,10 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
     "doctor":        "flow machine nvidia policies gardo_kernels | torch",
-    "export":        "recipe recipe_text config distributed recipe_errors policies session | torch",
-    "session":       "* | torch diffusers transformers",
+    "loading":       "data machine recipe recipe_errors distributed planner policies rewards"
+                     " | torch diffusers transformers",
+    "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
+    "session":       "* | torch",
     "phases":        "* | torch",
     "train":         "* | torch",
     "selftest":      "* | torch",

@@ -28,10 +28,10 @@ from pathlib import Path
 
 from gardo.config import load
 from gardo.distributed.optimizers import moment_bytes
+from gardo.loading import quiet_libraries
 from gardo.planner.memory import BYTES, CONTEXT, FRAGMENTED, Counted
 from gardo.planner.shadow import Shadow
 from gardo.policies.quantised import BASES
-from gardo.session import quiet_libraries
 from pages import ROOT, revision
 
 from .flux_bench import GIB

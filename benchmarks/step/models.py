@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import real_width
 from gardo.config import load
+from gardo.loading import build_policy, quiet_libraries
 from gardo.recipe import Recipe
 from gardo.rewards.base import Gathering, RewardSettings
-from gardo.session import build_policy, quiet_libraries
 from gardo.settings import model_path
 from gardo.types import Prompt
 

@@ -18,12 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from gardo.loading import build_panel, find_rewards, quiet_libraries
 from gardo.machine import ranks, use_device
 from gardo.policies.lora_files import lora_config
 from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.base import Panel
-from gardo.session import build_panel, find_rewards, quiet_libraries
 from gardo.settings import model_path
 from step.released_families import FAMILIES, Family
 

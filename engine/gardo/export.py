@@ -16,6 +16,7 @@ from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
 from gardo.distributed.universal import write_universal
 from gardo.files import made_folder
+from gardo.loading import build_policy
 from gardo.policies.base import Policy
 from gardo.policies.folders import SHARD_BYTES, link_pipeline, save_transformer
 from gardo.policies.kohya import save_kohya
@@ -23,7 +24,6 @@ from gardo.policies.lora_files import save_diffusers, save_peft
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.recipe_text import read
-from gardo.session import build_policy
 
 ATTEMPTS = 5  # to catch a checkpoint of a run that prunes them
 Weights = Mapping[str, Tensor]

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import torch
-import transformers
 
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
-from gardo.data import run_prompts
 from gardo.distributed.average import Average
-from gardo.distributed.base import Engine, gather_text, ranks_here
+from gardo.distributed.base import Engine, gather_text
 from gardo.distributed.checkpoint import Checkpoints
-from gardo.distributed.group import Group
 from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
-from gardo.distributed.shards import load_masters
 from gardo.ending import Stop
 from gardo.evaluation.evaluate import Evaluator
+from gardo.loading import join_ranks, load_models, quiet_libraries
 from gardo.machine import (
     as_it_runs,
     blocks_trouble,
@@ -41,22 +36,17 @@ from gardo.machine import (
 )
 from gardo.meeting import meeting
 from gardo.planner import Geometry, geometry
-from gardo.planner.forecast import forecast
-from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
-from gardo.policies.lora_files import open_lora
-from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
-from gardo.rewards._files import find_files
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
 from gardo.run_folder import check_changes, keep_id, open_log, own_folder, run_id
 from gardo.run_lock import RunLock
-from gardo.settings import FieldError
 from gardo.types import Prompt
 
 
@@ -165,136 +155,6 @@ class Session:
         self.checkpoints.close()
         if exception[0] is None:  # a failed rank must not wait for the others in a collective
             self.engine.close()
-
-
-def join_ranks(recipe: Recipe, device: torch.device) -> Group:
-    """This rank among those that the launcher has started; engine local has one."""
-    if recipe.distributed.engine == "local":
-        return Group(device)
-    from gardo.distributed.zero import start_process_group
-
-    return start_process_group(device, recipe.distributed.timeout)
-
-
-def build_policy(recipe: Recipe, device: torch.device) -> Policy:
-    """The model with what trains switched on, in the precision that the engine starts from.
-
-    Its transformer has no weights yet (`Policy.load_transformer`): the engine decides where they go
-    """
-    policy: Policy = policy_plugin(recipe.model)(
-        recipe.model, dtype=getattr(torch, recipe.distributed.precision), device=device, defer=True
-    )
-    weights = recipe.train.weights
-    if weights.kind == "lora":
-        policy.train_lora(
-            rank=weights.rank,
-            alpha=weights.alpha,
-            targets=tuple(weights.targets) if weights.targets else None,
-            seed=recipe.run.seed,
-        )
-        if weights.folded:
-            policy.fold_lora(recipe.train.activation_checkpointing)
-    else:
-        policy.train_full()
-    policy.checkpoint_activations(recipe.train.activation_checkpointing)
-    policy.decode_batch = recipe.rollout.decode_batch or policy.decode_batch
-    return policy
-
-
-def free_encoders(recipe: Recipe, policy: Policy) -> None:
-    """Encodes all prompts of the run; the ranks of a machine share the work, files between them.
-
-    They lie beside the runs, so that other runs find them.
-    """
-    data, (_, local_rank, world) = recipe.data, ranks()
-    used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
-    policy.free_encoders(
-        [*used, *recipe.evaluation_prompts()],
-        Path(recipe.run.folder) / "embeddings",
-        share=(local_rank, ranks_here(world)),
-        wait=join_ranks(recipe, policy.device).barrier,
-    )
-
-
-def find_rewards(recipe: Recipe) -> None:
-    """ValueError, opening with its field, for the first file of a reward that is not to be had."""
-    for name, settings in reward_settings(recipe).items():
-        find_files(settings, f"rewards.{name}")
-
-
-def build_panel(recipe: Recipe, device: torch.device) -> Panel:
-    """ValueError, opening with its field, for a reward that does not load."""
-    rewards = {}
-    for name, settings in reward_settings(recipe).items():
-        try:
-            rewards[name] = reward_plugin(settings)(settings, device)
-        except (OSError, ValueError) as error:
-            raise settings.error_at(f"rewards.{name}", error) from error
-    return Panel(rewards)
-
-
-def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.device) -> Engine:
-    options: dict[str, Any] = {
-        "optimizer": recipe.train.optimizer,
-        "accumulation": plan.accumulation,
-        "max_grad_norm": recipe.train.max_grad_norm,
-        "device": device,
-    }
-    if recipe.distributed.engine == "local":
-        from gardo.distributed.local import LocalEngine
-
-        policy.load_transformer()
-        host_slots = recipe.distributed.slots == "host"
-        return LocalEngine(policy.trainable(), host_slots=host_slots, **options)
-    from gardo.distributed.zero import ZeroEngine
-
-    return ZeroEngine(
-        policy.transformer,
-        load=policy.load_transformer,
-        blocks=policy.blocks(),
-        settings=recipe.distributed,
-        rollout=recipe.rollout,
-        forecast=functools.partial(forecast, recipe, ranks()[2], device),
-        **options,
-    )
-
-
-def quiet_libraries() -> None:
-    """The run's output is ours: no loading bars, no note for each prompt that CLIP cuts."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def load_models(
-    recipe: Recipe, plan: Geometry, device: torch.device, source: str
-) -> tuple[Policy, Panel, Engine]:
-    """The model, the rewards and the engine that trains the model: all that takes memory."""
-    try:
-        find_rewards(recipe)  # minutes before they load, a missing one is known
-        policy = build_policy(recipe, device)
-        if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
-            policy.start_from(open_lora(recipe.train.weights.path))
-        if ranks()[0] == 0:
-            policy.identify()  # asked for at the first checkpoint, while all other ranks wait
-        if recipe.model.encoders == "free":
-            free_encoders(recipe, policy)
-        use_attention(
-            policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
-        )
-        if recipe.model.block_kernels:
-            policy.use_block_kernels(recipe.kernels)
-        if recipe.train.compile == "blocks":
-            policy.compile_blocks(recipe.train.activation_checkpointing)
-        panel = build_panel(recipe, device)
-    except FieldError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
-        raise RecipeError(f"{source}: a model does not load: {error}") from error
-    engine = build_engine(recipe, policy, plan, device)
-    if policy.start:
-        load_masters(engine.shards, policy.start.read())
-    return policy, panel, engine
 
 
 def world_of(recipe: Recipe, policy: Policy) -> World:

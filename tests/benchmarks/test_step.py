@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_step import FORWARD, TRAINED, Measured, gains_table, sides_table
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.policies.base import Policy
-from gardo.session import build_policy
 from step.flops import counted
 from tests import ROOT
 

@@ -15,9 +15,10 @@ import torch
 
 from gardo.algorithms.base import build
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.recipe import Recipe
 from gardo.rewards.base import Gathering
-from gardo.session import build_policy, world_of
+from gardo.session import world_of
 from gardo.types import Scores
 from step import models, released
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio

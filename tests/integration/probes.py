@@ -15,10 +15,11 @@ from gardo.distributed.saved import Saved, committed
 from gardo.distributed.universal import NAMES
 from gardo.distributed.zero_config import zero_config
 from gardo.export import export_universal
+from gardo.loading import build_policy
 from gardo.phases import sampled, scored, taught
 from gardo.report.progress import Progress
 from gardo.rewards.base import Panel
-from gardo.session import Session, build_policy
+from gardo.session import Session
 from gardo_kernels import random_normal
 from tests.integration.faults import AllGathers, Around
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from gardo import phases, train
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.policies.weights import WeightFiles
-from gardo.session import build_policy, open_session
+from gardo.session import open_session
 from tests.integration.launch import DEMO, Launched, settings_for
 
 TIMEOUT, BUSY = 10, 14.0  # seconds

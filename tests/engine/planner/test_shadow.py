@@ -5,12 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.planner import shadow as module
 from gardo.planner.live import CPU_ATTENTION, LiveBytes
 from gardo.planner.scorers import scorer
 from gardo.planner.shadow import Shadow, model_folder
 from gardo.recipe import reward_plugin, reward_settings
-from gardo.session import build_policy
 from tests import ROOT
 
 RECIPES = {"flux": "tiny_flux_gardo", "sd3": "tiny_sd3_gardo"}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.policies import base
-from gardo.session import build_policy
 from tests import ROOT
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
 from gardo.config import load
+from gardo.loading import build_policy
 from gardo.policies.embeddings import Embeddings
 from gardo.policies.weights import stored_dtype
 from gardo.recipe import policy_plugin
-from gardo.session import build_policy
 from gardo.settings import model_path
 from tests import ROOT
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from gardo import plugins
 from gardo.config import load
+from gardo.loading import build_panel
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import Files, ModelRewardSettings, find_files
-from gardo.session import build_panel, open_session
+from gardo.session import open_session
 from gardo.settings import BUILTIN
 from gardo.train import main
 from gardo.types import Prompt

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from gardo import config, phases, plugins, rewards
+from gardo.loading import build_panel
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.base import Reward
 from gardo.rollout import Part, batch_of, recorded_points
-from gardo.session import Session, build_panel, open_session
+from gardo.session import Session, open_session
 from gardo.types import Credit
 
 OWN = """

@@ -1,0 +1,157 @@
+"""Models, rewards and the engine that trains them: all of a recipe that takes memory."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from gardo.data import run_prompts
+from gardo.distributed.base import Engine, ranks_here
+from gardo.distributed.group import Group
+from gardo.distributed.shards import load_masters
+from gardo.machine import ranks
+from gardo.planner import Geometry
+from gardo.planner.forecast import forecast
+from gardo.policies.attention import use_attention
+from gardo.policies.base import Policy
+from gardo.policies.lora_files import open_lora
+from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
+from gardo.recipe_errors import RecipeError
+from gardo.rewards._files import find_files
+from gardo.rewards.base import Panel
+from gardo.settings import FieldError
+
+
+def quiet_libraries() -> None:
+    """The run's output is ours: no loading bars, no note for each prompt that CLIP cuts."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def join_ranks(recipe: Recipe, device: torch.device) -> Group:
+    """This rank among those that the launcher has started; engine local has one."""
+    if recipe.distributed.engine == "local":
+        return Group(device)
+    from gardo.distributed.zero import start_process_group
+
+    return start_process_group(device, recipe.distributed.timeout)
+
+
+def build_policy(recipe: Recipe, device: torch.device) -> Policy:
+    """The model with what trains switched on, in the precision that the engine starts from.
+
+    Its transformer has no weights yet (`Policy.load_transformer`): the engine decides where they go
+    """
+    policy: Policy = policy_plugin(recipe.model)(
+        recipe.model, dtype=getattr(torch, recipe.distributed.precision), device=device, defer=True
+    )
+    weights = recipe.train.weights
+    if weights.kind == "lora":
+        policy.train_lora(
+            rank=weights.rank,
+            alpha=weights.alpha,
+            targets=tuple(weights.targets) if weights.targets else None,
+            seed=recipe.run.seed,
+        )
+        if weights.folded:
+            policy.fold_lora(recipe.train.activation_checkpointing)
+    else:
+        policy.train_full()
+    policy.checkpoint_activations(recipe.train.activation_checkpointing)
+    policy.decode_batch = recipe.rollout.decode_batch or policy.decode_batch
+    return policy
+
+
+def free_encoders(recipe: Recipe, policy: Policy) -> None:
+    """Encodes all prompts of the run; the ranks of a machine share the work, files between them.
+
+    They lie beside the runs, so that other runs find them.
+    """
+    data, (_, local_rank, world) = recipe.data, ranks()
+    used = run_prompts(recipe.prompts(), recipe.run.steps, data.prompts_per_step, recipe.run.seed)
+    policy.free_encoders(
+        [*used, *recipe.evaluation_prompts()],
+        Path(recipe.run.folder) / "embeddings",
+        share=(local_rank, ranks_here(world)),
+        wait=join_ranks(recipe, policy.device).barrier,
+    )
+
+
+def find_rewards(recipe: Recipe) -> None:
+    """ValueError, opening with its field, for the first file of a reward that is not to be had."""
+    for name, settings in reward_settings(recipe).items():
+        find_files(settings, f"rewards.{name}")
+
+
+def build_panel(recipe: Recipe, device: torch.device) -> Panel:
+    """ValueError, opening with its field, for a reward that does not load."""
+    rewards = {}
+    for name, settings in reward_settings(recipe).items():
+        try:
+            rewards[name] = reward_plugin(settings)(settings, device)
+        except (OSError, ValueError) as error:
+            raise settings.error_at(f"rewards.{name}", error) from error
+    return Panel(rewards)
+
+
+def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.device) -> Engine:
+    options: dict[str, Any] = {
+        "optimizer": recipe.train.optimizer,
+        "accumulation": plan.accumulation,
+        "max_grad_norm": recipe.train.max_grad_norm,
+        "device": device,
+    }
+    if recipe.distributed.engine == "local":
+        from gardo.distributed.local import LocalEngine
+
+        policy.load_transformer()
+        host_slots = recipe.distributed.slots == "host"
+        return LocalEngine(policy.trainable(), host_slots=host_slots, **options)
+    from gardo.distributed.zero import ZeroEngine
+
+    return ZeroEngine(
+        policy.transformer,
+        load=policy.load_transformer,
+        blocks=policy.blocks(),
+        settings=recipe.distributed,
+        rollout=recipe.rollout,
+        forecast=functools.partial(forecast, recipe, ranks()[2], device),
+        **options,
+    )
+
+
+def load_models(
+    recipe: Recipe, plan: Geometry, device: torch.device, source: str
+) -> tuple[Policy, Panel, Engine]:
+    """The model, the rewards and the engine that trains the model: all that takes memory."""
+    try:
+        find_rewards(recipe)  # minutes before they load, a missing one is known
+        policy = build_policy(recipe, device)
+        if recipe.train.weights.kind == "lora" and recipe.train.weights.path:
+            policy.start_from(open_lora(recipe.train.weights.path))
+        if ranks()[0] == 0:
+            policy.identify()  # asked for at the first checkpoint, while all other ranks wait
+        if recipe.model.encoders == "free":
+            free_encoders(recipe, policy)
+        use_attention(
+            policy.transformer, recipe.model.attention, deterministic=recipe.run.deterministic
+        )
+        if recipe.model.block_kernels:
+            policy.use_block_kernels(recipe.kernels)
+        if recipe.train.compile == "blocks":
+            policy.compile_blocks(recipe.train.activation_checkpointing)
+        panel = build_panel(recipe, device)
+    except FieldError as error:
+        raise RecipeError(f"{source}: {error}") from error
+    except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse
+        raise RecipeError(f"{source}: a model does not load: {error}") from error
+    engine = build_engine(recipe, policy, plan, device)
+    if policy.start:
+        load_masters(engine.shards, policy.start.read())
+    return policy, panel, engine
