@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from gardo.distributed.saved import committed
@@ -66,6 +67,26 @@ def nobody_reads(trial: Trial) -> None:
     must(bits(trial.run()) == undisturbed(trial), "the weights are others")
 
 
+def all_at_once(trial: Trial) -> None:
+    def recipe(name: str, **told: Any) -> Path:
+        base = {"name": "flow_grpo", "clip_range": 1.0e-3, "beta": 0.1}
+        flawed = {"name": "gardo.selftest.faults:Flawed", "base": base, "at": [2, 5]}
+        run = {"name": name, "steps": 8}
+        return trial.recipe(f"{name}.yaml", **{**changes(name, **told), "run": run,
+                                               "algorithm": flawed})  # fmt: skip
+
+    disturbed = recipe("tiny", full_at=[3, 4, 8], hang_up_at=6)
+    first = trial.start(disturbed)
+    trial.until(lambda: (trial.run() / "metrics.jsonl").is_file(), first)
+    second = trial.train(disturbed)
+    must(second.code == 2 and "is being trained by" in second.said, second.said)
+    (ended,) = first.ended()
+    must(ended.code == 0, ended.said)
+    must([r["step"] for r in step_records(trial.run())] == [*range(1, 9)], "steps are missing")
+    plain = trial.train(recipe("plain"))
+    must(plain.code == 0 and bits(trial.run()) == bits(trial.run("plain")), "other weights")
+
+
 CASES = [
     Case("disk-full-for-a-while", "a full disk during an iteration and the evaluation after it",
          "training goes on; lines wait in memory, the picture and the checkpoint are left out with "
@@ -75,4 +96,8 @@ CASES = [
          "bits of a run that had room", full_at_the_end, quick=False),
     Case("stdout-closed", "whoever read standard output goes away",
          "training goes on in silence to the same bits, report and export", nobody_reads),
+    Case("all-at-once", "two bad updates, a full disk twice, a closed standard output and a second "
+         "start of the same name",
+         "the run ends in the bits of one that had nothing but the bad updates", all_at_once,
+         quick=False),
 ]  # fmt: skip
