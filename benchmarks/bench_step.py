@@ -166,7 +166,7 @@ def measured(
 def rows_of(name: str, case: Case, sides: dict[str, Measured]) -> Iterator[dict[str, Any]]:
     """CSV rows: an `iteration` for each side and launch, and each phase of a side."""
     ours = sides["ours"]
-    of_row, rate, peak = (ours.told[key] for key in ("row_flops", "matmul_rate", "peak_flops"))
+    of_row, rate, peak = ours.counts["row_flops"], ours.told["matmul_rate"], ours.told["peak_flops"]
     place = {
         "device": ours.told["device"], "ranks": ours.told["ranks"],
         "threads": os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()),

@@ -3,9 +3,10 @@
     PYTHONPATH=benchmarks:engine:kernels \\
         python -m step.ours RECIPE [--set FIELD=VALUE ...] --side NAME --iterations N --out FILE
 
-FILE has the iterations as `step.released` writes them, seconds by phase, calls and rows; FLOPs by
-the shapes of modules; the rate of matrix products in this process; the peak of memory. With
-`--count` the last iteration is not timed: its launches, host waits and FLOPs are counted.
+FILE has the iterations as `step.released` writes them, seconds by phase, calls and rows; the rate
+of matrix products in this process; the peak of memory. With `--count` nothing is timed and nothing
+compiled: FLOPs by the shapes of modules, and launches, host waits and FLOPs of the last iteration,
+but for launches and waits that a compiler would make others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.machine import ranks
 from gardo.planner.time import AGAIN
+from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import step_records
 from gardo.session import Session, open_session
@@ -90,9 +92,9 @@ SIDES = {
 
 class Meter:
     """Ends of iterations, in the place of a profile: watches modules in the first, which warms up,
-    and counts what one later executes, if asked to."""
+    and counts what one later executes."""
 
-    def __init__(self, session: Session, *, count_at: int | None) -> None:
+    def __init__(self, session: Session, *, count_at: int) -> None:
         transformer, phases = session.policy.transformer, session.progress.phases
         self._watching, self._at, self._step = ExitStack(), count_at, 0
         self.flops = self._watching.enter_context(counted(transformer, lambda: phases.running))
@@ -131,11 +133,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def run(recipe_path: str, sets: list[str], side: Side, count: bool) -> dict[str, Any]:
     """Trains the recipe with the side's change; what it took."""
     recipe = load(recipe_path, [*sets, *side.sets])
+    compiles = recipe.train.compile
+    if count:  # hooks and modes that count would be compiled too
+        recipe = load(recipe_path, [*sets, *side.sets, "train.compile=none"])
     session = open_session(recipe, source=recipe_path, quiet=True)
     side.change(session)
-    meter = Meter(session, count_at=recipe.run.steps - 1 if count else None)
-    session.profile = meter  # type: ignore[assignment]
+    if count:
+        meter = Meter(session, count_at=recipe.run.steps - 1)
+        session.profile = meter  # type: ignore[assignment]
     device = session.engine.device
+    compiled = compiles == "blocks" or (compiles == "auto" and device.type == "cuda")
     with session:
         train(session)
         peak = session.progress.phases.memory.reserved
@@ -147,11 +154,17 @@ def run(recipe_path: str, sets: list[str], side: Side, count: bool) -> dict[str,
         "peak_flops": next((peak for gpu, peak in PEAKS.items() if gpu in name), None),
         "matmul_rate": rate,
         "peak_bytes": peak,
-        "row_flops": row_flops(meter, recipe.train.activation_checkpointing, iterations[0]),
         "row_bytes": row_bytes(session) if device.type == "cuda" else None,
         "iterations": iterations,
-        **(meter.executed.counts() if count else {}),
+        **(counts(meter, recipe, iterations[0]) if count else {}),
+        **({"launches": "", "waits": ""} if compiled else {}),
     }
+
+
+def counts(meter: Meter, recipe: Recipe, first: dict[str, Any]) -> dict[str, Any]:
+    """What the meter has seen: FLOPs of a row, and what the counted iteration executed."""
+    of_row = row_flops(meter, recipe.train.activation_checkpointing, first)
+    return {"row_flops": of_row, **meter.executed.counts()}
 
 
 def row_flops(meter: Meter, checkpointing: str, first: dict[str, Any]) -> dict[str, float]:
