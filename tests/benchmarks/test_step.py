@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench_step import FORWARD, TRAINED, Measured, gains_table, sides_table
 from gardo.config import load
 from gardo.loading import build_policy
+from gardo.policies import compiling
 from gardo.policies.base import Policy
 from step.flops import counted
+from step.ours import SIDES, run
 from tests import ROOT
 
 RECIPES = {"flux": "tiny_flux_gardo.yaml", "sd3": "tiny_sd3_gardo.yaml"}
@@ -71,6 +74,22 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stdout + done.stderr
     with out.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_compiled_side_is_counted_as_it_is_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks and modes that count would be compiled too; what a row computes does not change."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    recipe, side = str(ROOT / "recipes" / RECIPES["flux"]), SIDES["compiled"]
+    timed, counts = (
+        run(recipe, [*SMALL, "run.steps=2", f"run.folder={tmp_path / str(count)}"], side, count)
+        for count in (False, True)
+    )
+    graphs = [[i.get("compiled_graphs", 0) for i in one["iterations"]] for one in (timed, counts)]
+    assert graphs[0][0] > 0 and graphs[1] == [0, 0]
+    assert counts["row_flops"]["training"] > 2 * counts["row_flops"]["forward"] > 0
+    assert counts["flops"] > 0 and counts["launches"] == counts["waits"] == ""
 
 
 def of(rows: list[dict[str, Any]], side: str) -> Iterator[dict[str, Any]]:
