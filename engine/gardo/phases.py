@@ -16,6 +16,7 @@ from torch import Tensor
 from gardo import reproduction
 from gardo.algorithms.kl import weighed
 from gardo.bad_updates import Made, RunStopped
+from gardo.contract import RatioContractBroken
 from gardo.data import step_prompts
 from gardo.ending import Stopped
 from gardo.evaluation.evaluate import due
@@ -181,7 +182,12 @@ def held_to_contract(
         trained_R[torch.cat([part.rows for part in work])] = True
         return taught(s, now, rollout, {"train": trained_R})
 
-    points = s.algorithm.contract.hold(points, probe, recompute)
+    contract = s.algorithm.contract
+    try:
+        points = contract.hold(points, probe, recompute)
+    except RatioContractBroken:
+        if not math.isinf(contract.error):
+            raise  # else not a number somewhere: `unusable` has the iteration left out
     batches = (batch_of(points, credit, part, rollout) for part in work)
     if ahead and ahead[0].requires_grad:
         first = replace(next(batches), velocity_RX=ahead[0])
@@ -223,13 +229,16 @@ def stop_where_bad(
         return
     s.checkpoints.settle()
     folder = s.recipe.run_folder / "bad-updates" / f"step-{step:06d}"
-    reproduction.write_rank(
-        folder, s.engine.rank, losses=made.losses, work=work, points=points, rollout=rollout,
-        scores=scores,
-    )  # fmt: skip
     saved, engine = s.checkpoints.last_step, s.engine
-    if engine.rank == 0:
-        reproduction.write_report(folder, why=why, step=step, world=engine.world, checkpoint=saved)
+    with suppress(OSError):  # no room: the message must come all the same
+        reproduction.write_rank(
+            folder, engine.rank, losses=made.losses, work=work, points=points, rollout=rollout,
+            scores=scores,
+        )  # fmt: skip
+        if engine.rank == 0:
+            reproduction.write_report(
+                folder, why=why, step=step, world=engine.world, checkpoint=saved
+            )
     after = f"--resume goes on after step {saved}" if saved else "there is no checkpoint yet"
     raise RunStopped(
         f"{s.recipe.run_folder}: {why} (train.bad_updates), the last in iteration {step}: a loss, "

@@ -21,12 +21,12 @@ from gardo.types import Batch, Metrics, Prompt, SamplePlan
 
 class FlawedSettings(WrapperSettings):
     at: list[int]  # iterations
-    flaw: Literal["gradient", "loss"] = "gradient"
+    flaw: Literal["gradient", "loss", "ratio"] = "gradient"
     rank: int | None = None  # of that rank alone
 
 
 class Flawed(Wrapper):
-    """An algorithm whose loss, or the gradient of it, is NaN in some iterations."""
+    """An algorithm whose loss, its gradient or its ratio is NaN in some iterations."""
 
     Settings: ClassVar[type[WrapperSettings]] = FlawedSettings
     _iteration = 0
@@ -37,11 +37,19 @@ class Flawed(Wrapper):
 
     def loss(self, ctx: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, metrics = self.base.loss(ctx, batch)
-        if self._iteration not in self.settings.at or not is_rank(self.settings.rank):
+        if self.settings.flaw == "ratio" or not self._is_flawed():
             return loss, metrics
         if self.settings.flaw == "loss":
             return loss * float("nan"), metrics
         return _NaNGradient.apply(loss), metrics  # type: ignore[no-untyped-call]
+
+    def log_ratio(self, batch: Batch, velocity_RX: Tensor) -> Tensor:
+        log_ratio_R = self.base.log_ratio(batch, velocity_RX)
+        flawed = self.settings.flaw == "ratio" and self._is_flawed()
+        return log_ratio_R * float("nan") if flawed else log_ratio_R
+
+    def _is_flawed(self) -> bool:
+        return self._iteration in self.settings.at and is_rank(self.settings.rank)
 
 
 def is_rank(wanted: int | None) -> bool:

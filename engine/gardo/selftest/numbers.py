@@ -146,6 +146,8 @@ CASES = [
         for base in BASES
         for flaw in ("gradient", "loss")
     ),
+    Case("nan-ratio", "flow_grpo: the policy's ratio is NaN before the first update", NO_UPDATE,
+         one("flow_grpo", "ratio")),
     *(
         Case(
             f"nan-one-rank-stage-{stage}", f"a loss is NaN on one of two ranks, ZeRO stage {stage}",
