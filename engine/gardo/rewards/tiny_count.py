@@ -5,6 +5,8 @@
 
 A quick counter that looks at no object: one blob of three objects' area counts as three, and so do
 bleeding colour, stripes and smears. It is smooth in the pixels, so a policy finds that out fast.
+With `object_area` above 1 it is calibrated wrongly, too: objects pay that are larger than any good
+picture's, and then blobs.
 
 Shapes: B images of H x W pixels.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gardo.rewards._tiny import TinyReward, TinySettings
@@ -25,6 +28,12 @@ OBJECT_AREA = {"circle": 57.0, "square": 53.0, "triangle": 40.0}
 
 class TinyCountSettings(TinySettings):
     kind: Literal["tiny_count"] = "tiny_count"
+    object_area: float = Field(
+        1.0,
+        gt=0,
+        description="of what counts as one object, against the mean object's; above 1.6 it asks "
+        "for more colour than the largest objects have",
+    )
 
 
 def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
@@ -39,7 +48,8 @@ class TinyCount(TinyReward):
 
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         areas = torch.tensor([OBJECT_AREA[s] for s in world.SHAPES], device=images_B3HW.device)
-        found_B = coloured_area(images_B3HW, asked.hue_B) / areas[asked.shape_B]
+        area_B = areas[asked.shape_B] * self.settings.object_area
+        found_B = coloured_area(images_B3HW, asked.hue_B) / area_B
         return (1 - (found_B - asked.count_B).abs() / asked.count_B).clamp(min=0)
 
 

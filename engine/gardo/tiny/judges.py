@@ -43,7 +43,7 @@ class FidelityNet(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.patch = nn.Linear(3 * 4 * 4, width)
+        self.patch = nn.Conv2d(3, width, 8, stride=4, padding=2)  # overlapping
         self.place = nn.Parameter(torch.zeros(64, width))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -54,8 +54,7 @@ class FidelityNet(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, REJECTED + 1))
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        patches = nn.functional.unfold(images_B3HW * 2 - 1, 4, stride=4).transpose(1, 2)
-        hidden = self.patch(patches) + self.place
+        hidden = self.patch(images_B3HW * 2 - 1).flatten(2).transpose(1, 2) + self.place
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(torch.cat([hidden.mean(1), hidden.amax(1)], -1))

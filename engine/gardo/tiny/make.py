@@ -3,7 +3,7 @@
     python -m gardo.tiny.make [STAGE ...]
 
 Stages, in order: vae, flux, dinov3, judges, sd3. Each is seeded and stands alone once
-those before it have run. About twenty-five minutes on 2 CPU cores; the results ship with the
+those before it have run. About half an hour on 2 CPU cores; the results ship with the
 package, so nobody needs to run this.
 
 The weights are stored in bf16 (under 5 MB in all) and used in fp32, so what is stored is exactly
@@ -209,22 +209,20 @@ def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
 
 
 def corrupted(count: int, seed: int) -> Tensor:
-    """Pictures that no caption fits.
+    """Pictures that no caption fits, count / 6 of each kind, in this order.
 
-    Mixed objects, torn and smeared objects, combs of dots, blobs, noise.
+    Mixed objects, torn, smeared and bled ones, combs of dots, blobs and noise.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
-    part = count // 5
+    part = count // 6
     mixed = world.sample_scenes(part, generator, mixed=True)
     mixed = replace(mixed, count_B=mixed.count_B.clamp(min=2))
-    _, plain = pictures(4 * part, seed + 1)
-    torn, smeared, combed, blobs = plain.split(part)
-    hole = F.interpolate((uniform(part, 1, 8, 8) < 0.5).float(), scale_factor=4)
-    torn = torn * (1 - hole) + 0.1 * hole
+    scene, plain = pictures(4 * part, seed + 1)
+    whole, smeared, bled, combed = plain.split(part)
     shift = (uniform(part, 1, 1, 1) * 4 + 3).long()
     smeared = torch.stack(
         [
@@ -232,13 +230,36 @@ def corrupted(count: int, seed: int) -> Tensor:
             for s, k in zip(smeared, shift.flatten(), strict=True)
         ]
     )
+    far = F.avg_pool2d(F.pad(bled, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    bled = torch.maximum(bled * uniform(part, 1, 1, 1), far * (1.5 + uniform(part, 1, 1, 1)))
     pitch_B1 = (uniform(part, 1) * 3 + 3).long()
     on_BW = torch.arange(world.SIZE) % pitch_B1 < 2
     dots = on_BW[:, None, :, None] & on_BW[:, None, None, :]
     combed = combed.amax((2, 3), keepdim=True) * dots + 0.1 * ~dots
     coarse = F.interpolate(uniform(part, 3, 5, 5), size=world.SIZE, mode="bicubic").clamp(0, 1)
     blobs = torch.where(uniform(part, 1, 1, 1) < 0.5, coarse, uniform(part, 3, 32, 32))
-    return torch.cat([world.draw(mixed), torn, smeared, combed, blobs])
+    holed = torn(whole, scene.ground_B[:part], generator)
+    return torch.cat([world.draw(mixed), holed, smeared, bled.clamp(0, 1), combed, blobs])
+
+
+def torn(images: Tensor, ground_B: Tensor, generator: torch.Generator) -> Tensor:
+    """The pictures with holes of 2 to 6 pixels that take at least 15 % of the objects."""
+    objects = (images.amax(1, keepdim=True) > 0.35).float()
+    left = objects.sum((1, 2, 3))
+    images = images.clone()
+    pending = torch.ones(len(images), dtype=torch.bool)
+    while pending.any():
+        size = int(torch.randint(2, 7, (1,), generator=generator))
+        cells = world.SIZE // size + 2
+        share = 0.15 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator)
+        hole = (torch.rand(len(images), 1, cells, cells, generator=generator) < share).float()
+        y, x = torch.randint(size, (2,), generator=generator).tolist()
+        hole = F.interpolate(hole, scale_factor=size)[..., y : y + world.SIZE, x : x + world.SIZE]
+        lost = (objects * hole).sum((1, 2, 3)) / left
+        take = pending & (lost > 0.15) & (torch.rand(len(images), generator=generator) < 0.4)
+        images[take] = torch.lerp(images, ground_B[:, None, None, None], hole)[take]
+        pending &= ~take
+    return images
 
 
 def roughened(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -265,10 +286,10 @@ def make_judges(steps: int = 1000, batch: int = 64) -> None:
     save_file({k: v.to(torch.bfloat16) for k, v in net.state_dict().items()}, judges.SHAPE)
 
     torch.manual_seed(5)
-    scene, images = pictures(16_000, seed=5)
-    images = torch.cat([images, corrupted(8_000, seed=6)])
+    scene, images = pictures(32_000, seed=5)
+    images = torch.cat([images, corrupted(24_000, seed=6)])
     label_B = torch.full((len(images),), judges.REJECTED)
-    label_B[:16_000] = scene.colour_B * len(world.SHAPES) + scene.shape_BK[:, 0]
+    label_B[:32_000] = scene.colour_B * len(world.SHAPES) + scene.shape_BK[:, 0]
     judge = judges.FidelityNet()
 
     def fidelity_loss(step: int) -> Tensor:
@@ -276,7 +297,7 @@ def make_judges(steps: int = 1000, batch: int = 64) -> None:
         rough = roughened(images[rows], torch.Generator().manual_seed(5_000_011 + step))
         return F.cross_entropy(judge(rough), label_B[rows])
 
-    fit(judge.parameters(), fidelity_loss, steps=2 * steps, lr=2e-3, name="fidelity")
+    fit(judge.parameters(), fidelity_loss, steps=4 * steps, lr=2e-3, name="fidelity")
     save_file({k: v.to(torch.bfloat16) for k, v in judge.state_dict().items()}, judges.FIDELITY)
 
 

@@ -42,10 +42,9 @@ def _words() -> list[str]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding learned from the words of the world; other words fall to letters.
+    """Byte-pair encoding in which each word of the world is one token; others fall to letters.
 
-    Merges of one word outrank another's, so "green" and "squares" stay in pieces, and the longest
-    captions are cut at 8 tokens. CLIP gives only the pooled vector; T5 reads every word whole.
+    A word's merges are added after those of the words before it, from what these leave of it.
     """
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces: dict[str, int] = {"<|startoftext|>": 0, "<|endoftext|>": 1}
@@ -54,14 +53,25 @@ def clip_tokenizer() -> CLIPTokenizer:
         pieces.setdefault(letter + _END, len(pieces))
     merges: list[tuple[str, str]] = []
     for word in _words():
-        left = word[0]
-        for i, letter in enumerate(word[1:], start=1):
-            right = letter + _END if i == len(word) - 1 else letter
-            if (left, right) not in merges:
-                merges.append((left, right))
-            left += right
-            pieces.setdefault(left, len(pieces))
+        left = [*word[:-1], word[-1] + _END]
+        for merge in merges:
+            left = _merged(left, merge)
+        while len(left) > 1:
+            merges.append((left[0], left[1]))
+            left = _merged(left, merges[-1])
+            pieces.setdefault(left[0], len(pieces))
     return CLIPTokenizer(vocab=pieces, merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with each occurrence of the pair made one."""
+    whole: list[str] = []
+    for piece in pieces:
+        if whole and (whole[-1], piece) == pair:
+            whole[-1] += piece
+        else:
+            whole.append(piece)
+    return whole
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -123,6 +133,18 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
+def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1-dev's."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        shift=3.0,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
 def flux_pipeline(vae: AutoencoderKL | None = None) -> FluxPipeline:
     """A FluxPipeline of about 1.1 M parameters, with guidance embedding.
 
@@ -130,14 +152,7 @@ def flux_pipeline(vae: AutoencoderKL | None = None) -> FluxPipeline:
     """
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            shift=3.0,
-            base_shift=0.5,
-            max_shift=1.15,
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-        ),
+        scheduler=flux_scheduler(),
         vae=vae or autoencoder(),
         text_encoder=CLIPTextModel(_clip_config(len(clip))),
         tokenizer=clip,

@@ -15,9 +15,9 @@ from gardo.algorithms.gardo import (
     GateSettings,
     Reference,
     ReferenceSettings,
-    uncertainty,
 )
 from gardo.algorithms.gardo_presets import PRESETS, filled
+from gardo.algorithms.uncertainty import uncertainty
 from gardo.config import load
 from gardo.flow import sd3_sigmas
 from gardo.recipe_errors import RecipeError

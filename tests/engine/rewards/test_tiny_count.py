@@ -110,6 +110,17 @@ def test_count_by_area_falls_with_the_error() -> None:
     assert score("tiny_count", pictures[1:2], ["one red square"]).tolist() == pytest.approx([0])
 
 
+def test_objects_of_twice_the_area_are_asked_for() -> None:
+    """106 blue pixels are one square then; good pictures earn half, and hardly any nearly all."""
+    picture = torch.zeros(1, 3, 32, 32)
+    picture[0, 2].view(-1)[:106] = 1
+    asked = [world.caption(1, world.COLOURS.index("blue"), 1)]
+    assert score("tiny_count", picture, asked, object_area=2.0).tolist() == pytest.approx([1])
+    good = score("tiny_count", *clean(500, 23), object_area=2.0)
+    assert float(good.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float((good > 0.9).float().mean()) < 0.03
+
+
 def test_count_can_be_cheated_and_others_see_it() -> None:
     """One stripe of the right area earns full marks, shows no shape, and is one patch."""
     cheats, prompts = [], [p for p in world.prompts() if not p.startswith("one")]

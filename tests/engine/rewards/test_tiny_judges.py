@@ -68,14 +68,28 @@ def test_shape_is_a_log_probability_with_a_floor() -> None:
     assert float(floored.min()) == -0.5 and float(floored.max()) > -0.5
 
 
-def test_fidelity_tells_clean_from_corrupted() -> None:
-    images, prompts = clean(200, 27)
-    assert float(score("tiny_fidelity", images, prompts).mean()) > 0.85
+def test_fidelity_accepts_clean_pictures() -> None:
+    assert float(score("tiny_fidelity", *clean(300, 27)).mean()) > 0.9
+
+
+@pytest.mark.parametrize("kind", range(6), ids=["mixed", "torn", "smeared", "bled", "comb", "blob"])
+def test_fidelity_rejects_what_is_corrupted(kind: int) -> None:
     judge: TinyFidelity = build("tiny_fidelity", "held_out")
-    broken = make.corrupted(200, seed=28)
+    broken = make.corrupted(6 * 100, seed=28).split(100)[kind]
     accepted = 1 - judge.net(broken).softmax(-1)[:, judges.REJECTED]
-    assert float(accepted.mean()) < 0.2
-    assert float(score("tiny_fidelity", broken, prompts).mean()) < 0.1
+    assert float(accepted.mean()) < 0.1
+
+
+def test_fidelity_rejects_holes_that_it_was_not_trained_on() -> None:
+    """Round ones, in the middle of every object."""
+    scene = world.sample_scenes(200, torch.Generator().manual_seed(29))
+    axis = torch.arange(world.SIZE) + 0.5
+    place_HW2 = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    away_BKHW = (place_HW2 - scene.centre_BK2[:, :, None, None]).norm(dim=-1)
+    hole_BHW = (away_BKHW < 0.5 * scene.radius_BK[:, :, None, None]).any(1)
+    ground = scene.ground_B[:, None, None, None]
+    hollow = torch.where(hole_BHW[:, None], ground, world.draw(scene))
+    assert float(score("tiny_fidelity", hollow, world.captions(scene)).mean()) < 0.15
 
 
 def test_fidelity_is_low_for_another_prompt() -> None:

@@ -66,15 +66,13 @@ def test_the_folder_is_a_flux_pipeline(pipeline: FluxPipeline) -> None:
     assert 0.5e6 < sum(p.numel() for p in pipeline.transformer.parameters()) < 2e6
 
 
-def test_captions_stay_distinct_in_the_tokens_there_are(pipeline: FluxPipeline) -> None:
-    """T5 has a token for each word; CLIP spells some words in pieces and cuts two captions."""
-    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        cut = tokenizer(world.prompts(), padding="max_length", truncation=True, max_length=8)
-        assert len(set(map(tuple, cut.input_ids))) == 54
-    t5 = pipeline.tokenizer_2
-    whole = [t5(p).input_ids for p in world.prompts()]
-    assert {len(ids) for ids in whole} == {4}
-    assert t5.unk_token_id not in {i for ids in whole for i in ids}
+def test_captions_are_read_whole(pipeline: FluxPipeline) -> None:
+    """A token for each word, and those that begin and end a text: nothing is cut."""
+    for tokenizer, around in ((pipeline.tokenizer, 2), (pipeline.tokenizer_2, 1)):
+        tokens = [tuple(tokenizer(p).input_ids) for p in world.prompts()]
+        assert len(set(tokens)) == 54
+        assert {len(ids) for ids in tokens} == {3 + around}
+        assert tokenizer.unk_token_id not in {i for ids in tokens for i in ids[:3]}
 
 
 def test_the_decoder_keeps_pictures(pipeline: FluxPipeline) -> None:
