@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gardo.algorithms.gardo import Gate, GateSettings, uncertainty
+from gardo.algorithms.gardo import Gate, GateSettings
+from gardo.algorithms.uncertainty import uncertainty
 from gardo.config import load
 from gardo.flow import transitions
 from gardo.loading import build_panel, build_policy

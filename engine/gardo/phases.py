@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gardo import reproduction
 from gardo.algorithms.kl import weighed
+from gardo.algorithms.uncertainty import disagreement
 from gardo.bad_updates import Made, RunStopped
 from gardo.contract import RatioContractBroken
 from gardo.data import step_prompts
@@ -288,6 +289,8 @@ def log_step(
         metrics["skipped_updates"] = made.skipped
     left_out = sum(len(part.rows) * (1 / part.share - 1) for part in work)  # the same on all ranks
     metrics["rows_left_out"] = round(left_out * s.engine.world)
+    if scores.auxiliaries:
+        metrics["disagreement"] = disagreement(scores)
     if not math.isnan(contract.error):  # the algorithm has a ratio
         metrics["ratio_error"] = contract.error
     peak = s.engine.agree_max(s.progress.phases.memory.reserved)
@@ -299,7 +302,7 @@ def log_step(
         **fields(spent),
         "images_per_second": images / sum(phase.seconds for phase in spent.values()),
         "peak_bytes": peak,  # of the rank with most, since the start
-        "rewards": {name: _summary(s, scores, name) for name in scores.rewards},
+        "rewards": {name: _summary(s, scores, credit.gate_B, name) for name in scores.rewards},
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
         **_memory(s),
@@ -331,9 +334,15 @@ def compiled(s: Session) -> dict[str, int]:
     return {"compiled_graphs": graphs}
 
 
-def _summary(s: Session, scores: Scores, name: str) -> dict[str, Any]:
-    valid = scores.rewards[name][scores.masks[name]]
-    return {
+def _summary(s: Session, scores: Scores, gate_B: Tensor, name: str) -> dict[str, Any]:
+    """Of a reward over the iteration's samples; of the gated ones too, where some are and not all.
+
+    With the paper's gate a judge that nothing optimises should think less of these.
+    """
+    value_B, valid_B = scores.rewards[name], scores.masks[name]
+    valid, gated = value_B[valid_B], value_B[valid_B & gate_B]
+    caught = {"gated": float(gated.mean())} if 0 < len(gated) < len(valid) else {}
+    return caught | {
         "mean": float(valid.mean()),
         "std": float(valid.std(correction=0)),
         "role": s.panel.rewards[name].settings.role,

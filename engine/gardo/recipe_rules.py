@@ -42,8 +42,9 @@ def _rewards_fit(recipe: Recipe) -> None:
                 f"algorithm.{need.field}: needs rewards with role {role}{need.why}; add one, "
                 f"or leave the {need.field.rpartition('.')[2]} out"
             )
-    if recipe.evaluate.diversity == "features" and not by_role.get("features"):
-        raise ValueError("evaluate.diversity: features needs a reward with role features")
+    if recipe.evaluate.measures_features and not by_role.get("features"):
+        diversity = recipe.evaluate.diversity
+        raise ValueError(f"evaluate.diversity: {diversity} needs a reward with role features")
 
 
 def _algorithm_fits(recipe: Recipe) -> None:

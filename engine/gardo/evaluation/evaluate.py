@@ -46,12 +46,20 @@ class EvaluateSettings(Strict):
     images_per_prompt: int = Field(8, ge=1, le=10_000)
     steps: int = Field(8, ge=1, le=1000, description="denoise steps")
     batch: int = Field(16, ge=1, le=100_000, description="images a forward")
-    diversity: Literal["none", "attributes", "features"] = "none"
+    diversity: Literal["none", "attributes", "features", "both"] = "none"
     shown: int = Field(6, ge=1, description="prompts in the sample picture")
+
+    @property
+    def measures_attributes(self) -> bool:
+        return self.diversity in ("attributes", "both")
+
+    @property
+    def measures_features(self) -> bool:
+        return self.diversity in ("features", "both")
 
     def check_prompt(self, prompt: str) -> None:
         """ValueError where the images of a prompt could not be measured as `diversity` says."""
-        if self.diversity == "attributes":
+        if self.measures_attributes:
             attributes.check_prompt(prompt)
 
 
@@ -169,11 +177,11 @@ class Evaluator:
                 continue
             value = self.panel.score(name, images, prompts)
             if reward.gives_features:
-                if self.settings.diversity == "features":
+                if self.settings.measures_features:
                     columns["features"] = value
             else:
                 columns[f"reward/{name}"] = value.float().where(value.isfinite(), torch.nan)
-        if self.settings.diversity == "attributes":
+        if self.settings.measures_attributes:
             for name, label in attributes.attribute_labels(images, prompts).items():
                 columns[f"label/{name}"] = label
         return columns

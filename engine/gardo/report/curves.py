@@ -17,6 +17,12 @@ _METRICS = {
     "kl_loss": ("KL in the loss", "mean over all rows, as weighed, without beta", 1.0, True),
     "rows_left_out": ("Rows left out", "without advantage and KL", 1.0, True),
     "gate_share": ("Gate share", "samples under the KL term, %", 100.0, True),
+    "disagreement": (
+        "Rank disagreement",
+        "win rate by the proxy above the auxiliaries'",
+        1.0,
+        True,
+    ),
     "clip_fraction": ("Clip fraction", "rows whose ratio is clipped, %", 100.0, True),
     "ratio": ("Ratio", "mean of new over old probability", 1.0, False),
     "ratio_error": ("Ratio error", "max |ratio - 1| of a row", 1.0, True),

@@ -98,7 +98,7 @@ def write_report(run_folder: Path) -> Path:
     body = [
         f"<h1>{_text(name)}</h1>",
         _facts(steps, evaluations),
-        _verdict(evaluations),
+        _verdict(evaluations, steps),
         _section("Evaluations", _table(evaluations)),
         _section("Pictures over time", _pictures(run_folder, evaluations)),
         _section("Evaluation curves", _evaluation_curves(evaluations, marks)),
@@ -141,9 +141,9 @@ def _facts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     return line
 
 
-def _verdict(evaluations: Sequence[Record]) -> str:
+def _verdict(evaluations: Sequence[Record], steps: Sequence[Record]) -> str:
     """The verdict's sentences, and between what they compare."""
-    verdict = judge(evaluations)
+    verdict = judge(evaluations, steps)
     span = ""
     if verdict.sentences:
         first, last = evaluations[0]["step"], evaluations[-1]["step"]

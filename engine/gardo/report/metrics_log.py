@@ -4,13 +4,15 @@ Two kinds of record:
 
     {"kind": "step", "step": 12, "seconds": {"sample": 1.2, "train": 2.0, "other": 0.01},
      "calls": {"sample": 48, "train": 32}, "rows": {"sample": 576, "train": 384},
-     "rewards": {"count": {"mean": 0.67, "std": 0.3, "role": "proxy", "valid": 96}},
+     "rewards": {"count": {"mean": 0.67, "std": 0.3, "role": "proxy", "valid": 96, "gated": 0.9}},
      "metrics": {"loss": 0.1, "kl": 2e-4}, "events": ["reference reset (kl)"],
      "images_per_second": 30.6, "peak_bytes": 1710000000}
     {"kind": "evaluation", "step": 0, "seconds": 4.1, "image_count": 288, "prompt_count": 36,
      "rewards": {"count": {"mean": 0.67, "low": 0.61, "high": 0.72, "role": "proxy"}},
      "change": {"count": {"mean": 0.0, "low": 0.0, "high": 0.0}}, "diversity": {"layout": 2.9},
      "images": "samples/step-00000.png", "prompts": ["two red circles"]}
+
+`gated` is the mean of the samples under the gated KL, where these are some and not all.
 
 `seconds`, `calls` (of models) and `rows` (that these took) are of the first rank's phases; the
 seconds add up to the step's wall clock (phase_clock.py). Images are those of all ranks; the peak is

@@ -7,9 +7,12 @@ optimised; a held-out reward that falls while it rises is the sign that the prox
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from gardo.report.metrics_log import Record
 from gardo.report.progress import format_interval, format_number
+
+RECENT = 20  # steps that the gate's catch is a mean of
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Verdict:
     conclusion: str
 
 
-def judge(evaluations: Sequence[Record]) -> Verdict:
-    """The verdict on a run from its evaluation records, in the order logged."""
+def judge(evaluations: Sequence[Record], steps: Sequence[Record] = ()) -> Verdict:
+    """The verdict on a run from its evaluations and its last steps, in the order logged."""
     if len(evaluations) < 2:
         missing = "Only one evaluation" if evaluations else "No evaluation yet"
         return Verdict("", (), f"{missing}: nothing to compare.")
@@ -41,8 +44,25 @@ def judge(evaluations: Sequence[Record]) -> Verdict:
     ]
     if kinds:
         sentences.append(f"Diversity: {', '.join(kinds)}.")
+    sentences += _caught(steps[-RECENT:])
     tone, conclusion = _conclude(directions["proxy"], directions["held_out"])
     return Verdict(tone, tuple(sentences), conclusion)
+
+
+def _caught(steps: Sequence[Record]) -> list[str]:
+    """Whether held-out judges think less of what the gate holds back than of all samples."""
+    found = []
+    for name in dict.fromkeys(name for step in steps for name in step.get("rewards", {})):
+        rows = [step["rewards"][name] for step in steps if "gated" in step["rewards"].get(name, {})]
+        if not rows or rows[-1].get("role") != "held_out":
+            continue
+        gated, everyone = (fmean(row[key] for row in rows) for key in ("gated", "mean"))
+        if math.isfinite(gated - everyone):
+            found.append(
+                f"By {name} the gated samples had {format_number(gated, 3)}, all together "
+                f"{format_number(everyone, 3)} (last {len(rows)} steps with a gate)."
+            )
+    return found
 
 
 def _change(name: str, first: Record, last: Record) -> tuple[str, str]:

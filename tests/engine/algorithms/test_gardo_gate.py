@@ -7,12 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gardo.algorithms.gardo import (
-    Gate,
-    GateSettings,
-    most_uncertain,
-    uncertainty,
-)
+from gardo.algorithms.gardo import Gate, GateSettings, most_uncertain
+from gardo.algorithms.uncertainty import uncertainty
 from tests.engine.algorithms.judged import (
     gardo,
     generator,

@@ -33,3 +33,20 @@ def test_verdict_concludes_nothing_without_intervals() -> None:
     last["change"] = {"count": {"mean": 0.1, "low": math.nan, "high": math.nan}}
     assert "no interval" in judge([evaluation_record(0), last]).sentences[0]
     assert judge([]).sentences == judge([last]).sentences == ()
+
+
+def test_verdict_says_what_held_out_judges_think_of_the_gated() -> None:
+    """Of the last twenty steps those that had a gate; nothing of the proxy."""
+
+    def step(gated: float | None) -> dict[str, object]:
+        caught = {} if gated is None else {"gated": gated}
+        held_out = {"mean": 0.75, "role": "held_out", **caught}
+        return {"rewards": {"quality": held_out, "count": {"mean": 1, "role": "proxy", "gated": 1}}}
+
+    steps = [step(0.0), *[step(0.5)] * 18, step(0.7), step(None)]
+    last = evaluation_record(60, proxy=0.1)
+    (said,) = judge([evaluation_record(0), last], steps).sentences[3:]
+    assert said == (
+        "By quality the gated samples had 0.511, all together 0.750 (last 19 steps with a gate)."
+    )
+    assert len(judge([evaluation_record(0), last], [step(None)]).sentences) == 3
