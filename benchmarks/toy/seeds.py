@@ -19,6 +19,15 @@ from toy.world import Toy, measures, pretrain
 START = "pretrained"
 
 
+def origin() -> dict[str, str]:
+    """What every row says of where it comes from."""
+    return {
+        "revision": revision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def of_seed(
     toy: Toy, seed: int, where: dict[str, str]
 ) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
@@ -44,15 +53,11 @@ def of_seed(
     return rows, places
 
 
-def of_all_seeds(toy: Toy) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """The rows of all seeds, trained two at a time, and where seed 0's samples lie."""
-    where = {
-        "revision": revision(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def of_all_seeds(toy: Toy, processes: int) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+    """The rows of all seeds, so many trained at a time, and where seed 0's samples lie."""
+    where = origin()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
+    with context.Pool(processes) as pool:
         pending = [pool.apply_async(of_seed, (toy, seed, where)) for seed in range(toy.seeds)]
         found = []
         for seed, result in enumerate(pending):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,15 @@ class Comparison:
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
-        by_arm: dict[str, list[dict[str, str]]] = {}
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                by_arm.setdefault(row["arm"], []).append(row)
+            return cls.of(csv.DictReader(file))
+
+    @classmethod
+    def of(cls, found: Iterable[dict[str, str]]) -> Comparison:
+        """Of a CSV's rows, one for each arm and seed."""
+        by_arm: dict[str, list[dict[str, str]]] = {}
+        for row in found:
+            by_arm.setdefault(row["arm"], []).append(row)
         values = {}
         for arm, rows in by_arm.items():
             rows.sort(key=lambda row: int(row["seed"]))

@@ -9,6 +9,7 @@ Shapes: B samples, 2 coordinates.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from gardo.algorithms import World, build
 from gardo.distributed.local import LocalEngine
 from gardo.flow import shifted_linear_sigmas, transitions
 from gardo.rollout import LossContext, batch_of, parts, sample, teach
-from gardo.types import Metrics, SamplePlan, Scores
+from gardo.types import Batch, Credit, Metrics, Rollout, SamplePlan, Scores
 from toy.world import CPU, PlanePolicy, Toy, Training, panel
 
 EVALUATION_STEP = 1 << 20  # an iteration that training never reaches: its noise is nobody else's
@@ -43,7 +44,7 @@ class Run:
     """An arm of the comparison with one seed, from a copy of the pre-trained policy on."""
 
     def __init__(self, toy: Toy, arm: str, seed: int, pretrained: PlanePolicy) -> None:
-        self.settings, self.seed = toy.training, seed
+        self.settings, self.layout, self.seed = toy.training, toy.layout, seed
         self.policy = copy.deepcopy(pretrained)
         self.panel = panel(toy.layout)
         sampler = self.settings.sampler
@@ -60,12 +61,10 @@ class Run:
         self.engine.make_slots(self.algorithm.slots)
         self.ctx = LossContext(self.policy, self.panel.differentiable_score)
 
-    def iteration(self, step: int) -> tuple[Scores, Metrics, list[str]]:
-        """Sample, score, credit, teach, train: one gradient step on all rows at once."""
-        algorithm, engine, settings = self.algorithm, self.engine, self.settings
-        count = settings.groups * settings.group_size
-        rows = count * algorithm.rows_per_sample(algorithm.settings, settings.sampler)
-        plan = algorithm.plan(step)
+    def rollout(self, step: int) -> tuple[Rollout, Scores]:
+        """The samples of an iteration and their scores, before any credit."""
+        engine, settings = self.engine, self.settings
+        plan = self.algorithm.plan(step)
         with engine.reading(plan.weights):
             rollout = sample(
                 self.policy,
@@ -73,7 +72,7 @@ class Run:
                 plan,
                 images_per_prompt=settings.group_size,
                 first=0,
-                count=count,
+                count=settings.groups * settings.group_size,
                 seed=self.seed,
                 step=step,
                 device=CPU,
@@ -81,22 +80,38 @@ class Run:
         scores = self.panel(
             rollout.images_B3HW, rollout.prompts, sample_B=rollout.sample_B, group_B=rollout.group_B
         )
-        credit = algorithm.credit(algorithm.measured(scores))
+        return rollout, scores
+
+    def credit(self, scores: Scores) -> Credit:
+        return self.algorithm.credit(self.algorithm.measured(scores))
+
+    def batches(self, rollout: Rollout, credit: Credit, step: int) -> Iterator[Batch]:
+        """All rows of an iteration at once, with what the teachers say of them."""
+        algorithm, settings = self.algorithm, self.settings
+        rows = len(rollout.sample_B) * algorithm.rows_per_sample(
+            algorithm.settings, settings.sampler
+        )
         points = algorithm.points(rollout, credit)
         points = teach(
             points,
             algorithm.teachers(points, credit),
             policy=self.policy,
             conditioning=rollout.conditioning,
-            engine=engine,
+            engine=self.engine,
             micro_batch=rows,
         )
-        totals = Metrics()
         for part in parts(
             points, sample_B=rollout.sample_B, updates=1, micro_batch=rows, seed=self.seed,
             step=step,
         ):  # fmt: skip
-            batch = batch_of(points, credit, part, rollout)
+            yield batch_of(points, credit, part, rollout)
+
+    def iteration(self, step: int) -> tuple[Scores, Metrics, list[str]]:
+        """Sample, score, credit, teach, train: one gradient step on all rows at once."""
+        algorithm, engine = self.algorithm, self.engine
+        rollout, scores = self.rollout(step)
+        totals = Metrics()
+        for batch in self.batches(rollout, self.credit(scores), step):
             loss, metrics = algorithm.loss(self.ctx, batch)
             totals.add(metrics)
             engine.backward(loss, last=batch.last)
