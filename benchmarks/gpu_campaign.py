@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # as a script has it, also for `python -m`
 
-from campaign.exit_codes import NEEDS_GPU, UNFINISHED
+from campaign.exit_codes import NEEDS_GPU, NEEDS_MORE, UNFINISHED
 from pages import ROOT, revision
 
 State = Literal["passed", "failed", "cut", "skipped", "left"]
@@ -97,6 +97,11 @@ STEPS = (
          540, 120),
     Step("shapes", "block, chunk and warps of every op by size: what is better than the default",
          ("-m", "campaign.shapes", "--out", FOLDER, "--seconds", SECONDS), 540, 120),
+    Step("words-make", "a Flux of 40 M that writes words: pre-training, in several calls",
+         ("-m", "words", "make", "--out", FOLDER, "--seconds", SECONDS), 540, 120),
+    Step("words", "no KL, uniform KL and GARDO on it, with a real OCR engine as the proxy",
+         ("-m", "words", "arms", "--model", f"{FOLDER}/../words-make", "--out", FOLDER,
+          "--seconds", SECONDS), 540, 180),
     Step("demo", "the demo on this GPU, in bf16",
          ("-m", "gardo.cli", "train", *DEMO, "--set", "distributed.precision=bfloat16"), 300, 60),
 )  # fmt: skip
@@ -159,7 +164,7 @@ def run(step: Step, folder: Path, seconds: float) -> Row:
         finally:
             end(process)  # whatever it has left running, too
     states: dict[int | None, State] = {
-        None: "cut", UNFINISHED: "cut", 0: "passed", NEEDS_GPU: "skipped"
+        None: "cut", UNFINISHED: "cut", 0: "passed", NEEDS_GPU: "skipped", NEEDS_MORE: "skipped"
     }  # fmt: skip
     return {
         "state": states.get(code, "failed"), "seconds": round(time.monotonic() - start, 1),

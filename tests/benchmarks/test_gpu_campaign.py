@@ -43,8 +43,9 @@ def test_a_failure_stops_nothing(tmp_path):
         python("breaks", "print('why'); raise SystemExit(1)"),
         python("works", f"{WRITES}; print('the last line')"),
         python("no_gpu", "print('needs an NVIDIA GPU'); raise SystemExit(3)"),
+        python("no_package", "print('needs rapidocr'); raise SystemExit(5)"),
     ]
-    expected = {"breaks": "failed", "works": "passed", "no_gpu": "skipped"}
+    expected = {"breaks": "failed", "works": "passed", "no_gpu": "skipped", "no_package": "skipped"}
     assert states(steps, tmp_path) == expected
     with (tmp_path / "summary.csv").open() as file:
         rows = {row["step"]: row for row in csv.DictReader(file)}
