@@ -1,4 +1,4 @@
-"""The picture of ./run study: curves of every seed, and the same prompts drawn by every arm."""
+"""The study's figures: curves of every seed, what the gate catches, and pictures of one seed."""
 
 from __future__ import annotations
 
@@ -11,86 +11,84 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
-from diffusers import FluxPipeline
 from PIL import Image
 
-from gardo.report.metrics_log import Record
-from gardo.report.pictures import save_grid
-from gardo.settings import model_path
-from gardo.streams import Stream
-from gardo.tiny import world
-from gardo_kernels import random_normal
-from study.runs import ARMS, Study
+from study.lead import smoothed
+from study.measures import HELD_OUT, PROXY, Arms, Curve, both
+from study.protocol import SIGNS_TITLES
+from study.raw import Raw
 
-CURVES: dict[str, Callable[[Record], float]] = {
-    "count by colour (proxy, optimised)": lambda r: r["rewards"]["tiny_count"]["mean"],
-    "shape and colour fidelity (held out)": lambda r: r["rewards"]["tiny_fidelity"]["mean"],
-    "layout entropy, nats": lambda r: r["diversity"]["layout"],
+COLOURS = ("#c0392b", "#7f8c8d", "#2471a3", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+GATED = ("#7f8c8d", "#c0392b", "#2471a3")  # all samples, those of the paper's sign, the release's
+CURVES: dict[str, Callable[[Curve], list[float]]] = {
+    "proxy, change in points": lambda c: c.change[PROXY],
+    "held-out fidelity, change in points": lambda c: c.change[HELD_OUT],
+    "the lesser of the two": both,
+    "drift from the start, nats an image": lambda c: c.drift,
 }
 
 
-def picture(
-    study: Study, exports: Mapping[str, Path], seed: int, iterations: int, path: Path
-) -> None:
-    """Curves above; below samples of the start and of each arm's export, which are of one seed."""
-    figure = plt.figure(figsize=(12, 8.6), dpi=110, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.5])
-    curves(study, upper.subplots(1, len(CURVES)))
-    prompts = world.prompts()[::7]
-    panels = {"start": None} | {
-        f"{ARMS[arm][0]}, {iterations} iterations": export for arm, export in exports.items()
-    }
-    axes = lower.subplots(1, len(panels))
-    for axis, (title, export) in zip(axes, panels.items(), strict=True):
-        axis.imshow(sample_grid(prompts, export, path.with_suffix(".part.png")))
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
-    lower.suptitle(
-        f"seed {seed}; one row a prompt, the same noise in every panel: {', '.join(prompts)}",
-        fontsize=8,
-        y=0.02,
-    )
+def curves(arms: Arms, titles: Mapping[str, str], path: Path) -> None:
+    """One panel a measure: a thin line a seed, a bold one their mean."""
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(15, 4), dpi=110, layout="constrained")
+    for axis, (title, values) in zip(axes, CURVES.items(), strict=True):
+        for (arm, name), colour in zip(titles.items(), COLOURS, strict=False):
+            lines = [values(curve) for curve in arms[arm].values()]
+            steps = next(iter(arms[arm].values())).steps
+            for line in lines:
+                axis.plot(steps, line, color=colour, linewidth=0.8, alpha=0.4)
+            mean = [fmean(column) for column in zip(*lines, strict=True)]
+            axis.plot(steps, mean, color=colour, linewidth=2.4, label=name)
+        _finish(axis, title)
+    axes[0].legend(frameon=False, title="bold: mean of the seeds", title_fontsize=8, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
 
-def curves(study: Study, axes: Sequence[Any]) -> None:
-    """One panel a measure: a thin line a seed, a bold one their mean."""
-    for axis, (title, value) in zip(axes, CURVES.items(), strict=True):
-        for arm, by_seed in study.items():
-            name, colour = ARMS[arm]
-            lines = [{r["step"]: value(r) for r in records} for records in by_seed.values()]
-            for line in lines:
-                axis.plot(list(line), list(line.values()), color=colour, linewidth=0.8, alpha=0.5)
-            steps = [s for s in lines[0] if all(s in line for line in lines)]
-            mean = [fmean(line[s] for line in lines) for s in steps]
-            axis.plot(steps, mean, color=colour, linewidth=2.4, label=name)
+def gated(raws: Mapping[str, Mapping[int, Raw]], titles: Mapping[str, str], path: Path) -> None:
+    """Held-out fidelity of the samples that each sign gates, and of all; means over seeds."""
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(5 * len(titles), 4), dpi=110, layout="constrained", sharey=True
+    )
+    for axis, (arm, title) in zip(axes, titles.items(), strict=True):
+        series: dict[str, list[list[float]]] = {"all samples": []}
+        for raw in raws[arm].values():
+            series["all samples"].append([100 * r["rewards"][HELD_OUT] for r in raw.steps])
+            for sign, name in SIGNS_TITLES.items():
+                key = f"{sign}_gated_{HELD_OUT}"
+                values = [100 * (r["metrics"][key] or 0.0) for r in raw.steps]
+                series.setdefault(f"gated, {name}", []).append(values)
+        for (name, lines), colour in zip(series.items(), GATED, strict=True):
+            mean = smoothed([fmean(column) for column in zip(*lines, strict=True)], 5)
+            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=name)
+        _finish(axis, title)
+    axes[0].set_ylabel("held-out fidelity, %")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def pictures(samples: Mapping[str, Path], caption: str, path: Path) -> None:
+    """The last samples of some arms side by side: the same prompts and noise in every panel."""
+    figure, axes = plt.subplots(
+        1, len(samples), figsize=(3.6 * len(samples), 4.6), dpi=110, layout="constrained"
+    )
+    for axis, (title, file) in zip(axes, samples.items(), strict=True):
+        axis.imshow(Image.open(file).convert("RGB"))
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iterations")
-        axis.spines[["top", "right"]].set_visible(False)
-    seeds = len(next(iter(study.values())))
-    axes[0].legend(frameon=False, title=f"bold: mean of {seeds} seeds", title_fontsize=8)
-    axes[-1].set_ylim(bottom=0)  # so that a collapse of layouts is told from a wobble
+        axis.axis("off")
+    figure.supxlabel(caption, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
 
 
-def sample_grid(prompts: Sequence[str], export: Path | None, part: Path) -> Image.Image:
-    """Six images of each prompt through FluxPipeline, with the exported LoRA if any."""
-    pipeline = FluxPipeline.from_pretrained(model_path("builtin:flux"), dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    if export:
-        pipeline.load_lora_weights(export)
-    noise = random_normal(0, torch.arange(6 * len(prompts)), Stream.EVALUATION, (64, 16))
-    images = pipeline(
-        [p for p in prompts for _ in range(6)],
-        latents=noise,
-        height=world.SIZE,
-        width=world.SIZE,
-        num_inference_steps=8,
-        max_sequence_length=8,
-        output_type="pt",
-    ).images
-    save_grid(images, part, columns=6, scale=3)
-    grid = Image.open(part).convert("RGB")
-    part.unlink()
-    return grid
+def median_seed(differences: Mapping[int, float]) -> int:
+    """The seed whose difference is the median: of an even number of seeds the lower middle."""
+    ordered: Sequence[int] = sorted(differences, key=lambda seed: (differences[seed], seed))
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _finish(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("iterations")
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,130 +1,203 @@
-"""The study's tables and the rows of its CSV."""
+"""The study's tables, as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from statistics import fmean
-from typing import Any
 
-from gardo.report.metrics_log import Record
-from study.runs import ARMS, Study
-
-PROXY, HELD_OUT, PATCHES = "tiny_count", "tiny_fidelity", "tiny_patches"
-FIELDS = (
-    *("arm", "seed", "iteration", "measure", "mean", "low", "high"),
-    *("change", "change_low", "change_high", "revision", "machine"),
+from gardo.evaluation.statistics import Interval
+from study.lead import SIGNALS, Seen
+from study.measures import (
+    HELD_OUT,
+    MEASURES,
+    NEVER,
+    PATCHES,
+    PROXY,
+    Arms,
+    images_to_level,
+    interval,
+    of_arm,
+    paired,
+    wins,
 )
+from study.protocol import SIGNS_TITLES, Protocol
+from study.raw import Raw
+
+SHOWN = {  # measure: (title, digits, sign)
+    "proxy": ("proxy", 1, "+"),
+    "held_out": ("held-out", 1, "+"),
+    "patches": ("patches", 1, "+"),
+    "gated": ("gated, %", 0, ""),
+    "layout": ("layout", 2, ""),
+    "size": ("size", 2, ""),
+    "hue": ("hue", 2, ""),
+    "features": ("features", 2, ""),
+    "drift": ("drift, nats", 0, ""),
+}
+AREAS = {
+    "area_proxy": ("area under the proxy", 1, "+"),
+    "area_held_out": ("under the held-out", 1, "+"),
+    "area_both": ("under both", 1, "+"),
+}
+FORMS = SHOWN | AREAS
 
 
-# ---- the tables ----------------------------------------------------------------------------------
+def line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def interval(values: Mapping[str, float], sign: str = "") -> str:
-    """Mean and interval over prompts, in percent."""
-    mean, low, high = (f"{100 * values[end]:{sign}.1f}" for end in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def header(cells: Sequence[str]) -> list[str]:
+    return [line(cells), "|---" * len(cells) + "|"]
 
 
-def over_seeds(values: Sequence[float], form: str) -> str:
-    """Mean, least and greatest: three seeds give no interval."""
-    return f"{fmean(values):{form}} ({min(values):{form}}, {max(values):{form}})"
+def shown(value: Interval, digits: int, sign: str) -> str:
+    mean, low, high = (f"{v:{sign}.{digits}f}" for v in (value.mean, value.low, value.high))
+    return mean if isnan(value.low) else f"{mean} [{low}, {high}]"
 
 
-def at(study: Study, step: int) -> dict[str, dict[int, Record]]:
-    """{arm: {seed: the evaluation after `step` iterations}}."""
-    return {
-        arm: {seed: next(r for r in records if r["step"] == step) for seed, records in runs.items()}
-        for arm, runs in study.items()
-    }
+def summary(
+    arms: Arms, titles: Mapping[str, str], hacked: float, measures: Sequence[str] = tuple(SHOWN)
+) -> str:
+    """A row an arm: means over its seeds, and in how many of them it was hacked."""
+    lines = header(["", "seeds", *(FORMS[name][0] for name in measures), "hacked"])
+    for arm, title in titles.items():
+        cells = [
+            shown(interval([*of_arm(arms, arm, name).values()]), *FORMS[name][1:])
+            for name in measures
+        ]
+        falls = [value <= -hacked for value in of_arm(arms, arm, "held_out").values()]
+        lines.append(line([title, len(falls), *cells, f"{sum(falls)} of {len(falls)}"]))
+    return "\n".join(lines)
 
 
-def change(record: Record, measure: str) -> float:
-    """In percent."""
-    return 100 * record["change"][measure]["mean"]
+def against(arms: Arms, titles: Mapping[str, str], one: str) -> str:
+    """`one` less every other arm, paired by seed, and in how many seeds it is higher."""
+    measures = ("proxy", "held_out", "area_both")
+    heads = [h for m in measures for h in (FORMS[m][0], "wins")]
+    lines = header([f"{titles[one]} less", *heads])
+    for other, title in titles.items():
+        if other == one:
+            continue
+        cells: list[str] = []
+        for measure in measures:
+            _, digits, _ = FORMS[measure]
+            won, of = wins(arms, one, other, measure)
+            cells.append(shown(interval(paired(arms, one, other, measure)), digits, "+"))
+            cells.append(f"{won:g} of {of}")
+        lines.append(line([title, *cells]))
+    return "\n".join(lines)
 
 
-def table(study: Study, steps: int) -> str:
-    """Every run after `steps` iterations, the start of each seed before, an arm's mean last."""
+def matrix(arms: Arms, titles: Mapping[str, str]) -> str:
+    """Arm against arm: in how many of the seeds that both have the row's is higher, by proxy and
+    by held-out."""
+    lines = header(["proxy / held-out wins against", *titles.values()])
+    for one, title in titles.items():
+        cells = []
+        for other in titles:
+            (proxy, of), (held_out, _) = (wins(arms, one, other, m) for m in ("proxy", "held_out"))
+            cells.append("" if one == other else f"{proxy:g} / {held_out:g} of {of}")
+        lines.append(line([title, *cells]))
+    return "\n".join(lines)
 
-    def row(title: str, seed: int, record: Record, *, changed: bool = True) -> str:
-        cells: list[Any] = [title, seed]
-        for measure in (PROXY, HELD_OUT):
-            cells.append(interval(record["rewards"][measure]))
-            cells.append(interval(record["change"][measure], "+") if changed else "")
-        cells.append(interval(record["change"][PATCHES], "+") if changed else "")
-        return line([*cells, f"{record['diversity']['layout']:.2f}"])
 
-    heads = ["proxy, %", "change", "held-out, %", "change", "patches, change", "layout entropy"]
-    lines = [line([f"after {steps} iterations", "seed", *heads]), "|---" * 8 + "|"]
-    lines += [
-        row("start", seed, record, changed=False)
-        for seed, record in next(iter(at(study, 0).values())).items()
+def by_seed(arms: Arms, titles: Mapping[str, str]) -> str:
+    """Proxy and held-out change of every seed."""
+    seeds = sorted({seed for curves in arms.values() for seed in curves})
+    lines = header(["proxy / held-out, change", *(f"seed {seed}" for seed in seeds)])
+    for arm, title in titles.items():
+        proxy, held_out = (of_arm(arms, arm, m) for m in ("proxy", "held_out"))
+        cells = [
+            f"{proxy[seed]:+.1f} / {held_out[seed]:+.1f}" if seed in proxy else "" for seed in seeds
+        ]
+        lines.append(line([title, *cells]))
+    return "\n".join(lines)
+
+
+def to_level(arms: Arms, titles: Mapping[str, str], protocol: Protocol) -> str:
+    """Images until the proxy has risen by the level while the held-out has not fallen."""
+    rules, images = protocol.rules, protocol.images
+    lines = header(["", "reached", "images, median of those that reached it"])
+    for arm, title in titles.items():
+        counts = [images_to_level(c, images, rules) for c in arms[arm].values()]
+        reached = sorted(n for n in counts if n != NEVER)
+        middle = f"{reached[(len(reached) - 1) // 2]:.0f}" if reached else "never"
+        lines.append(line([title, f"{len(reached)} of {len(counts)}", middle]))
+    return "\n".join(lines)
+
+
+def catches(raws: Mapping[str, Mapping[int, Raw]], titles: Mapping[str, str]) -> str:
+    """Held-out fidelity of the pictures that either sign would gate, less that of all, by thirds
+    of the run; means over seeds."""
+    thirds = ("first", "second", "last")
+    heads = [f"{name}, {third} third" for name in SIGNS_TITLES.values() for third in thirds]
+    lines = header(["held-out of the gated, less all", *heads])
+    for arm, title in titles.items():
+        cells = [
+            over_seeds([_gap(raw, sign, third) for raw in raws[arm].values()])
+            for sign in SIGNS_TITLES
+            for third in range(3)
+        ]
+        lines.append(line([title, *cells]))
+    return "\n".join(lines)
+
+
+def _gap(raw: Raw, sign: str, third: int) -> float:
+    """In percent points; NaN where the sign gates nothing in this third of the run."""
+    length = len(raw.steps)
+    part = raw.steps[third * length // 3 : (third + 1) * length // 3]
+    pairs = [(r["metrics"][f"{sign}_gated_{HELD_OUT}"], r["rewards"][HELD_OUT]) for r in part]
+    gaps = [100 * (gated - everyone) for gated, everyone in pairs if gated is not None]
+    return fmean(gaps) if gaps else nan
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """Of the seeds that have a value; nothing where none has."""
+    known = [value for value in values if not isnan(value)]
+    return shown(interval(known), 1, "+") if known else ""
+
+
+def leads(seen: Mapping[str, Sequence[Seen]], titles: Mapping[str, str]) -> str:
+    """How many iterations before the fall of the held-out each signal was raised."""
+    heads = [h for title in SIGNALS.values() for h in (f"{title}: raised", "lead")]
+    lines = header(["", "fell", *heads])
+    for arm, title in titles.items():
+        cells = seen[arm]
+        fell = sum(cell.fell is not None for cell in cells)
+        row: list[str] = [title, f"{fell} of {len(cells)}"]
+        for signal in SIGNALS:
+            raised = sum(cell.raised[signal] is not None for cell in cells)
+            found = [lead for cell in cells if (lead := cell.lead(signal)) is not None]
+            row.append(f"{raised} of {len(cells)}")
+            spread = f" ({min(found)} to {max(found)})" if found else ""
+            row.append(f"{fmean(found):.0f}{spread}" if found else "")
+        lines.append(line(row))
+    return "\n".join(lines)
+
+
+def rewards(arms: Arms, titles: Mapping[str, str]) -> str:
+    """Change of the evaluated rewards alone: for a part of the prompts."""
+    measures = ("proxy", "held_out", "patches")
+    heads = [h for m in measures for h in (f"{SHOWN[m][0]} at the start", "change")]
+    lines = header(["", *heads])
+    names = {"proxy": PROXY, "held_out": HELD_OUT, "patches": PATCHES}
+    for arm, title in titles.items():
+        cells = []
+        for measure in measures:
+            _, digits, sign = SHOWN[measure]
+            cells.append(f"{fmean(c.start[names[measure]] for c in arms[arm].values()):.1f}")
+            values = [*of_arm(arms, arm, measure).values()]
+            cells.append(shown(interval(values), digits, sign))
+        lines.append(line([title, *cells]))
+    return "\n".join(lines)
+
+
+def measured(arms: Arms) -> list[list[object]]:
+    """Rows of a CSV: every measure of every cell."""
+    return [
+        [arm, seed, name, f"{measure(curve):.5g}"]
+        for arm, curves in arms.items()
+        for seed, curve in curves.items()
+        for name, measure in MEASURES.items()
     ]
-    for arm, by_seed in at(study, steps).items():
-        title, records = ARMS[arm][0], by_seed.values()
-        lines += [row(title, seed, record) for seed, record in by_seed.items()]
-        proxy, held_out, patches = (
-            over_seeds([change(r, m) for r in records], "+.1f") for m in (PROXY, HELD_OUT, PATCHES)
-        )
-        layout = over_seeds([r["diversity"]["layout"] for r in records], ".2f")
-        cells = [f"**{title}**", "all", "", f"**{proxy}**", "", f"**{held_out}**", patches, layout]
-        lines.append(line(cells))
-    return "\n".join(lines)
-
-
-def demo_table(study: Study, steps: int) -> str:
-    """The changes after the demo's iterations: a row an arm and measure, a column a seed."""
-    seeds = list(next(iter(study.values())))
-    heads = [f"after {steps} iterations", "change of", *(f"seed {s}" for s in seeds), "all"]
-    lines = [line(heads), "|---" * len(heads) + "|"]
-    for arm, by_seed in at(study, steps).items():
-        for name, measure in (("proxy, %", PROXY), ("held-out, %", HELD_OUT)):
-            cells = [interval(by_seed[seed]["change"][measure], "+") for seed in seeds]
-            mean = over_seeds([change(by_seed[seed], measure) for seed in seeds], "+.1f")
-            lines.append(line([ARMS[arm][0], name, *cells, f"**{mean}**"]))
-    return "\n".join(lines)
-
-
-def line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def note(record: Record, revisions: Sequence[str], machine: str) -> str:
-    """What the tables' numbers are, and where and at which revisions the runs were trained."""
-    plural = "s" if len(revisions) > 1 else ""
-    return (
-        f"Each run: {record['image_count']} images of {record['prompt_count']} prompts, noise "
-        f"fixed by its seed. [Brackets]: 95 % intervals over prompts, changes paired with the same "
-        f"seed's start. (Parentheses): least and greatest of the seeds, no interval. Patches: the "
-        f"score for the right number of connected patches, which nothing optimises, in %. Entropy "
-        f"in nats. Trained at revision{plural} {', '.join(revisions)}; {machine}."
-    )
-
-
-def report(study: Study, steps: int, demo: int, revisions: Sequence[str], machine: str) -> str:
-    """The tables and their note; the demo's only where it is another point of the same runs."""
-    first = next(iter(next(iter(study.values())).values()))
-    shared = demo != steps and any(r["step"] == demo for r in first)
-    tables = [table(study, steps), *([demo_table(study, demo)] if shared else [])]
-    return "\n\n".join([*tables, note(first[-1], revisions, machine)])
-
-
-# ---- the CSV -------------------------------------------------------------------------------------
-
-
-def rows(study: Study, revisions: Mapping[tuple[str, int], str], machine: str) -> list[list[Any]]:
-    """A row an arm, seed, iteration and measure, in the order of FIELDS."""
-    ends = ("mean", "low", "high")
-    found = []
-    for arm, by_seed in study.items():
-        for seed, records in by_seed.items():
-            where = [revisions[arm, seed], machine]
-            for r in records:
-                run = [ARMS[arm][0], seed, r["step"]]
-                for measure, values in r["rewards"].items():
-                    changed = r["change"][measure]
-                    numbers = [values[e] for e in ends] + [changed[e] for e in ends]
-                    found.append([*run, measure, *numbers, *where])
-                for measure, value in r["diversity"].items():
-                    found.append([*run, f"entropy {measure}", value, *[""] * 5, *where])
-    return found
