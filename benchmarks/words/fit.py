@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gardo.files import write_atomically
 from words.models import Budget
@@ -78,25 +79,37 @@ def _follow(average: nn.Module, model: nn.Module, share: float) -> None:
     torch._foreach_lerp_(targets, sources, share)
 
 
-def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
-) -> dict[str, Any]:
-    parts = {"model": model, "optimizer": optimizer, "average": average}
-    return {name: part for name, part in parts.items() if part is not None}
+def _save(
+    file: Path, step: int, model: nn.Module, optimizer: Optimizer, average: nn.Module | None
+) -> None:
+    tensors = {
+        f"optimizer.{index}.{name}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    for part, module in _modules(model, average):
+        tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    # tied weights have two names, and safetensors wants a storage for each
+    apart = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    write_atomically(file, save({**apart, "steps": torch.tensor(step)}))
 
 
-def _save(file: Path, step: int, *parts: Any) -> None:
-    held = io.BytesIO()
-    states = {name: part.state_dict() for name, part in _state(*parts).items()}
-    torch.save({"step": step, **states}, held)
-    write_atomically(file, held.getvalue())
-
-
-def _restored(file: Path, *parts: Any) -> int:
+def _restored(file: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None) -> int:
     """The steps that the checkpoint has, put into the parts; 0 without one."""
     if not file.is_file():
         return 0
-    saved = torch.load(file, weights_only=True, map_location="cpu")
-    for name, part in _state(*parts).items():
-        part.load_state_dict(saved[name])
-    return int(saved["step"])
+    tensors = load_file(file)
+    for part, module in _modules(model, average):
+        module.load_state_dict({name: tensors[f"{part}.{name}"] for name in module.state_dict()})
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        part, _, rest = key.partition(".")
+        if part == "optimizer":
+            index, name = rest.split(".")
+            state[int(index)][name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+    return int(tensors["steps"])
+
+
+def _modules(model: nn.Module, average: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    return [("model", model), *([("average", average)] if average is not None else [])]

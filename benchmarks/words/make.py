@@ -264,7 +264,7 @@ def make(m: Making, until: float) -> dict[str, Any]:
     for stage in STAGES:
         if stage in facts["stages"]:
             continue
-        task, file = task_of(m, stage), m.folder / CHECKPOINTS / f"{stage}.pt"
+        task, file = task_of(m, stage), m.folder / CHECKPOINTS / f"{stage}.safetensors"
         budget = m.size.budgets[stage]
         fit(stage, task.model, task.loss, budget, file=file, until=until, average=task.average)
         facts |= task.publish() or {}

@@ -100,8 +100,11 @@ def test_a_cut_training_goes_on_to_the_bit(tmp_path):
 
     for done in (1, 2):
         with pytest.raises(Cut, match=f"flux: {done} of 3 steps"):
-            trained(tmp_path / "cut.pt", 0.0)
-    gone_on, whole = trained(tmp_path / "cut.pt", 0.0), trained(tmp_path / "whole.pt", float("inf"))
+            trained(tmp_path / "cut.safetensors", 0.0)
+    gone_on, whole = (
+        trained(tmp_path / "cut.safetensors", 0.0),
+        trained(tmp_path / "whole.safetensors", float("inf")),
+    )
     start = make.task_of(making(), "flux").model.state_dict().values()
     assert all(map(torch.equal, gone_on, whole))
     assert not all(map(torch.equal, start, whole[: len(whole) // 2]))
@@ -127,7 +130,7 @@ def test_make_leaves_models_prompts_and_what_ocr_read(made):
     facts = make.made(made)
     assert facts["stages"] == list(make.STAGES) and facts["size"] == "small"
     assert set(facts["ocr"]) == {"trained", "held_out"} and facts["vae_mse"] < 1
-    assert (made / "samples.png").is_file() and not [*made.glob("checkpoints/*.pt")]
+    assert (made / "samples.png").is_file() and not [*made.glob("checkpoints/*.safetensors")]
     words = [world.parse(line)[0] for line in (made / "evaluate.txt").read_text().splitlines()]
     of, half = SMALL.world, len(SMALL.world.held_out)
     assert words == [*of.trained[:half], *of.held_out]

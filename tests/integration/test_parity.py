@@ -160,8 +160,8 @@ def test_training_moves_the_metrics(covering: Folders) -> None:
     """The comparison above would pass on runs that do nothing: these do something."""
     steps = steps_of(covering["local"], alone(ONCE))
     assert [r["events"] for r in steps] == [[], ["reference reset (4 updates)"], []]
-    moved = [r["metrics"]["kl"] > 1e-4 for r in steps]
-    assert moved == [False, True, False]  # from the reference: at first and after a reset it is it
+    first, moved, after_reset = (r["metrics"]["kl"] for r in steps)
+    assert moved > 2 * max(first, after_reset)  # whose iterations begin at their reference
     assert all(r["metrics"]["gate_share"] == 0.25 for r in steps)
     assert all(r["metrics"]["ratio_error"] < 1e-4 for r in steps)
 
@@ -177,7 +177,7 @@ def test_rows_that_weigh_nothing_may_be_left_out(covering: Folders) -> None:
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
     left_out = {world: [r["metrics"]["rows_left_out"] for r in steps_of(covering[world], case)]
                 for world, case in (("local", fewer), ("two_ranks", UNEVEN))}  # fmt: skip
-    assert left_out == {"local": [10, 12, 12], "two_ranks": [4, 8, 8]}  # of 16
+    assert left_out == {"local": [12, 10, 10], "two_ranks": [8, 4, 4]}  # of 16
 
 
 def test_wrong_old_velocities_are_computed_again(covering: Folders) -> None:
