@@ -21,7 +21,8 @@ SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gard
 
 # Watched: what makes a module heavy, or ties it to one library's habits.
 WATCHED = """torch triton deepspeed diffusers transformers peft accelerate tokenizers bitsandbytes
-    flash_attn kernels typer rich fastapi uvicorn httpx tensorboard wandb"""
+    flash_attn kernels typer rich fastapi starlette uvicorn httpx2 prometheus_client
+    tensorboard wandb"""
 
 # fmt: off
 MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
@@ -42,7 +43,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "tiny":          "| torch diffusers transformers",
     "policies":      "types flow gardo_kernels tiny"
                      " | torch diffusers transformers peft accelerate bitsandbytes",
-    "rewards":       "types tiny gardo_kernels | torch transformers fastapi uvicorn httpx",
+    "rewards":       "types tiny gardo_kernels"
+                     " | torch transformers fastapi starlette uvicorn httpx2 prometheus_client",
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
@@ -67,7 +69,9 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "loading":       "data machine recipe recipe_errors distributed planner policies rewards"
                      " | torch diffusers transformers",
     "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
+    "reward_worker": "config recipe_errors rewards | torch",
     "session":       "* | torch",
+    "unscored":      "bad_updates distributed session types |",
     "phases":        "* | torch",
     "train":         "* | torch",
     "selftest":      "* | torch",

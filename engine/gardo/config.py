@@ -27,6 +27,7 @@ from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
 from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.base import Reward, RewardSettings
+from gardo.settings import Strict
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
@@ -204,6 +205,28 @@ def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
         algorithm=(_algorithm_settings(raw.get("algorithm")), ...),
         rewards=(panel, ...),
     )
+
+
+def reward_sections(
+    raw: dict[str, Any], source: str, origin: Origin | None = None
+) -> dict[str, RewardSettings]:
+    """Rewards alone, by name, as a server has them: they need no role. RecipeError."""
+    origin = origin or {}
+    try:
+        sections = {n: {"role": _role(n, r), **r} for n, r in _named(raw).items()}
+        panel: Any = TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in sections.items()})  # type: ignore[misc]
+        schema = create_model("Served", __base__=Strict, rewards=(panel, ...))
+        return dict(schema.model_validate({"rewards": sections}).rewards)  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise RecipeError(explained(schema, error, source, origin)) from None
+    except _BadName as error:
+        raise RecipeError(placed(error, source, origin)) from None
+
+
+def _role(name: str, section: Any) -> str:
+    """One that the reward may have."""
+    plugin = _plugin("gardo.rewards", section, "kind", f"rewards.{name}")
+    return "features" if plugin.gives_features else "held_out"
 
 
 def full_schema() -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 import transformers
 
 from gardo.data import run_prompts
-from gardo.distributed.base import Engine, ranks_here
+from gardo.distributed.base import Engine, gather_text, ranks_here
 from gardo.distributed.group import Group
 from gardo.distributed.shards import load_masters
 from gardo.machine import ranks
@@ -20,10 +24,13 @@ from gardo.planner.forecast import forecast
 from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import open_lora
-from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
+from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
+from gardo.rewards.assembly import Workers, assemble
 from gardo.rewards.base import Panel
+from gardo.rewards.serving.client import Address
+from gardo.rewards.serving.wire import TOKEN
 from gardo.settings import FieldError
 
 
@@ -89,15 +96,39 @@ def find_rewards(recipe: Recipe) -> None:
         find_files(settings, f"rewards.{name}")
 
 
-def build_panel(recipe: Recipe, device: torch.device) -> Panel:
-    """ValueError, opening with its field, for a reward that does not load."""
-    rewards = {}
-    for name, settings in reward_settings(recipe).items():
-        try:
-            rewards[name] = reward_plugin(settings)(settings, device)
-        except (OSError, ValueError) as error:
-            raise settings.error_at(f"rewards.{name}", error) from error
-    return Panel(rewards)
+def start_workers(recipe: Recipe, say: Callable[[str], object] = print) -> Workers:
+    """The workers of this machine, by its first rank; they load while the models do."""
+    rewards = reward_settings(recipe) if ranks()[1] == 0 else {}
+    return Workers.start(rewards, recipe.scoring, say)
+
+
+def build_panel(recipe: Recipe, device: torch.device, workers: Workers | None = None) -> Panel:
+    """ValueError, opening with its field, for a reward that does not load or is not reached.
+
+    All ranks call it: they ask the workers that the first of their machine has started.
+    """
+    return assemble(
+        reward_settings(recipe),
+        recipe.scoring,
+        device,
+        _reachable(workers or Workers(), join_ranks(recipe, device)),
+        prompt=recipe.prompts()[0],
+        token=os.environ.get(TOKEN),
+    )
+
+
+def _reachable(workers: Workers, group: Group) -> dict[str, Address]:
+    """The workers of this machine, which its first rank has started. ValueError on all ranks."""
+    try:
+        own: dict[str, Any] = {n: astuple(a) for n, a in workers.addresses().items()}
+    except ValueError as error:
+        own = {"": str(error)}
+    said = [json.loads(text) for text in gather_text(group, json.dumps(own))]
+    for each in said:
+        if "" in each:
+            raise FieldError(each[""])
+    rank, local_rank, _ = ranks()
+    return {name: Address(*address) for name, address in said[rank - local_rank].items()}
 
 
 def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.device) -> Engine:
@@ -127,7 +158,7 @@ def build_engine(recipe: Recipe, policy: Policy, plan: Geometry, device: torch.d
 
 
 def load_models(
-    recipe: Recipe, plan: Geometry, device: torch.device, source: str
+    recipe: Recipe, plan: Geometry, device: torch.device, source: str, workers: Workers
 ) -> tuple[Policy, Panel, Engine]:
     """The model, the rewards and the engine that trains the model: all that takes memory."""
     try:
@@ -146,7 +177,7 @@ def load_models(
             policy.use_block_kernels(recipe.kernels)
         if recipe.train.compile == "blocks":
             policy.compile_blocks(recipe.train.activation_checkpointing)
-        panel = build_panel(recipe, device)
+        panel = build_panel(recipe, device, workers)
     except FieldError as error:
         raise RecipeError(f"{source}: {error}") from error
     except (OSError, ValueError) as error:  # what a folder's inside or a hub can still refuse

@@ -28,6 +28,7 @@ from gardo.report.phase_clock import fields
 from gardo.report.phase_table import as_text
 from gardo.rollout import (
     Part,
+    Said,
     batch_of,
     groups_of,
     parts,
@@ -75,7 +76,7 @@ def sampled(s: Session, step: int) -> Rollout:
 
 def finished(
     s: Session, step: int, latents_BX: Tensor, prompts: Sequence[Prompt]
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Said]]:
     """Images of latents, and what the rewards say of them that need no other image."""
     images_B3HW = s.policy.decode(latents_BX)
     return images_B3HW, s.panel.alone(images_B3HW, prompts, step)

@@ -20,6 +20,7 @@ from gardo.distributed.slots import LIVE
 from gardo.evaluation.evaluate import EvaluateSettings
 from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.settings import PolicySettings
+from gardo.rewards.assembly import ScoringSettings
 from gardo.rewards.base import RewardSettings
 from gardo.settings import Strict
 from gardo.types import Prompt
@@ -123,6 +124,7 @@ class Recipe(Strict):
     sampler: SamplerSettings
     algorithm: Any
     rewards: dict[str, Any]
+    scoring: ScoringSettings = ScoringSettings()
     rollout: RolloutSettings = RolloutSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

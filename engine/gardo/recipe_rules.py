@@ -12,6 +12,7 @@ from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import check_base
 from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
+from gardo.rewards.assembly import check_places
 
 
 def _rewards_fit(recipe: Recipe) -> None:
@@ -22,6 +23,7 @@ def _rewards_fit(recipe: Recipe) -> None:
             reward_plugin(settings).check(settings, recipe.data.images_per_prompt)
         except ValueError as error:
             raise ValueError(f"rewards.{name}.{error}") from None
+    check_places(reward_settings(recipe), recipe.scoring)
     if not by_role.get("proxy"):
         raise ValueError(
             "rewards: none has role proxy; give the reward that is optimised `role: proxy`"
@@ -62,6 +64,11 @@ def _algorithm_fits(recipe: Recipe) -> None:
 
 def _all_differentiable(recipe: Recipe) -> None:
     for name, settings in reward_settings(recipe).items():
+        if settings.role == "proxy" and settings.where != "here":
+            raise ValueError(
+                f"rewards.{name}.where: {settings.where}: no gradient comes from there, and the "
+                "algorithm needs one; leave it out"
+            )
         if settings.role == "proxy" and not reward_plugin(settings).differentiable:
             raise ValueError(
                 f"rewards.{name}: {settings.kind} has no gradient, and the algorithm needs one"

@@ -44,7 +44,8 @@ def noise_id(step: int, sample_B: Tensor) -> Tensor:
 
 
 # latents [B, X] and their prompts -> images, and what rewards said of them: fp32 [B], or [B, D]
-Finish = Callable[[Tensor, Sequence[Prompt]], tuple[Tensor, Mapping[str, Tensor]]]
+Said = Tensor | Callable[[], Tensor]  # what a reward says, or what waits for it
+Finish = Callable[[Tensor, Sequence[Prompt]], tuple[Tensor, Mapping[str, Said]]]
 
 
 class FlowModel(Protocol):
@@ -140,7 +141,7 @@ def sample(
         conditioning=conditioning,
         final_BX=final_BX,
         images_B3HW=torch.cat([images for images, _ in finished]),
-        values={name: torch.cat([v[name] for _, v in finished]) for name in finished[0][1]},
+        values={name: _joined([v[name] for _, v in finished]) for name in finished[0][1]},
         step_T=torch.tensor(plan.record, dtype=torch.int64),
         state_BTX=state_BTX,
         u_BTX=u_BTX,
@@ -150,6 +151,14 @@ def sample(
         seed_1=seed_1,
         step=step,
     )
+
+
+def _joined(said: Sequence[Said]) -> Said:
+    """What a reward says of all micro-batches."""
+    there = [part for part in said if isinstance(part, Tensor)]
+    if len(there) == len(said):
+        return torch.cat(there)
+    return lambda: torch.cat([part if isinstance(part, Tensor) else part() for part in said])
 
 
 def calls_of(

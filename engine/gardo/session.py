@@ -19,7 +19,7 @@ from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.ending import Stop
 from gardo.evaluation.evaluate import Evaluator
-from gardo.loading import join_ranks, load_models, quiet_libraries
+from gardo.loading import join_ranks, load_models, quiet_libraries, start_workers
 from gardo.machine import (
     as_it_runs,
     blocks_trouble,
@@ -43,6 +43,7 @@ from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
+from gardo.rewards.assembly import Workers
 from gardo.rewards.base import Panel
 from gardo.rollout import LossContext
 from gardo.run_folder import check_changes, keep_id, open_log, own_folder, run_id
@@ -68,6 +69,7 @@ class Session:
     log: MetricsLog | None
     progress: Progress
     bad_updates: BadUpdates
+    workers: Workers  # of this machine, where this is its first rank
     average: Average | None = None  # of the weights, where the recipe asks for one
     profile: StepProfile | None = None  # where one was asked for, on the first rank
     stop: Stop = field(default_factory=Stop)
@@ -153,6 +155,8 @@ class Session:
         if self.policy.compiled:
             self.policy.compiled.close()
         self.checkpoints.close()
+        self.panel.close()
+        self.workers.close()
         if exception[0] is None:  # a failed rank must not wait for the others in a collective
             self.engine.close()
 
@@ -242,7 +246,8 @@ def open_session(
         phases=PhaseClock(device),
     )
     with progress.phase("load"):
-        policy, panel, engine = load_models(recipe, plan, device, source)
+        workers = start_workers(recipe, progress.message)
+        policy, panel, engine = load_models(recipe, plan, device, source, workers)
     measured: list[Policy | Panel | Engine] = [policy, panel, engine]
     for part in measured:
         part.phase = progress.phase
@@ -266,6 +271,7 @@ def open_session(
         log=None,
         progress=progress,
         bad_updates=BadUpdates(recipe.train.bad_updates),
+        workers=workers,
         average=Average(recipe.train.ema) if recipe.train.ema else None,
     )
     for said in filter(None, (engine.gather_note, *notes)):

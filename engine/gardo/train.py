@@ -42,6 +42,7 @@ from gardo.recipe_errors import RankError, RecipeError
 from gardo.run_lock import RunLock
 from gardo.session import Session, open_session
 from gardo.types import select
+from gardo.unscored import stop_where_unscored
 
 
 def train(s: Session) -> None:
@@ -57,6 +58,7 @@ def train(s: Session) -> None:
         commit_checkpoint(s)  # the one being written, if it is written by now
         with phase("reward"):
             scores = scored(s, rollout)
+            stop_where_unscored(s, step, scores)
             everyone = credited(s, scores, step)
             credit = select(everyone, rollout.sample_B)
         with phase("teachers"):

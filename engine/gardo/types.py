@@ -139,7 +139,8 @@ class Rollout:
     seed_1: Tensor  # int64 [1], the seed on the device, as kernels read it
     step: int
     velocities: Mapping[str, Tensor] = field(default_factory=dict)  # of teachers: [B, T, X]
-    values: Mapping[str, Tensor] = field(default_factory=dict)  # of rewards that spoke already
+    # of rewards: what they have said already, or what waits for it
+    values: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,8 @@ class Counted:
     def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
         found = {}
         for name, settings in reward_settings(recipe).items():
+            if settings.where != "here":
+                continue
             trained = plan.micro_batch if recipe.differentiable else 0
             key = settings.model_dump_json(), trained
             if key not in self._scorers:

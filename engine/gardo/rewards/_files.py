@@ -46,6 +46,8 @@ class Files:
         return core_schema.with_info_after_validator_function(self._check, handler(source))
 
     def _check(self, path: str, info: ValidationInfo) -> str:
+        if info.data.get("where", "here") != "here":  # it lies where it is scored
+            return path
         try:
             missing = self.missing(Path(model_path(path)), info.data)
         except KeyError:  # a field that it depends on is wrong itself, and says so
@@ -114,8 +116,11 @@ class ModelRewardSettings(RewardSettings):
 def find_files(settings: RewardSettings, where: str) -> None:
     """Looks for every file that the fields name, of a judge inside too, and downloads those of hubs
 
-    ValueError, opening with the field behind `where`, for the first that is not there.
+    ValueError, opening with the field behind `where`, for the first that is not there. Of a reward
+    that is scored elsewhere nothing is needed here.
     """
+    if settings.where != "here":
+        return
     for field, about in type(settings).model_fields.items():
         value, place = getattr(settings, field), f"{where}.{field}"
         if isinstance(value, RewardSettings):

@@ -11,8 +11,9 @@ Shapes: B images of this rank, float32 [B, 3, H, W] in [0, 1]; N pairs of images
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from gardo.settings import Strict
 from gardo.types import Phase, Prompt, Scores, no_phase
 
 SCORING = ("score", "compare", "score_together")  # a reward has one of them, or more
+Pending = Callable[[], Tensor]  # waits for values that are computed elsewhere
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
 
@@ -37,6 +39,12 @@ class RewardSettings(Strict):
     weight: float = Field(1.0, description="share in the sum of the proxies")
     every: int = Field(
         1, ge=1, description="iterations between two scorings while training, of a held-out reward"
+    )
+    where: str = Field(
+        "here",
+        pattern=r"^(here|worker|worker:[A-Za-z][A-Za-z0-9_-]*|https?://[^\s]+)$",
+        description="here, in the training process; worker, or worker:NAME of scoring.workers, in "
+        "a process of its own; or the URL of a `gardo rewards serve`",
     )
 
     @model_validator(mode="after")
@@ -77,8 +85,9 @@ class Reward:
 
     Settings: ClassVar[type[RewardSettings]]
     differentiable: ClassVar[bool] = False
-    gives_features: ClassVar[bool] = False
+    gives_features: bool = False
     scores_alone: bool = True  # an image has a score without others to compare with
+    limits: tuple[float, float] = (-math.inf, math.inf)  # a value outside of them is a failure
 
     def __init__(self, settings: Any, device: torch.device) -> None:
         self.settings = settings
@@ -90,6 +99,18 @@ class Reward:
         NaN where an image has no value: it must not be used. Infinities count as NaN.
         """
         raise NotImplementedError  # pragma: no cover
+
+    def begin(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Pending | None:
+        """Begins `score` elsewhere; what is returned waits for it. None: it is computed here."""
+        return None
+
+    @property
+    def trouble(self) -> str:
+        """Why images had no value, the last time that they had none, as far as it is known."""
+        return ""
+
+    def close(self) -> None:
+        """The run is over."""
 
     def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """How sure a judge of pairs is of the first image, fp32 [N].
@@ -139,6 +160,11 @@ class Reward:
                 f"kind: {settings.kind} has no score; give it "
                 "`def score(self, images_B3HW, prompts)`"
             )
+        if settings.where != "here" and provides(cls, "score_together"):
+            raise ValueError(
+                f"where: {settings.where}: {settings.kind} looks at groups, which are here; leave "
+                "it out (its judge may be elsewhere)"
+            )
 
     @classmethod
     def holds(cls, settings: Any) -> list[tuple[str, str]] | None:
@@ -181,6 +207,10 @@ class Panel:
         self.rewards = dict(rewards)
         self.phase: Phase = no_phase  # what measures them
 
+    def close(self) -> None:
+        for reward in self.rewards.values():
+            reward.close()
+
     def names(self, role: Role) -> tuple[str, ...]:
         return tuple(n for n, r in self.rewards.items() if r.settings.role == role)
 
@@ -195,22 +225,28 @@ class Panel:
         seed: int = 0,
         step: int = 0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        said: Mapping[str, Tensor] | None = None,
+        said: Mapping[str, Tensor | Pending] | None = None,
     ) -> Scores:
         """Scores of this rank's images; non-finite values are masked. All ranks call it.
 
         Held-out rewards are scored in the steps that their `every` divides. What `alone` has
-        `said` of these images is not asked again.
+        `said` of these images is not asked again; what it has begun is waited for.
         """
         place = Gathering(sample_B, group_B, seed, step, gather)
+        said = {**self._begun(images_B3HW, prompts, step, but=said or ()), **(said or {})}
+        answers = {}
+        for name, reward in self._due(step).items():
+            ask = partial(reward.score_together, images_B3HW, prompts, place)
+            answers[name] = said[name] if name in said else self._asked(name, ask, len(prompts))
         values: dict[str, Tensor] = {}
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
-        said = said or {}
-        for name, reward in self._due(step).items():
-            ask = partial(reward.score_together, images_B3HW, prompts, place)
-            value = said[name] if name in said else self._asked(name, ask, len(prompts))
-            if reward.gives_features:
+        for name, answer in answers.items():
+            if isinstance(answer, Tensor):
+                value = answer
+            else:
+                value = self._asked(name, answer, len(prompts), waits=True)
+            if self.rewards[name].gives_features:
                 features_valid_B = value.isfinite().all(-1)
                 features = torch.where(features_valid_B[:, None], value.float(), 0.0)
             else:
@@ -235,22 +271,40 @@ class Panel:
     @torch.no_grad()
     def alone(
         self, images_B3HW: Tensor, prompts: Sequence[Prompt], step: int = 0
-    ) -> dict[str, Tensor]:
-        """What the rewards say that need no other image: some of a rank's images, no collective."""
-        return {
-            name: self._asked(name, partial(reward.score, images_B3HW, prompts), len(prompts))
-            for name, reward in self._due(step).items()
-            if not provides(type(reward), "score_together")
-        }
+    ) -> dict[str, Tensor | Pending]:
+        """What the rewards say that need no other image: some of a rank's images, no collective.
+
+        Those elsewhere begin first and are not waited for.
+        """
+        said: dict[str, Tensor | Pending] = {**self._begun(images_B3HW, prompts, step)}
+        for name, reward in self._due(step).items():
+            if name not in said and not provides(type(reward), "score_together"):
+                ask = partial(reward.score, images_B3HW, prompts)
+                said[name] = self._asked(name, ask, len(prompts))
+        return said
+
+    def _begun(
+        self,
+        images_B3HW: Tensor,
+        prompts: Sequence[Prompt],
+        step: int,
+        but: Collection[str] = (),
+    ) -> dict[str, Pending]:
+        """The rewards elsewhere, asked for these images."""
+        asked = {n: r for n, r in self._due(step).items() if n not in but}
+        begun = {n: r.begin(images_B3HW, prompts) for n, r in asked.items()}
+        return {name: pending for name, pending in begun.items() if pending}
 
     def _due(self, step: int) -> dict[str, Reward]:
         return {n: r for n, r in self.rewards.items() if step % r.settings.every == 0}
 
-    def _asked(self, name: str, ask: Callable[[], Tensor], count: int) -> Tensor:
+    def _asked(
+        self, name: str, ask: Callable[[], Tensor], count: int, *, waits: bool = False
+    ) -> Tensor:
         """What a reward says of so many images, measured and in the reward's precision."""
         reward = self.rewards[name]
         kind = "features" if reward.gives_features else "reward"
-        with self.phase(kind, rows=count):
+        with self.phase("remote" if waits else kind, rows=count):
             return self._checked(name, ask, count)
 
     def score(self, name: str, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -268,6 +322,9 @@ class Panel:
             error.add_note(f"rewards.{name}: {type(reward).__name__} failed")
             raise
         _check_shape(value, count, name, reward)
+        low, high = reward.limits
+        if (low, high) != Reward.limits:
+            value = value.where((value >= low) & (value <= high), torch.nan)
         return value
 
     def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -228,11 +228,14 @@ METHODS = {"win_rate": win_rate, "bradley_terry": predicted_win_rate}
 class Preference(Reward):
     Settings = PreferenceSettings
 
-    def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: PreferenceSettings, device: torch.device, judge: Reward | None = None
+    ) -> None:
+        """`judge`, where it is not to be loaded here."""
         super().__init__(settings, device)
         plugin = plugins.resolve("gardo.rewards", settings.judge.kind)
         try:
-            self.reward: Reward = plugin(settings.judge, device)
+            self.reward: Reward = judge or plugin(settings.judge, device)
         except (OSError, ValueError) as error:
             raise settings.judge.error_at("judge", error) from error
         self.judge: Judge = (

@@ -1,0 +1,181 @@
+"""A recipe's rewards, each where the recipe wants it: here, in a worker, behind a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from gardo import plugins
+from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.serving.calls import CallSettings
+from gardo.rewards.serving.client import Address, Remote, Server
+from gardo.rewards.serving.wire import Pixels
+from gardo.rewards.serving.workers import Worker, WorkerSettings
+from gardo.settings import Strict
+from gardo.types import Prompt
+
+HERE, WORKER = "here", "worker"
+
+
+class ScoringSettings(Strict):
+    """Rewards that are not scored in the training process."""
+
+    calls: CallSettings = CallSettings()
+    parallel: int = Field(4, ge=1, le=64, description="questions in flight to one server")
+    pixels: Pixels = Field(
+        "float32",
+        description="how pictures travel; uint8: rounded to 8 bits, a quarter of the bytes",
+    )
+    together: bool = Field(
+        False,
+        description="lets a server compute the questions of several clients at once: faster, but "
+        "the last bits then depend on who else asks",
+    )
+    max_failed: float = Field(
+        0.25, ge=0, le=1, description="share of an iteration's images without a value of a reward "
+        "that trains, above which the run ends",
+    )  # fmt: skip
+    workers: dict[str, WorkerSettings] = Field(
+        {}, description="by name; `worker` is there without being named, on the CPU"
+    )
+
+
+Elsewhere = dict[str, RewardSettings]  # by the name that a server has for it
+
+
+def elsewhere(rewards: Mapping[str, RewardSettings]) -> Elsewhere:
+    """The rewards and judges that are not scored here; a judge is called REWARD.judge."""
+    judges = {
+        f"{name}.judge": getattr(settings, "judge", None) for name, settings in rewards.items()
+    }
+    every = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
+    return {name: settings for name, settings in every.items() if settings.where != HERE}
+
+
+def worker_name(settings: RewardSettings) -> str | None:
+    """Which of the run's workers scores it, if one does."""
+    kind, _, name = settings.where.partition(":")
+    return (name or WORKER) if kind == WORKER else None
+
+
+def check_places(rewards: Mapping[str, RewardSettings], scoring: ScoringSettings) -> None:
+    """ValueError, opening with the field, for a worker that is not there or has nothing to do."""
+    used = set()
+    for name, settings in elsewhere(rewards).items():
+        worker = worker_name(settings)
+        used.add(worker)
+        if worker and worker not in {WORKER, *scoring.workers}:
+            there = ", ".join({WORKER: None, **scoring.workers})
+            raise ValueError(
+                f"rewards.{name}.where: {settings.where}: there is no such worker; there are "
+                f"{there}; add scoring.workers.{worker}: {{device: cpu}}"
+            )
+    for name in scoring.workers:
+        if name not in used:
+            raise ValueError(
+                f"scoring.workers.{name}: no reward is scored there; give one "
+                f"where: worker:{name}, or leave it out"
+            )
+
+
+@dataclass
+class Workers:
+    """The workers of this machine that this process has started."""
+
+    running: dict[str, Worker] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        rewards: Mapping[str, RewardSettings],
+        scoring: ScoringSettings,
+        say: Callable[[str], object] = print,
+    ) -> Workers:
+        asked: dict[str, dict[str, Any]] = {}
+        for name, settings in elsewhere(rewards).items():
+            if worker := worker_name(settings):
+                asked.setdefault(worker, {})[name] = served_settings(settings)
+        every = {WORKER: WorkerSettings(), **scoring.workers}
+        return cls({name: Worker(name, every[name], its, say) for name, its in asked.items()})
+
+    def addresses(self) -> dict[str, Address]:
+        """By worker, once all have loaded. ValueError."""
+        return {name: worker.address() for name, worker in self.running.items()}
+
+    def close(self) -> None:
+        for worker in self.running.values():
+            worker.close()
+
+
+def served_settings(settings: RewardSettings) -> dict[str, Any]:
+    """What a server is told of a reward: as JSON, without what is the client's."""
+    said = settings.model_dump(mode="json", exclude={"where", "role", "weight", "every"})
+    judge = getattr(settings, "judge", None)
+    return said if judge is None else {**said, "judge": served_settings(judge)}
+
+
+def load_rewards(
+    rewards: Mapping[str, RewardSettings],
+    device: torch.device,
+    *,
+    judges: Mapping[str, Reward] | None = None,
+    where: str = "rewards.",
+) -> dict[str, Reward]:
+    """The rewards, in this process. ValueError, opening with its field, where one does not load.
+
+    `judges` are those of rewards that hold one which is elsewhere, by the reward's name.
+    """
+    found: dict[str, Reward] = {}
+    for name, settings in rewards.items():
+        plugin = plugins.resolve("gardo.rewards", settings.kind)
+        options = {"judge": judges[name]} if judges and name in judges else {}
+        try:
+            found[name] = plugin(settings, device, **options)
+        except (OSError, ValueError) as error:
+            raise settings.error_at(f"{where}{name}", error) from error
+    return found
+
+
+def assemble(
+    rewards: Mapping[str, RewardSettings],
+    scoring: ScoringSettings,
+    device: torch.device,
+    workers: Mapping[str, Address],
+    *,
+    prompt: Prompt,
+    token: str | None = None,
+) -> Panel:
+    """All rewards of a recipe. `workers` says where its workers listen, `token` is for URLs.
+
+    ValueError, opening with its field, for one that does not load, or a server that does not answer
+    a question about the `prompt`.
+    """
+    servers: dict[Address, Server] = {}
+    remote: dict[str, Reward] = {}
+    for name, settings in elsewhere(rewards).items():
+        worker = worker_name(settings)
+        address = workers[worker] if worker else Address(settings.where.rstrip("/"), token)
+        if address not in servers:
+            servers[address] = Server(address, scoring.calls, parallel=scoring.parallel)
+        asked = Remote(
+            settings,
+            device,
+            plugin=plugins.resolve("gardo.rewards", settings.kind),
+            name=name,
+            server=servers[address],
+            pixels=scoring.pixels,
+            exact=not scoring.together,
+        )
+        try:
+            asked.meet(prompt, checked=worker is None)
+        except ValueError as error:
+            raise settings.error_at(f"rewards.{name}", error) from None
+        remote[name] = asked
+    here = {name: settings for name, settings in rewards.items() if settings.where == HERE}
+    judges = {n.removesuffix(".judge"): r for n, r in remote.items() if n.endswith(".judge")}
+    loaded = load_rewards(here, device, judges=judges)
+    return Panel({name: loaded.get(name) or remote[name] for name in rewards})

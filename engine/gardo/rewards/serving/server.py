@@ -1,0 +1,232 @@
+"""The HTTP service of `gardo rewards serve` and of a run's workers.
+
+    GET  /health            {"status": "ok"}; for who watches it, without a token
+    GET  /metrics           Prometheus
+    GET  /rewards           what is served: kind, settings, methods
+    POST /score/NAME        wire.py's body -> its answer; so is
+    POST /compare/NAME      for judges of pairs
+
+401 without the token, 403 for a name of the host that is not served, 404 for an unknown reward, 408
+for a body that does not arrive, 413 for one that is too large, 415 for another type, 422 for one
+that is not understood, 429 with Retry-After where the queue is full, 500 where the reward failed.
+
+No pickles, no code, no paths from clients. A server listens on the machine itself unless it has a
+token; it speaks plain HTTP, so between machines that others share put TLS in front of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from gardo.rewards.base import Reward, provides
+from gardo.rewards.serving.batching import QueueFull, Scorer, WrongMethod
+from gardo.rewards.serving.wire import (
+    CONTENT_TYPE,
+    TOKEN,
+    BadBody,
+    pack_answer,
+    unpack_request,
+)
+from gardo.settings import Strict
+
+OF_THE_CLIENT = {"role", "weight", "every", "where"}  # of a reward's settings
+
+
+class ServeSettings(Strict):
+    """The limits of a server."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8700, ge=0, le=65535, description="0: one that is free")
+    token: str | None = Field(None, min_length=16, repr=False)
+    body_bytes: int = Field(1 << 30, ge=1, description="of one request")
+    body_seconds: float = Field(60, gt=0, description="until it has arrived")
+    most_waiting: int = Field(1024, ge=1, description="images in a reward's queue")
+    most_together: int = Field(64, ge=1, description="images of several requests, computed at once")
+
+
+def check_address(settings: ServeSettings) -> None:
+    """ValueError for an address that others reach, without a token."""
+    if not _loopback(settings.host) and not settings.token:
+        raise ValueError(
+            f"--host {settings.host}: others reach this address, and there is no token; set the "
+            f"environment variable {TOKEN} (16 characters or more) here and for the runs, or "
+            "leave --host out"
+        )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def described(reward: Reward) -> dict[str, Any]:
+    """What a client may know of a served reward; JSON."""
+    settings = reward.settings.model_dump(mode="json", exclude=OF_THE_CLIENT)
+    methods = [m for m in ("score", "compare") if provides(type(reward), m)]
+    return {
+        "settings": settings,
+        "methods": methods,
+        "features": reward.gives_features,
+        "device": str(reward.device),
+    }
+
+
+def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
+    """The FastAPI application that serves the rewards."""
+    registry = CollectorRegistry()
+    answered = Counter("gardo_reward_requests", "answers", ["reward", "status"], registry=registry)
+    images = Counter("gardo_reward_images", "images scored", ["reward"], registry=registry)
+    seconds = Histogram(
+        "gardo_reward_seconds", "from request to answer", ["reward"], registry=registry
+    )
+    together = Histogram(
+        "gardo_reward_batch_images", "images computed at once", ["reward"],
+        buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256], registry=registry,
+    )  # fmt: skip
+    scorers = {
+        name: Scorer(
+            name,
+            reward,
+            most_together=settings.most_together,
+            most_waiting=settings.most_waiting,
+            seen=together.labels(name).observe,
+        )
+        for name, reward in rewards.items()
+    }
+    waiting = Gauge("gardo_reward_waiting_images", "in the queue", ["reward"], registry=registry)
+    for name, scorer in scorers.items():
+        waiting.labels(name).set_function(partial(getattr, scorer, "waiting"))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for scorer in scorers.values():
+            scorer.close()
+
+    app = FastAPI(title="gardo rewards", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  openapi_url=None)  # fmt: skip
+    if _loopback(settings.host):
+        # a page in a browser on this machine may reach the port, but not under its own name
+        names = ["127.0.0.1", "localhost", "[::1]", settings.host]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
+
+    def authorised(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        wanted = f"Bearer {settings.token}"
+        if settings.token and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise HTTPException(401, "no such token", {"WWW-Authenticate": "Bearer"})
+
+    async def body_of(request: Request) -> bytes:
+        if request.headers.get("content-type") != CONTENT_TYPE:
+            raise HTTPException(415, f"content-type must be {CONTENT_TYPE}")
+        length = request.headers.get("content-length", "0")
+        too_large = HTTPException(413, f"a request may have {settings.body_bytes} bytes")
+        if not length.isdecimal() or int(length) > settings.body_bytes:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > settings.body_bytes:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            late = f"the body had not arrived after {settings.body_seconds:g} s"
+            raise HTTPException(408, late) from None
+        return b"".join(parts)
+
+    async def values_of(method: str, scorer: Scorer, body: bytes) -> bytes:
+        try:
+            asked = await run_in_threadpool(unpack_request, body, method)
+            for prompt in asked.prompts:
+                type(scorer.reward).check_prompt(prompt)
+            values = await asyncio.wrap_future(scorer.ask(asked))
+        except QueueFull as error:
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
+        except WrongMethod as error:
+            raise HTTPException(404, str(error)) from None
+        except BadBody as error:
+            raise HTTPException(422, str(error)) from None
+        images.labels(scorer.name).inc(len(values))
+        return pack_answer(values)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics", dependencies=[Depends(authorised)])
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/rewards", dependencies=[Depends(authorised)])
+    async def served() -> dict[str, Any]:
+        return {
+            "release": release(),
+            "rewards": {name: described(reward) for name, reward in rewards.items()},
+        }
+
+    @app.post("/{method}/{name}", dependencies=[Depends(authorised)])
+    async def ask(method: str, name: str, request: Request) -> Response:
+        if method not in ("score", "compare") or name not in scorers:
+            raise HTTPException(404, f"no {method}/{name}; rewards: {', '.join(scorers)}")
+        began, status = time.monotonic(), 500
+        try:
+            body = await body_of(request)
+            answer = await values_of(method, scorers[name], body)
+            status = 200
+            return Response(answer, media_type=CONTENT_TYPE)
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except Exception as error:  # the reward's own
+            said = f"{name}: {type(error).__name__}: {error}"
+            raise HTTPException(500, said[:2000]) from error
+        finally:
+            answered.labels(name, status).inc()
+            seconds.labels(name).observe(time.monotonic() - began)
+
+    return app
+
+
+def release() -> str:
+    try:
+        return version("gardo-engine")
+    except PackageNotFoundError:
+        return "a checkout"
+
+
+def bound(settings: ServeSettings) -> socket.socket:
+    """The socket to listen on; OSError where the address is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind((settings.host, settings.port))
+    return found
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Serves until it is told to end (SIGTERM, SIGINT): what is computed is still answered."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=30,
+        timeout_keep_alive=30, server_header=False,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])
