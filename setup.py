@@ -6,11 +6,12 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
+SERVER = ["fastapi", "uvicorn", "prometheus-client"]  # of rewards outside the training process
 EXTRAS = {
     "cuda": ["bitsandbytes"],
     "flash": ["flash-attn"],  # built from source: needs nvcc and patience
     "flash4": ["flash-attn-4>=4.0.0b1"],  # pre-releases, which pip must be asked for
-    "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "fastapi", "uvicorn", "httpx", "scipy"],
+    "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "scipy", *SERVER],
     "track": ["tensorboard", "wandb"],
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
@@ -22,6 +23,7 @@ EXTRAS = {
         "rapidocr",  # the ocr reward's three, to test with the real reader
         "onnxruntime",
         "rapidfuzz",
+        *SERVER,
         "ruff",
         "mypy",
         "types-PyYAML",
@@ -64,6 +66,7 @@ setup(
         "accelerate>=1",  # to build a model without its weights
         "psutil",
         "safetensors>=0.5",
+        "httpx2>=2",  # huggingface_hub's own
         "pydantic>=2.10,<3",
         "PyYAML>=6",
         "typing-extensions>=4.12",

@@ -75,6 +75,9 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "phases":        "* | torch",
     "train":         "* | torch",
     "selftest":      "* | torch",
+    "reward_service": "config data recipe_errors rewards tiny types | torch",
+    "cli_common":    "| typer",
+    "cli_rewards":   "cli_common recipe_errors rewards reward_service | typer",
     "cli":           "* | torch typer rich",
 }
 AT_START = {  # when the module is imported, as opposed to when a function of it runs
@@ -84,7 +87,9 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "streams":       "|",
     "files":         "|",
     "policies":      "types flow gardo_kernels tiny | torch",  # a recipe is checked without a model
-    "cli":           "| typer rich",
+    "cli_common":    "| typer",
+    "cli_rewards":   "cli_common | typer",
+    "cli":           "cli_common cli_rewards | typer rich",
 }
 # fmt: on
 FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these

@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from gardo import cli_rewards
+from gardo.cli_common import RecipeArgument, SetOption, refuse
+
 app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
     "(GARDO).",
@@ -18,13 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[
-    Path, typer.Argument(help="a recipe, such as recipes/tiny_flux_gardo.yaml")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the recipe"),
-]
+app.add_typer(cli_rewards.app, name="rewards")
 
 
 @app.command()
@@ -101,7 +98,7 @@ def train(
         arguments += ["--profile"] if profile else []
         command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
 
 
@@ -113,7 +110,7 @@ def _read(recipe: Path) -> None:
     try:
         read(recipe)
     except RecipeError as error:
-        _refuse(error)
+        refuse(error)
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:
@@ -164,7 +161,7 @@ def plan(
         checked = load(recipe, set_ or [], prompts=False)
         lines, fits = plan_page(checked, world=gpus, room=room, nodes=nodes, source=str(recipe))
     except (RecipeError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     print("\n".join(lines))
     raise typer.Exit(int(not fits))
 
@@ -209,7 +206,7 @@ def export(
             print(export_run(run, format=format_, average=ema, out=out, step=step,
                              shard_bytes=shard))  # fmt: skip
     except (RecipeError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
 
 
 @app.command("import")
@@ -226,9 +223,9 @@ def import_(
     try:
         found = open_lora(lora)
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     if (out / DIFFUSERS_FILE).resolve() == found.path.resolve():
-        _refuse(f"--out {out}: {found.path} is read from there; give another folder")
+        refuse(f"--out {out}: {found.path} is read from there; give another folder")
     said: dict[str, Any] = {
         "rank": found.rank,
         "alpha": found.alpha,
@@ -237,7 +234,7 @@ def import_(
     try:
         file = save_diffusers(found.read(), lora_config(**said), made_folder(out))
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     weights = {"kind": "lora", "path": str(file.absolute()), **said}
     print(yaml.safe_dump({"train": {"weights": weights}}, sort_keys=False), end="")
 
@@ -249,14 +246,14 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
     from gardo.report.metrics_log import missing
 
     if not (run / "metrics.jsonl").is_file():
-        _refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
+        refuse(f"{run}: no metrics.jsonl; name the folder of a run, such as runs/tiny-flux-gardo")
     try:
         written = write_report(run)
         for trouble in missing(run / "metrics.jsonl"):
             print(trouble, file=sys.stderr)
         print(written)
     except (OSError, ValueError) as error:
-        _refuse(f"{run}: no report can be made of it: {error}")
+        refuse(f"{run}: no report can be made of it: {error}")
 
 
 @app.command()
@@ -278,7 +275,7 @@ def doctor(
             worst = max(worst, finding.state == "problem")
             print(f"{finding.state:8} {finding.name:22} {finding.detail}", flush=True)
     except RecipeError as error:
-        _refuse(error)
+        refuse(error)
     raise typer.Exit(int(worst))
 
 
@@ -296,13 +293,13 @@ def selftest(
     from gardo.selftest import reliability
 
     if subject != "reliability":
-        _refuse(f"{subject}: there is no such self-test; give reliability")
+        refuse(f"{subject}: there is no such self-test; give reliability")
     if markdown:
         print(reliability.markdown())
         return
     cases = reliability.chosen(quick=quick, only=only)
     if not cases:
-        _refuse(f"--only {only}: no case has that in its name; --markdown shows them")
+        refuse(f"--only {only}: no case has that in its name; --markdown shows them")
     broken = 0
     for subject_, of in cases.items():
         print(f"{subject_}", flush=True)
@@ -321,11 +318,6 @@ def schema() -> None:
     from gardo.config import full_schema
 
     print(json.dumps(full_schema(), indent=2))
-
-
-def _refuse(error: object) -> None:
-    print(error, file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal, Union
@@ -26,6 +27,7 @@ from gardo.recipe import Recipe
 from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
 from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
+from gardo.rewards.assembly import ScoringSettings, check_places
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import Strict
 
@@ -35,14 +37,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
 
     `prompts=False` leaves alone what need not be there to plan: prompt files, a starting LoRA.
     """
-    path = Path(path)
+    path, origin = Path(path), Origin()
+    raw = _overridden(path, overrides, origin)
+    rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
+    return check(raw, str(path), origin, rules=rules)
+
+
+def _overridden(path: Path, overrides: Sequence[str], origin: Origin) -> dict[str, Any]:
+    """What a file says, with `a.b=c` overrides applied and its files found."""
     raw = read(path)
-    origin: Origin = {}
     for override in overrides:
         _override(raw, override, origin)
     _absolute_paths(raw, path.parent)
-    rules = recipe_rules.ALL if prompts else recipe_rules.WITHOUT_PROMPTS
-    return check(raw, str(path), origin, rules=rules)
+    return raw
 
 
 def check(
@@ -221,6 +228,39 @@ def reward_sections(
         raise RecipeError(explained(schema, error, source, origin)) from None
     except _BadName as error:
         raise RecipeError(placed(error, source, origin)) from None
+
+
+@dataclass(frozen=True)
+class RewardFile:
+    """The rewards of a recipe, for who scores pictures and trains nothing."""
+
+    rewards: dict[str, RewardSettings]
+    scoring: ScoringSettings
+    prompts: Path | None  # the recipe's own, where they are here
+
+
+def reward_file(path: str | Path, overrides: Sequence[str] = ()) -> RewardFile:
+    """Of a recipe, or of a file that has nothing but `rewards`. RecipeError.
+
+    The rest of a recipe is not looked at: a server need not have its model.
+    """
+    path, origin = Path(path), Origin()
+    raw = _overridden(path, overrides, origin)
+    if not isinstance(raw.get("rewards"), dict) or not raw["rewards"]:
+        raise RecipeError(f"{path}: rewards: missing; name at least one, such as ocr: {{}}")
+    rewards = reward_sections(raw["rewards"], str(path), origin)
+    schema = create_model("Recipe", __base__=Strict, scoring=(ScoringSettings, ...))
+    try:
+        scoring = schema.model_validate({"scoring": raw.get("scoring", {})}).scoring  # type: ignore[attr-defined]
+        check_places(rewards, scoring)
+    except ValidationError as error:
+        raise RecipeError(explained(schema, error, str(path), origin)) from None
+    except ValueError as error:
+        raise RecipeError(placed(error, str(path), origin)) from None
+    data = raw.get("data")
+    prompts = data.get("prompts") if isinstance(data, dict) else None
+    here = isinstance(prompts, str) and os.path.isfile(prompts)
+    return RewardFile(rewards, scoring, Path(str(prompts)) if here else None)
 
 
 def _role(name: str, section: Any) -> str:

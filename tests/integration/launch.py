@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gardo.launch import free_port
@@ -39,10 +39,12 @@ prepare([WORKER, REPLAY], environment())
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def start(ranks: int, folder: Path, cases: Sequence[Case]) -> Launched:
+def start(
+    ranks: int, folder: Path, cases: Sequence[Case], env: Mapping[str, str] | None = None
+) -> Launched:
     """Runs the cases one after another, on CPUs."""
     assert len({case.name for case in cases}) == len(cases)
-    return Launched(ranks, _run_cases, folder, list(cases))
+    return Launched(ranks, _run_cases, folder, list(cases), env=env)
 
 
 def _run_cases(folder: Path, cases: Sequence[Case]) -> None:

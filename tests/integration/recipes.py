@@ -87,6 +87,8 @@ TRAINING: dict[str, Sections] = {
     "all_rows": {"train": {"keep_all_rows": True}},
     "ema": {"train": {"ema": {"decay": 0.5, "every": 2}}},
     "start": {},  # from the LoRA in FOLDER/start
+    "near": {},  # four rewards with models, one of them of FOLDER/clip
+    "far": {},  # the same, two in a worker and two of the server whose URL is in FOLDER/server
     "recompute": {"algorithm": {"old_velocity": "recompute"}},
     "wide": {"model": {"size": [16, 32]}},
     "tall": {"model": {"size": [48, 24]}},
@@ -141,6 +143,27 @@ LAYOUT: dict[str, Sections] = {
 }
 
 
+def four_models(folder: Path, *, far: bool) -> Sections:
+    """Rewards that have models, here or elsewhere."""
+    exact = {"dtype": "float32"}  # of the engine's own precision
+    rewards = {
+        "tiny_shape": {"role": "proxy"},
+        "clip": {"kind": "clipscore", "role": "auxiliary", "path": str(folder / "clip"), **exact},
+        "tiny_fidelity": {"role": "held_out"},
+        "dinov3": {"role": "features", "path": "builtin:dinov3", "size": 32, **exact},
+    }
+    if far:
+        url = (folder / "server").read_text()
+        places = {"tiny_shape": url, "clip": url, "tiny_fidelity": "worker", "dinov3": "worker"}
+        rewards = {name: {**reward, "where": places[name]} for name, reward in rewards.items()}
+    calls = {"deadline": 60.0, "retries": 100, "longest_pause": 0.5}
+    return {
+        "rewards": rewards,
+        "scoring": {"calls": calls, "workers": {"worker": {"threads": 1}} if far else {}},
+        "rollout": {"batch": 2, "overlap": True},
+    }
+
+
 def recipe(case: Case, folder: Path) -> dict[str, Any]:
     """The case's recipe; its run lies in `folder`."""
     sections: dict[str, Any] = {
@@ -177,6 +200,8 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
             sections[section] = {**sections[section], **values}
     if case.has("start"):
         sections["train"]["weights"] = {**WEIGHTS["lora"]["weights"], "path": str(folder / "start")}
+    if case.has("near") or case.has("far"):
+        sections |= four_models(folder, far=case.has("far"))
     if case.algorithm == "refl":  # half as many rows: one a sample
         sections["train"]["micro_batch"] //= 2
     return sections

@@ -31,7 +31,7 @@ from gardo.rewards._clip import unit_features
 from gardo.rewards._files import ModelFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import frozen, load_model, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import Holds, Reward
+from gardo.rewards.base import About, Holds, Reward
 from gardo.types import Prompt
 
 
@@ -51,6 +51,9 @@ class AestheticSettings(ModelRewardSettings):
 
 class Aesthetic(Reward):
     Settings = AestheticSettings
+    about = About(
+        "w . image / |image| + b", "3 to 8", "CLIP: MIT (authors' repository); head: see its page"
+    )
     differentiable = True
 
     def __init__(self, settings: AestheticSettings, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from gardo.rewards.serving.workers import Worker, WorkerSettings
 from gardo.settings import Strict
 from gardo.types import Prompt
 
-HERE, WORKER = "here", "worker"
+HERE, WORKER, OPENAI = "here", "worker", "openai:"
 
 
 class ScoringSettings(Strict):
@@ -48,12 +48,16 @@ Elsewhere = dict[str, RewardSettings]  # by the name that a server has for it
 
 
 def elsewhere(rewards: Mapping[str, RewardSettings]) -> Elsewhere:
-    """The rewards and judges that are not scored here; a judge is called REWARD.judge."""
+    """The rewards and judges that a worker or server scores; a judge is called REWARD.judge.
+
+    Those of an OpenAI-compatible endpoint ask it themselves.
+    """
     judges = {
         f"{name}.judge": getattr(settings, "judge", None) for name, settings in rewards.items()
     }
     every = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
-    return {name: settings for name, settings in every.items() if settings.where != HERE}
+    own = {name for name, its in every.items() if its.where == HERE or its.where.startswith(OPENAI)}
+    return {name: settings for name, settings in every.items() if name not in own}
 
 
 def worker_name(settings: RewardSettings) -> str | None:
@@ -161,7 +165,7 @@ def assemble(
         address = workers[worker] if worker else Address(settings.where.rstrip("/"), token)
         if address not in servers:
             servers[address] = Server(address, scoring.calls, parallel=scoring.parallel)
-        asked = Remote(
+        remote[name] = Remote(
             settings,
             device,
             plugin=plugins.resolve("gardo.rewards", settings.kind),
@@ -170,12 +174,12 @@ def assemble(
             pixels=scoring.pixels,
             exact=not scoring.together,
         )
-        try:
-            asked.meet(prompt, checked=worker is None)
-        except ValueError as error:
-            raise settings.error_at(f"rewards.{name}", error) from None
-        remote[name] = asked
-    here = {name: settings for name, settings in rewards.items() if settings.where == HERE}
+    here = {name: settings for name, settings in rewards.items() if name not in remote}
     judges = {n.removesuffix(".judge"): r for n, r in remote.items() if n.endswith(".judge")}
     loaded = load_rewards(here, device, judges=judges)
+    for name, reward in {**remote, **loaded}.items():
+        try:
+            reward.meet(prompt)
+        except ValueError as error:
+            raise reward.settings.error_at(f"rewards.{name}", error) from None
     return Panel({name: loaded.get(name) or remote[name] for name in rewards})

@@ -80,10 +80,21 @@ class Gathering:
     gather: Callable[[Tensor], Tensor]  # tensors of all ranks, joined along the first axis
 
 
+@dataclass(frozen=True)
+class About:
+    """What a user wants to know of a reward before using it: a row of `gardo rewards list`."""
+
+    formula: str
+    scale: str  # usual values
+    licence: str = "-"  # of the default weights, as their publishers say it
+    verified: str = "formula and preprocessing, on tiny random models; published weights: no"
+
+
 class Reward:
     """Base of the rewards; `settings` is the reward's own Settings."""
 
     Settings: ClassVar[type[RewardSettings]]
+    about: ClassVar[About | None] = None
     differentiable: ClassVar[bool] = False
     gives_features: bool = False
     scores_alone: bool = True  # an image has a score without others to compare with
@@ -99,6 +110,9 @@ class Reward:
         NaN where an image has no value: it must not be used. Infinities count as NaN.
         """
         raise NotImplementedError  # pragma: no cover
+
+    def meet(self, prompt: Prompt) -> None:
+        """ValueError, opening with its field, where what it needs elsewhere does not answer."""
 
     def begin(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Pending | None:
         """Begins `score` elsewhere; what is returned waits for it. None: it is computed here."""

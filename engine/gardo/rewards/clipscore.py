@@ -19,7 +19,7 @@ from pydantic import Field
 from gardo.rewards._clip import Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
 from gardo.rewards._loading import load_model
-from gardo.rewards.base import Holds
+from gardo.rewards.base import About, Holds
 
 SCALE = 100
 DIVISOR = 30
@@ -34,6 +34,7 @@ class ClipScoreSettings(ModelRewardSettings):
 
 class ClipScore(ClipReward):
     Settings = ClipScoreSettings
+    about = About("100 cos(image, prompt) / 30", "0.5 to 1.2", "MIT (authors' repository)")
     factor = SCALE / DIVISOR
 
     def load(self) -> Clip:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gardo.rewards._files import ModelFolder, ModelRewardSettings
 from gardo.rewards._loading import frozen, load_model
 from gardo.rewards._pixels import IMAGENET, normalised, resized
-from gardo.rewards.base import Holds, Reward
+from gardo.rewards.base import About, Holds, Reward
 from gardo.types import Prompt
 
 
@@ -40,6 +40,7 @@ def preprocess(images_B3HW: Tensor, size: int) -> Tensor:
 
 class Dinov3(Reward):
     Settings = Dinov3Settings
+    about = About("mean of the patch tokens", "features", "DINOv3 License, gated")
     gives_features = True
 
     def __init__(self, settings: Dinov3Settings, device: torch.device) -> None:

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
-from gardo.rewards.base import Holds, Reward
+from gardo.rewards.base import About, Holds, Reward
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
@@ -61,6 +61,13 @@ class GenevalSettings(ModelRewardSettings):
 
 class Geneval(Reward):
     Settings = GenevalSettings
+    limits = (0.0, 1.0)
+    about = About(
+        "share of the prompt's rules that hold, or all of them",
+        "0 to 1",
+        "CLIP: MIT; Mask2Former: read its page (CC BY-NC 4.0 at first)",
+        "rules in full; detector and CLIP on tiny random models; published weights: no",
+    )
 
     def __init__(self, settings: GenevalSettings, device: torch.device) -> None:
         from gardo.rewards.geneval_vision import ColourJudge, Detector, Source

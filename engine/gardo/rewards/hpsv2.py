@@ -26,7 +26,7 @@ from torch import Tensor
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import check_type, model_of, read_weights
-from gardo.rewards.base import Holds
+from gardo.rewards.base import About, Holds
 from gardo.settings import model_path
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -119,6 +119,7 @@ class HPSv2Settings(ModelRewardSettings):
 
 class HPSv2(ClipReward):
     Settings = HPSv2Settings
+    about = About("cos(image, prompt)", "0.2 to 0.36", "Apache-2.0 (authors' package)")
 
     def load(self) -> Clip:
         from transformers import CLIPConfig, CLIPModel

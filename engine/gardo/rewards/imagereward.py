@@ -43,7 +43,7 @@ from gardo.rewards._affine import collapse
 from gardo.rewards._files import TOKENIZER_FILES, ModelRewardSettings, holding
 from gardo.rewards._loading import frozen, model_of, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import Holds, Reward
+from gardo.rewards.base import About, Holds, Reward
 from gardo.settings import model_path
 from gardo.types import Prompt
 
@@ -125,6 +125,7 @@ def text_model(weights: Mapping[str, Tensor], med: Mapping[str, Any], width: int
 
 class ImageReward(Reward):
     Settings = ImageRewardSettings
+    about = About("(y - 0.1671736) / 1.0333395", "-2 to 2", "Apache-2.0 (authors' repository)")
     differentiable = True
 
     def __init__(self, settings: ImageRewardSettings, device: torch.device) -> None:

@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.rewards.ocr_reader import end_with_parent, read, require
 from gardo.types import Prompt
 
@@ -119,6 +119,13 @@ def sign(text: str) -> np.ndarray:
 
 class Ocr(Reward):
     Settings = OcrSettings
+    limits = (0.0, 1.0)
+    about = About(
+        "1 - min(edit, len) / len of the quoted text",
+        "0 to 1",
+        "Apache-2.0 (rapidocr)",
+        "with the real reader, on rendered text",
+    )
 
     def __init__(self, settings: OcrSettings, device: torch.device) -> None:
         super().__init__(settings, device)

@@ -19,7 +19,7 @@ from pydantic import Field
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import ModelFolder, ModelRewardSettings, TokenizerFolder
 from gardo.rewards._loading import load_model
-from gardo.rewards.base import Holds
+from gardo.rewards.base import About, Holds
 
 DIVISOR = 26
 
@@ -35,6 +35,7 @@ class PickScoreSettings(ModelRewardSettings):
 
 class PickScore(ClipReward):
     Settings = PickScoreSettings
+    about = About("exp(logit_scale) cos(image, prompt) / 26", "0.8 to 0.9", "not stated on its page")
 
     def load(self) -> Clip:
         from transformers import CLIPModel

@@ -43,7 +43,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo import plugins
-from gardo.rewards.base import Gathering, Reward, RewardSettings, provides
+from gardo.rewards.base import About, Gathering, Reward, RewardSettings, provides
 from gardo.rewards.bradley_terry import predicted_win_rate
 from gardo.streams import Stream
 from gardo.types import Prompt
@@ -227,6 +227,8 @@ METHODS = {"win_rate": win_rate, "bradley_terry": predicted_win_rate}
 
 class Preference(Reward):
     Settings = PreferenceSettings
+    limits = (0.0, 1.0)
+    about = About("share of the group that it beats, by a judge", "0 to 1", "its judge's", "in full")
 
     def __init__(
         self, settings: PreferenceSettings, device: torch.device, judge: Reward | None = None

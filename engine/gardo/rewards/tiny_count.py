@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import world
 
@@ -45,6 +46,7 @@ def coloured_area(images_B3HW: Tensor, hue_B: Tensor) -> Tensor:
 
 class TinyCount(TinyReward):
     Settings = TinyCountSettings
+    about = About("max(0, 1 - |area in objects - asked| / asked)", "0 to 1", verified="in full")
 
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         areas = torch.tensor([OBJECT_AREA[s] for s in world.SHAPES], device=images_B3HW.device)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import judges, world
 
@@ -23,6 +24,7 @@ class TinyFidelitySettings(TinySettings):
 
 class TinyFidelity(TinyReward):
     Settings = TinyFidelitySettings
+    about = About("P(shape in its colour and nothing else)", "0 to 1", verified="in full")
 
     def __init__(self, settings: TinyFidelitySettings, device: torch.device) -> None:
         super().__init__(settings, device)

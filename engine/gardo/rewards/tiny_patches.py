@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import world
 
@@ -54,6 +55,7 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
 
 class TinyPatches(TinyReward):
     Settings = TinyPatchesSettings
+    about = About("1 / (1 + |patches - asked|)", "0 to 1", verified="in full")
 
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         found_B = count_patches(colour_mask(images_B3HW, asked.hue_B), self.settings.min_pixels)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import world
 
@@ -20,6 +21,7 @@ class TinyPuritySettings(TinySettings):
 
 class TinyPurity(TinyReward):
     Settings = TinyPuritySettings
+    about = About("share of coloured pixels in the colour", "0 to 1", verified="in full")
 
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         hue_B = asked.hue_B

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.tiny import judges, world
 
@@ -23,6 +24,7 @@ class TinyShapeSettings(TinySettings):
 
 class TinyShape(TinyReward):
     Settings = TinyShapeSettings
+    about = About("log-probability of the shape, by a small net", "below 0", verified="in full")
     differentiable = True
 
     def __init__(self, settings: TinyShapeSettings, device: torch.device) -> None:

@@ -133,20 +133,16 @@ class Remote(Reward):
         self.width = 0  # of features, once the server has said
         self._trouble = ""
 
-    def meet(self, prompt: Prompt, *, checked: bool = True) -> None:
-        """ValueError unless the server has this reward and scores a grey picture of the prompt.
-
-        `checked`: with the settings that the recipe says. So what does not work is known before
-        training.
-        """
+    def meet(self, prompt: Prompt) -> None:
+        """ValueError unless the server has this reward, with the settings that the recipe says, and
+        scores a grey picture of the prompt: what does not work is known before training."""
         try:
             served = self.server.served()
             if self.name not in served:
                 names = ", ".join(served) or "nothing"
                 address = self.server.address
                 raise ValueError(f"where: {address} has no {self.name!r}; it has {names}")
-            if checked:
-                self._same(served[self.name].get("settings", {}))
+            self._same(served[self.name].get("settings", {}))
             grey = torch.full((1, 3, PROBE, PROBE), 0.5)
             compares = served[self.name]["methods"] == ["compare"]
             value = (

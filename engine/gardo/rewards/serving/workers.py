@@ -60,7 +60,7 @@ class Worker:
         self._token = secrets.token_urlsafe(32)
         self._port, self._closing, self._restarts = 0, False, 0
         self._started = threading.Event()
-        self._process = self._start()
+        self.process = self._start()
         self._watch = threading.Thread(target=self._watched, name=f"watch-{name}", daemon=True)
         self._watch.start()
 
@@ -76,13 +76,13 @@ class Worker:
 
     def close(self) -> None:
         self._closing = True
-        if self._process.stdin:
-            self._process.stdin.close()
+        if self.process.stdin:
+            self.process.stdin.close()
         try:
-            self._process.wait(10)
+            self.process.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Worker:
     def _watched(self) -> None:
         """Reads the port; starts the process again when it dies."""
         while True:
-            process = self._process
+            process = self.process
             assert process.stdout
             line = process.stdout.readline()
             if line.startswith("port "):
@@ -123,10 +123,10 @@ class Worker:
             self._restarts += 1
             self.say(f"worker {self.name} ended ({_code(code)}); started again")
             time.sleep(1)
-            self._process = self._start()
+            self.process = self._start()
 
     def _ended(self) -> str:
-        code = self._process.poll()
+        code = self.process.poll()
         return "" if code is None else _code(code)
 
 

@@ -1,0 +1,89 @@
+"""`gardo rewards`: which there are, whether a recipe's work here, and a server for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gardo.cli_common import SetOption, refuse
+
+app = typer.Typer(
+    help="Rewards: list them, check a recipe's, serve them to runs.", no_args_is_help=True
+)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="a recipe, or a file that has nothing but `rewards`")
+]
+OnlyOption = Annotated[list[str] | None, typer.Option(help="this reward; may be given repeatedly")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, or a GPU such as cuda:0; a GPU where there is one")
+]
+
+
+@app.command("list")
+def list_(
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table of docs/rewards.md")] = False,
+) -> None:
+    """Every reward: formula, usual values, default weights, their licence, what was verified."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gardo.rewards.catalogue import as_markdown, as_text
+
+    print(as_markdown() if markdown else as_text())
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    device: DeviceOption = None,
+    record: Annotated[
+        Path | None, typer.Option(help="write the values to this file, to compare with later")
+    ] = None,
+    golden: Annotated[
+        Path | None, typer.Option(help="compare with the values of such a file")
+    ] = None,
+) -> None:
+    """Load or reach each reward of a recipe and score the same pictures; exit 1 where one fails."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gardo.recipe_errors import RecipeError
+    from gardo.reward_service import check_rewards
+
+    try:
+        failed = check_rewards(
+            recipe, set_ or [], only=only, device=device, record=record, golden=golden
+        )
+    except (RecipeError, ValueError) as error:
+        refuse(error)
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def serve(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    device: DeviceOption = None,
+    host: Annotated[str, typer.Option(help="an address of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free")] = 8700,
+    body_mb: Annotated[int, typer.Option(min=1, help="MiB that a request may have")] = 1024,
+    queue: Annotated[int, typer.Option(min=1, help="images that may wait for a reward")] = 1024,
+) -> None:
+    """Serve a recipe's rewards over HTTP: those whose `where` is a URL, or all if none is.
+
+    The token is the environment variable GARDO_REWARD_TOKEN, here and where runs ask.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gardo.recipe_errors import RecipeError
+    from gardo.reward_service import serve_rewards
+
+    try:
+        serve_rewards(
+            recipe, set_ or [], only=only, device=device, host=host, port=port,
+            body_bytes=body_mb << 20, most_waiting=queue,
+        )  # fmt: skip
+    except (RecipeError, ValueError) as error:
+        refuse(error)

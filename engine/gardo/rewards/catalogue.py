@@ -1,0 +1,43 @@
+"""Every built-in reward in a row: `gardo rewards list`, and the table of docs/rewards.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gardo import plugins
+from gardo.rewards._files import Files
+
+COLUMNS = ("reward", "formula", "usual values", "default weights", "their licence", "verified")
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    for name in plugins.names("gardo.rewards"):
+        plugin = plugins.resolve("gardo.rewards", name)
+        about = plugin.about
+        weights = ", ".join(default_weights(plugin.Settings)) or "-"
+        yield name, about.formula, about.scale, weights, about.licence, about.verified
+
+
+def default_weights(settings: Any) -> list[str]:
+    """The hub ids that its fields name by default."""
+    found = [
+        about.default
+        for about in settings.model_fields.values()
+        if any(isinstance(mark, Files) for mark in about.metadata)
+    ]
+    return list(dict.fromkeys(path for path in found if isinstance(path, str)))
+
+
+def as_markdown() -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def as_text() -> str:
+    blocks = []
+    for name, *rest in rows():
+        about = zip(COLUMNS[1:], rest, strict=True)
+        blocks.append("\n".join([name, *(f"    {what:16} {said}" for what, said in about)]))
+    return "\n".join(blocks)
