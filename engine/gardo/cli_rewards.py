@@ -25,7 +25,9 @@ DeviceOption = Annotated[
 
 @app.command("list")
 def list_(
-    markdown: Annotated[bool, typer.Option("--markdown", help="the table of docs/rewards.md")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="the table of docs/rewards.md")
+    ] = False,
 ) -> None:
     """Every reward: formula, usual values, default weights, their licence, what was verified."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -237,6 +237,7 @@ class RewardFile:
     rewards: dict[str, RewardSettings]
     scoring: ScoringSettings
     prompts: Path | None  # the recipe's own, where they are here
+    size: tuple[int, int] | None  # of its pictures, where it says one
 
 
 def reward_file(path: str | Path, overrides: Sequence[str] = ()) -> RewardFile:
@@ -260,7 +261,12 @@ def reward_file(path: str | Path, overrides: Sequence[str] = ()) -> RewardFile:
     data = raw.get("data")
     prompts = data.get("prompts") if isinstance(data, dict) else None
     here = isinstance(prompts, str) and os.path.isfile(prompts)
-    return RewardFile(rewards, scoring, Path(str(prompts)) if here else None)
+    match raw.get("model"):
+        case {"size": [int(height), int(width)]}:
+            size = (height, width)
+        case _:
+            size = None
+    return RewardFile(rewards, scoring, Path(str(prompts)) if here else None, size)
 
 
 def _role(name: str, section: Any) -> str:

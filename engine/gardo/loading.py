@@ -113,6 +113,7 @@ def build_panel(recipe: Recipe, device: torch.device, workers: Workers | None = 
         device,
         _reachable(workers or Workers(), join_ranks(recipe, device)),
         prompt=recipe.prompts()[0],
+        size=recipe.model.size,
         token=os.environ.get(TOKEN),
     )
 

@@ -33,7 +33,7 @@ from gardo.rewards.serving.wire import TOKEN
 from gardo.tiny import world
 from gardo.types import Prompt
 
-PICTURES, SIDE, SEED = 4, 256, 20
+PICTURES, SIZE, SEED = 4, (256, 256), 20
 TOLERANCE = 1e-3  # of a value, relative to its size or 1
 
 
@@ -138,7 +138,8 @@ def check_rewards(
     said: dict[str, Any] = {}
     failed = False
     for name, settings in chosen.items():
-        checked = _checked(name, settings, found.scoring, here, prompts)
+        pictures = sample_pictures(found.size or SIZE)
+        checked = _checked(name, settings, found.scoring, here, prompts, pictures)
         wrong = [checked.trouble] if checked.trouble else []
         if not wrong and name in known:
             wrong = compared(checked.values, known[name])
@@ -152,12 +153,12 @@ def check_rewards(
     return failed
 
 
-def sample_pictures() -> Tensor:
+def sample_pictures(size: tuple[int, int]) -> Tensor:
     """The same four pictures every time: of the tiny world, enlarged, and one of noise."""
     generator = torch.Generator().manual_seed(SEED)
     drawn = world.draw(world.sample_scenes(PICTURES, generator))
     drawn[-1] = torch.rand(drawn[-1].shape, generator=generator)
-    return F.interpolate(drawn, (SIDE, SIDE), mode="nearest")
+    return F.interpolate(drawn, size, mode="nearest")
 
 
 def sample_prompts(file: Path | None, rewards: Mapping[str, RewardSettings]) -> list[Prompt]:
@@ -186,6 +187,7 @@ def _checked(
     scoring: ScoringSettings,
     device: torch.device,
     prompts: Sequence[Prompt],
+    pictures: Tensor,
 ) -> Checked:
     checked = Checked(name, settings.kind, settings.where, [], 0, 0, 0, 0)
     began, before = time.perf_counter(), _memory(device)
@@ -198,10 +200,10 @@ def _checked(
     try:
         panel = assemble(
             {name: settings}, scoring, device, workers.addresses(), prompt=prompts[0],
-            token=os.environ.get(TOKEN),
+            size=tuple(pictures.shape[-2:]), token=os.environ.get(TOKEN),
         )  # fmt: skip
         checked.load_seconds = time.perf_counter() - began
-        _measure(checked, panel.rewards[name], prompts)
+        _measure(checked, panel.rewards[name], prompts, pictures)
         checked.memory_mb = max(0, _memory(device) - before) / 1e6
         panel.close()
     except Exception as error:  # whatever a reward does: the others are checked too
@@ -211,8 +213,8 @@ def _checked(
     return checked
 
 
-def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt]) -> None:
-    pictures = sample_pictures().to(reward.device)
+def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt], pictures: Tensor) -> None:
+    pictures = pictures.to(reward.device)
 
     def said() -> Tensor:
         with torch.no_grad(), reward.precision():

@@ -113,7 +113,9 @@ def test_a_server_that_is_started_again_costs_no_value(runs: Path) -> None:
     assert all(reward["valid"] == 8 for step in steps for reward in step["rewards"].values())
 
 
-def test_a_server_that_stays_away_ends_the_run_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_stays_away_ends_the_run_with_what_to_do(
+    folder: Path, tmp_path: Path
+) -> None:
     """As its user types it: exit code 1, the iterations before saved, one message."""
     made = recipe(FAR.but(steps=50), folder)
     made["scoring"]["calls"] = {"deadline": 2.0, "attempt": 2.0, "retries": 3, "first_pause": 0.1}

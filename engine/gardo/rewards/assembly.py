@@ -151,12 +151,13 @@ def assemble(
     workers: Mapping[str, Address],
     *,
     prompt: Prompt,
+    size: tuple[int, int],
     token: str | None = None,
 ) -> Panel:
     """All rewards of a recipe. `workers` says where its workers listen, `token` is for URLs.
 
     ValueError, opening with its field, for one that does not load, or a server that does not answer
-    a question about the `prompt`.
+    a question about a picture of this size (height, width) and the `prompt`.
     """
     servers: dict[Address, Server] = {}
     remote: dict[str, Reward] = {}
@@ -179,7 +180,7 @@ def assemble(
     loaded = load_rewards(here, device, judges=judges)
     for name, reward in {**remote, **loaded}.items():
         try:
-            reward.meet(prompt)
+            reward.meet(prompt, size)
         except ValueError as error:
             raise reward.settings.error_at(f"rewards.{name}", error) from None
     return Panel({name: loaded.get(name) or remote[name] for name in rewards})

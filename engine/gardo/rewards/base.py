@@ -111,8 +111,11 @@ class Reward:
         """
         raise NotImplementedError  # pragma: no cover
 
-    def meet(self, prompt: Prompt) -> None:
-        """ValueError, opening with its field, where what it needs elsewhere does not answer."""
+    def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
+        """ValueError, opening with its field, where what it needs elsewhere does not answer.
+
+        The run's pictures have this size, height and width.
+        """
 
     def begin(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Pending | None:
         """Begins `score` elsewhere; what is returned waits for it. None: it is computed here."""

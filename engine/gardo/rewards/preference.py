@@ -228,7 +228,9 @@ METHODS = {"win_rate": win_rate, "bradley_terry": predicted_win_rate}
 class Preference(Reward):
     Settings = PreferenceSettings
     limits = (0.0, 1.0)
-    about = About("share of the group that it beats, by a judge", "0 to 1", "its judge's", "in full")
+    about = About(
+        "share of the group that it beats, by a judge", "0 to 1", "its judge's", "in full"
+    )
 
     def __init__(
         self, settings: PreferenceSettings, device: torch.device, judge: Reward | None = None

@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
+from gardo.rewards.base import About
 from gardo.tiny import world
 
 # Mean coloured area of one object of the world, in pixels (measured by a test of it)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
+from gardo.rewards.base import About
 from gardo.tiny import judges, world
 
 

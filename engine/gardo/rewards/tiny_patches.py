@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
+from gardo.rewards.base import About
 from gardo.tiny import world
 
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gardo.rewards.base import About
 from gardo.rewards._tiny import TinyReward, TinySettings
+from gardo.rewards.base import About
 from gardo.tiny import judges, world
 
 

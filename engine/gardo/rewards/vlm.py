@@ -5,10 +5,10 @@
 
     value = (grade - low) / (high - low)       the grade: the last number that `answer` finds
 
-The model is shown the picture and the prompt, between marks and as data to be judged, and asked for a
-grade; `question` and `answer` (a regular expression with one group) may be others. Temperature 0. An
-answer without a grade, or with one out of range, is NaN: the image is masked. The endpoint's key, if
-it wants one, is the environment variable GARDO_OPENAI_KEY.
+The model is shown the picture and the prompt, between marks and as data to be judged, and asked
+for a grade; `question` and `answer` (a regular expression with one group) may be others.
+Temperature 0. An answer without a grade, or with one out of range, is NaN: the image is masked. The
+endpoint's key, if it wants one, is the environment variable GARDO_OPENAI_KEY.
 
 Nothing is said here of how good a judge the model is. Verified with endpoints of the tests alone.
 
@@ -92,8 +92,8 @@ class Vlm(Reward):
         )
         self._trouble = ""
 
-    def meet(self, prompt: Prompt) -> None:
-        (said,) = self.chat.begin([self.question(torch.full((3, 64, 64), 128).byte(), prompt)])()
+    def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
+        (said,) = self.chat.begin([self.question(torch.full((3, *size), 128).byte(), prompt)])()
         if isinstance(said, CallFailed):
             raise ValueError(f"where: {said}")
 

@@ -28,7 +28,7 @@ class WrongMethod(ValueError):
     """The reward does not score, or does not compare."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     request: Request
     answer: Future[Tensor] = field(default_factory=Future)

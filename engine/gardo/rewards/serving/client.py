@@ -29,7 +29,6 @@ from gardo.rewards.serving.wire import (
 from gardo.types import Prompt
 
 TRANSIENT = {408, 429, 502, 503, 504}
-PROBE = 64  # pixels a side of the picture by which a server is asked what it gives
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Remote(Reward):
         self.width = 0  # of features, once the server has said
         self._trouble = ""
 
-    def meet(self, prompt: Prompt) -> None:
+    def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
         """ValueError unless the server has this reward, with the settings that the recipe says, and
         scores a grey picture of the prompt: what does not work is known before training."""
         try:
@@ -143,7 +142,7 @@ class Remote(Reward):
                 address = self.server.address
                 raise ValueError(f"where: {address} has no {self.name!r}; it has {names}")
             self._same(served[self.name].get("settings", {}))
-            grey = torch.full((1, 3, PROBE, PROBE), 0.5)
+            grey = torch.full((1, 3, *size), 0.5)
             compares = served[self.name]["methods"] == ["compare"]
             value = (
                 self._answer("compare", [grey, grey], [prompt])

@@ -220,6 +220,7 @@ def bound(settings: ServeSettings) -> socket.socket:
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind((settings.host, settings.port))
+    found.listen(2048)  # who asks from now on waits in line
     return found
 
 

@@ -31,7 +31,7 @@ class BadBody(ValueError):
     """What came over the line is not what is expected there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A question to a reward; `pictures` are float32 in [0, 1], [B, 3, H, W] each, all alike."""
 
@@ -90,7 +90,8 @@ def unpack_answer(body: bytes, count: int) -> Tensor:
 
 def _pack(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
     metadata = {"gardo": json.dumps({"version": VERSION, **said}, allow_nan=False)}
-    packed: bytes = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
+    # an image may be compared with itself, and safetensors wants a storage for each
+    packed: bytes = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
     return packed
 
 

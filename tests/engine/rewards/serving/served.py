@@ -20,13 +20,14 @@ from gardo.rewards.serving.server import ServeSettings, bound, make_app
 from gardo.types import Prompt
 
 CPU = torch.device("cpu")
+SIZE = (32, 32)  # of the pictures
 TOKEN = "a-token-of-the-tests"
 QUICK = CallSettings(deadline=5, attempt=5, retries=3, first_pause=0.05, longest_pause=0.1)
 PROMPTS = tuple(map(Prompt, ["two red circles", "one blue square", "three green triangles"]))
 
 
 class Told(Reward):
-    """Does what the prompt's metadata says: waits, fails, gives what is no number; else the mean."""
+    """Does what the prompt's metadata says: waits, fails, gives no number; else the mean."""
 
     Settings = RewardSettings
     calls: list[int]  # images of each call
@@ -60,7 +61,7 @@ class Pairs(Reward):
 
 
 def told() -> Told:
-    return Told(RewardSettings(kind="tests:Told", role="held_out"), CPU)
+    return Told(RewardSettings(kind="told", role="held_out"), CPU)
 
 
 def tiny(**sections: Mapping[str, object]) -> dict[str, Reward]:
@@ -89,7 +90,13 @@ def running(rewards: Mapping[str, Reward], *, at: int = 0, **options) -> Iterato
 
 
 def remote(
-    url: str, name: str, reward: type[Reward] | None = None, *, token=TOKEN, settings=QUICK, **options
+    url: str,
+    name: str,
+    reward: type[Reward] | None = None,
+    *,
+    token=TOKEN,
+    settings=QUICK,
+    **options,
 ) -> Remote:
     """The client's side of a served reward."""
     section = options.pop("section", {"kind": name})

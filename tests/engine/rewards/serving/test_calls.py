@@ -124,9 +124,7 @@ def test_only_one_caller_tries_when_the_time_is_up():
         breaker.check()
 
 
-@given(
-    st.floats(1, 100), st.integers(0, 20), st.floats(0.01, 5), st.floats(0, 10), st.floats(0, 1)
-)
+@given(st.floats(1, 100), st.integers(0, 20), st.floats(0.01, 5), st.floats(0, 10), st.floats(0, 1))
 def test_no_call_takes_more_than_its_deadline_and_one_try(deadline, retries, first, takes, draw):
     clock = Clock()
     caller = calling(clock, draw=draw, deadline=deadline, retries=retries, first_pause=first)

@@ -11,8 +11,10 @@ from gardo.rewards.base import Panel
 from gardo.rewards.serving.calls import CallSettings
 from gardo.types import Prompt
 from tests.engine.rewards.serving.served import (
+    CPU,
     PROMPTS,
     QUICK,
+    SIZE,
     TOKEN,
     Pairs,
     RewardSettings,
@@ -43,15 +45,15 @@ def url(rewards):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_values_are_those_of_the_reward_here_to_the_bit(url, rewards, name):
     asked = remote(url, name, section={"kind": name, **SECTIONS[name]})
-    asked.meet(PROMPTS[0])
+    asked.meet(PROMPTS[0], SIZE)
     images, prompts = pictures(9), [PROMPTS[i % 3] for i in range(9)]
     assert torch.equal(asked.score(images, prompts), rewards[name].score(images, prompts))
 
 
 def test_a_judge_of_pairs_compares_from_afar():
-    with running({"pairs": Pairs(RewardSettings(kind="x", role="held_out"), "cpu")}) as url:
+    with running({"pairs": Pairs(RewardSettings(kind="pairs", role="held_out"), CPU)}) as url:
         asked = remote(url, "pairs", Pairs)
-        asked.meet(PROMPTS[0])
+        asked.meet(PROMPTS[0], SIZE)
         first, second = pictures(3), pictures(3, seed=1)
         wanted = (first.mean((1, 2, 3)) > second.mean((1, 2, 3))).float()
         assert torch.equal(asked.compare(first, second, PROMPTS), wanted)
@@ -59,14 +61,14 @@ def test_a_judge_of_pairs_compares_from_afar():
 
 def test_a_call_is_cut_as_the_reward_would_cut_it(url):
     asked = remote(url, "dinov3", section=DINO)
-    asked.meet(PROMPTS[0])
+    asked.meet(PROMPTS[0], SIZE)
     value = asked.score(pictures(9), [PROMPTS[0]] * 9)  # 4, 4 and 1
     assert value.shape[0] == 9 and value.isfinite().all()
 
 
 def meeting_error(*arguments, **options) -> str:
     with pytest.raises(ValueError) as caught:
-        remote(*arguments, **options).meet(PROMPTS[0])
+        remote(*arguments, **options).meet(PROMPTS[0], SIZE)
     return str(caught.value)
 
 
@@ -82,7 +84,9 @@ def test_settings_that_the_recipe_says_must_be_the_servers(url):
 
 
 def test_settings_that_are_left_out_are_the_servers(url):
-    remote(url, "dinov3", section={"kind": "dinov3", "path": "builtin:dinov3"}).meet(PROMPTS[0])
+    remote(url, "dinov3", section={"kind": "dinov3", "path": "builtin:dinov3"}).meet(
+        PROMPTS[0], SIZE
+    )
 
 
 def test_a_wrong_token_is_one_clear_error(url):
@@ -170,7 +174,7 @@ def test_a_value_outside_of_its_limits_is_a_failure():
     class Loud(Told):
         limits = (0.0, 0.4)
 
-    reward = Loud(RewardSettings(kind="tests:Told", role="proxy"), torch.device("cpu"))
+    reward = Loud(RewardSettings(kind="told", role="proxy"), CPU)
     place = {"sample_B": torch.arange(2), "group_B": torch.zeros(2, dtype=torch.int64)}
     images = torch.stack([torch.full((3, 8, 8), 0.3), torch.full((3, 8, 8), 0.6)])
     scores = Panel({"loud": reward})(images, [Prompt("a")] * 2, **place)

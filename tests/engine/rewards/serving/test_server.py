@@ -14,6 +14,7 @@ from gardo.rewards.serving.server import ServeSettings, check_address
 from gardo.rewards.serving.wire import CONTENT_TYPE, Request, pack_request, unpack_answer
 from gardo.types import Prompt
 from tests.engine.rewards.serving.served import (
+    CPU,
     PROMPTS,
     TOKEN,
     Pairs,
@@ -23,6 +24,7 @@ from tests.engine.rewards.serving.served import (
     told,
 )
 
+CLIENT = httpx2.Client(trust_env=False, limits=httpx2.Limits(max_connections=64))
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": CONTENT_TYPE}
 
 
@@ -32,13 +34,14 @@ def body(count: int = 2, *, exact: bool = True, **metadata: object) -> bytes:
 
 
 def post(url: str, content: bytes, path: str = "/score/told", **headers: str) -> httpx2.Response:
-    return httpx2.post(url + path, content=content, headers={**HEADERS, **headers}, timeout=30)
+    return CLIENT.post(url + path, content=content, headers={**HEADERS, **headers}, timeout=30)
 
 
 @pytest.fixture(scope="module")
 def url():
-    with running({"told": told(), "pairs": Pairs(RewardSettings(kind="x", role="held_out"), "cpu")},
-                 body_bytes=1 << 20, body_seconds=1.0) as found:  # fmt: skip
+    pairs = Pairs(RewardSettings(kind="pairs", role="held_out"), CPU)
+    rewards = {"told": told(), "pairs": pairs}
+    with running(rewards, body_bytes=1 << 20, body_seconds=1.0) as found:
         yield found
 
 
@@ -55,7 +58,9 @@ def test_pairs_are_compared(url):
     assert torch.equal(unpack_answer(said.content, 2), wanted)
 
 
-@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong-token-of-tests", f"Basic {TOKEN}", f"bearer {TOKEN} "])
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer wrong-token-of-tests", f"Basic {TOKEN}", f"bearer {TOKEN}"]
+)
 @pytest.mark.parametrize("path", ["/rewards", "/metrics", "/score/told"])
 def test_nobody_is_let_in_without_the_token(url, given, path):
     method = "POST" if "score" in path else "GET"
@@ -109,7 +114,8 @@ def test_a_slow_sender_is_not_waited_for(url):
 def test_a_slow_reader_keeps_nobody_else_waiting(url):
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as slow:
-        slow.sendall(f"GET /rewards HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        head = f"GET /rewards HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}"
+        slow.sendall(f"{head}\r\n\r\n".encode())
         assert post(url, body()).status_code == 200  # its answer lies unread
 
 
@@ -134,6 +140,7 @@ def test_what_is_served_is_described(url):
 def test_64_clients_get_their_own_answers():
     reward = told()
     with running({"told": reward}) as url, ThreadPoolExecutor(64) as threads:
+
         def ask(seed: int) -> bool:
             mine = pictures(3, seed)
             content = pack_request(Request((mine,), PROMPTS, exact=bool(seed % 2)))
@@ -201,7 +208,9 @@ def test_a_client_that_hangs_up_costs_nobody_else_an_answer():
     reward = told()
     with running({"told": reward}) as url:
         with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(url + "/score/told", content=body(1, sleep=1.0), headers=HEADERS, timeout=0.2)
+            httpx2.post(
+                url + "/score/told", content=body(1, sleep=1.0), headers=HEADERS, timeout=0.2
+            )
         assert post(url, body(2)).status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint, and everything that such an endpoint can do wrong."""
+"""A judge behind an OpenAI-compatible endpoint, and what such an endpoint can do wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gardo.rewards.assembly import ScoringSettings, assemble
 from gardo.rewards.serving.chat import KEY
 from gardo.rewards.vlm import Vlm
 from gardo.types import Prompt
-from tests.engine.rewards.serving.served import CPU, free_port, pictures
+from tests.engine.rewards.serving.served import CPU, SIZE, free_port, pictures
 
 QUICK = {"deadline": 3.0, "attempt": 1.0, "retries": 2, "first_pause": 0.05}
 
@@ -139,7 +139,7 @@ def test_what_is_no_grade_is_masked(endpoint, says):
     endpoint.says = says
     panel = assemble(
         {"vlm": judge(endpoint).settings.model_copy(update={"role": "proxy"})},
-        ScoringSettings(), CPU, {}, prompt=Prompt("p"),
+        ScoringSettings(), CPU, {}, prompt=Prompt("p"), size=SIZE,
     ) if not isinstance(says, int | bytes) else None  # fmt: skip
     asked = panel.rewards["vlm"] if panel else judge(endpoint)
     if panel:
@@ -183,7 +183,7 @@ def test_an_endpoint_that_is_not_there_is_known_before_training():
     where = f"openai:http://127.0.0.1:{free_port()}/v1"
     asked = reward_sections({"vlm": {"where": where, "model": "m", "calls": QUICK}}, "a test")
     with pytest.raises(ValueError, match=r"rewards.vlm.where: http://.*ConnectError"):
-        assemble(asked, ScoringSettings(), CPU, {}, prompt=Prompt("p"))
+        assemble(asked, ScoringSettings(), CPU, {}, prompt=Prompt("p"), size=SIZE)
 
 
 @pytest.mark.parametrize(

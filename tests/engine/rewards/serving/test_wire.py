@@ -25,7 +25,9 @@ from gardo.types import Prompt
 def request(count: int = 3, **options) -> Request:
     generator = torch.Generator().manual_seed(count)
     pictures = torch.rand(count, 3, 8, 6, generator=generator)
-    prompts = tuple(Prompt(f"a prompt, {i} “é”\n", {"tag": i, "in": [{"a": None}]}) for i in range(count))
+    prompts = tuple(
+        Prompt(f"a prompt, {i} “é”\n", {"tag": i, "in": [{"a": None}]}) for i in range(count)
+    )
     return Request((pictures,), prompts, **options)
 
 

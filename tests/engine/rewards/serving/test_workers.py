@@ -17,7 +17,7 @@ from gardo.config import reward_sections
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.assembly import ScoringSettings, Workers, assemble, check_places
 from gardo.rewards.serving.workers import Worker, WorkerSettings
-from tests.engine.rewards.serving.served import CPU, PROMPTS, QUICK, pictures, tiny
+from tests.engine.rewards.serving.served import CPU, PROMPTS, QUICK, SIZE, pictures, tiny
 
 PATIENT = QUICK.model_copy(update={"deadline": 60.0, "retries": 100, "longest_pause": 0.5})
 DINO = {"kind": "dinov3", "path": "builtin:dinov3", "size": 32, "dtype": "float32"}
@@ -43,10 +43,12 @@ def test_a_worker_scores_to_the_bit_comes_back_when_killed_and_ends_with_the_run
     workers = Workers.start(asked, scoring, said.append)
     pids = {name: worker.process.pid for name, worker in workers.running.items()}
     assert set(pids) == {"worker", "far"}
-    panel = assemble(asked, scoring, CPU, workers.addresses(), prompt=PROMPTS[0])
+    panel = assemble(asked, scoring, CPU, workers.addresses(), prompt=PROMPTS[0], size=SIZE)
     here = tiny(tiny_fidelity={}, tiny_shape={}, dinov3=DINO)
     for name, reward in here.items():
-        assert torch.equal(panel.score(name, pictures(3), PROMPTS), reward.score(pictures(3), PROMPTS))
+        assert torch.equal(
+            panel.score(name, pictures(3), PROMPTS), reward.score(pictures(3), PROMPTS)
+        )
 
     os.kill(pids["worker"], signal.SIGKILL)
     again = panel.score("tiny_fidelity", pictures(3), PROMPTS)
@@ -76,14 +78,16 @@ def test_a_worker_whose_starter_is_killed_ends_too():
 
 def test_a_worker_that_cannot_load_is_one_error(capfd):
     worker = Worker("w", WorkerSettings(), {"d": {**DINO, "path": "/nowhere"}})
-    with pytest.raises(ValueError, match=r"scoring.workers.w: its rewards did not load \(exit code 2\)"):
+    with pytest.raises(
+        ValueError, match=r"scoring.workers.w: its rewards did not load \(exit code 2\)"
+    ):
         worker.address()
     assert "rewards.d.path" in capfd.readouterr().err
 
 
 def test_another_python_that_lacks_what_is_needed_is_one_error(tmp_path: Path, capfd):
     empty = tmp_path / "python"
-    empty.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S \"$@\"\n")
+    empty.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     empty.chmod(0o755)
     worker = Worker("w", WorkerSettings(python=str(empty)), {"p": {"kind": "tiny_purity"}})
     with pytest.raises(ValueError, match="its rewards did not load"):
@@ -114,5 +118,5 @@ def test_a_place_that_is_none_is_refused(where):
 def test_a_reward_elsewhere_needs_no_folder_here():
     asked = reward_sections({"d": {**DINO, "path": "/on/the/server", "where": "http://gpu7"}}, "x")
     assert asked["d"].path == "/on/the/server"
-    with pytest.raises(RecipeError, match="rewards.d.path"):
+    with pytest.raises(RecipeError, match=r"rewards\.d\.path"):
         reward_sections({"d": {**DINO, "path": "/on/the/server"}}, "x")
