@@ -104,7 +104,7 @@ _SIZES = (
         samples=18,
         budgets={
             "vae": Budget(400, 12, 4e-3),
-            "flux": Budget(2000, 24, 2e-3),
+            "flux": Budget(900, 24, 2e-3),
             "dinov3": Budget(100, 32, 2e-3),
             "letters": Budget(200, 32, 3e-3),
             "genuine": Budget(250, 32, 2e-3),
