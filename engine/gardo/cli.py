@@ -219,6 +219,7 @@ def export(
 
 @app.command("eval")
 def eval_(
+    suite: Annotated[Path, typer.Option(help="what is asked and who judges: suites/README.md")],
     model: Annotated[
         str | None,
         typer.Argument(
@@ -226,9 +227,6 @@ def eval_(
             "base if left out"
         ),
     ] = None,
-    suite: Annotated[
-        Path, typer.Option(help="what is asked and who judges: suites/README.md")
-    ] = ...,  # type: ignore[assignment]
     lora: Annotated[
         Path | None, typer.Option(help="a LoRA on the model: PEFT's folder, or a file of diffusers")
     ] = None,
@@ -255,8 +253,8 @@ def eval_(
 ) -> None:
     """Evaluate a model on a suite, with intervals: result.json, result.md, result.html, grid.png.
 
-    All models get the same noise. The same command again goes on where it was cut; with --against,
-    nothing is drawn again.
+    All models get the same noise. The same command again goes on where it was cut; a finished one
+    draws nothing again, with --against only compares.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
@@ -268,7 +266,8 @@ def eval_(
     here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
     try:
         where = launch.places(gpus=gpus, hostfile=None, include=None, here=here)
-        options = {"lora": lora, "run": run, "step": step, "out": out, "against": against}
+        options: dict[str, Any] = {"lora": lora, "run": run, "step": step, "out": out}
+        options["against"] = against
         asked = task(model=model, suite=suite, average=ema, sets=set_ or [], **options)
         check_here(asked)
         # the run may go on meanwhile: all ranks take the checkpoint that is the newest now

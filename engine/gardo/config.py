@@ -220,7 +220,8 @@ def _panel(rewards: Any, mend: str) -> Any:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
     # no model, of which a reward called `json` or `copy` would be an attribute
-    return TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in rewards.items()})  # type: ignore[misc]
+    panel: Any = TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in rewards.items()})  # type: ignore[misc]
+    return panel
 
 
 def reward_sections(

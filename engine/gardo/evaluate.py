@@ -119,7 +119,7 @@ def evaluate(t: Task, group: Group, say: Callable[[str], object]) -> None:
 
 def _begun(t: Task, policy: Policy, group: Group) -> tuple[ImagesLog | None, list[int]]:
     """The log, of the first rank, and which batches are not in it. RecipeError on all ranks."""
-    log, said = None, {"missing": [], "problem": ""}
+    log, said = None, dict[str, Any](missing=[], problem="")
     if group.rank == 0:
         try:
             log = ImagesLog(made_folder(t.folder) / "images.jsonl", _evaluation(t, policy, group))

@@ -88,7 +88,8 @@ def _facts(result: Result) -> Iterable[str]:
     weights = (
         f"revision {model['revision']}" if "revision" in model else f"sha256 {model['sha256']}"
     )
-    yield f"{prompts * each} images: {each} of each of {prompts} prompts, noise of seed {asks['seed']}"
+    images = f"{prompts * each} images: {each} of each of {prompts} prompts"
+    yield f"{images}, noise of seed {asks['seed']}"
     yield (
         f"{asks['steps']} denoise steps, guidance {model['guidance']:g}, "
         f"{' x '.join(map(str, asks['size']))} pixels, {model['precision']}"
