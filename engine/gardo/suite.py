@@ -27,7 +27,7 @@ from gardo.recipe_errors import RecipeError, explained
 from gardo.recipe_rules import check_prompts
 from gardo.rewards import geneval_prompts
 from gardo.rewards.assembly import ScoringSettings, check_places
-from gardo.rewards.base import RewardSettings
+from gardo.rewards.base import RewardSettings, provides
 from gardo.settings import Pair, check_installed, config_folder, read_object
 from gardo.types import Prompt
 
@@ -123,10 +123,10 @@ def _rewards_fit(suite: Suite) -> None:
     features = []
     for name, settings in suite.reward_settings.items():
         plugin = reward_plugin(settings)
-        if not plugin.scores_alone:
+        if provides(plugin, "score_together"):
             raise ValueError(
                 f"rewards.{name}: {settings.kind} compares the images of a group, and here each is "
-                "scored alone; use its judge"
+                "scored alone; use its judge as a reward"
             )
         try:
             plugin.check(settings, suite.images_per_prompt)

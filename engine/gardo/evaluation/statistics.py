@@ -138,7 +138,8 @@ def win_rate(before_by_unit: Tensor, after_by_unit: Tensor, **options: Any) -> I
     A unit that is NaN in either is dropped. Arguments and errors as `bootstrap_mean`.
     """
     difference_U = after_by_unit.double() - before_by_unit.double()
-    return bootstrap_mean((difference_U.sign() + 1) / 2, **options)
+    won_U = (difference_U.sign() + 1) / 2
+    return bootstrap_mean(won_U.where(~difference_U.isnan(), torch.nan), **options)
 
 
 def rank_correlation(

@@ -141,12 +141,12 @@ def test_rank_correlation_is_the_textbooks() -> None:
 def test_its_interval_covers_the_true_correlation() -> None:
     """Of a bivariate normal with correlation r, Spearman's is 6 / pi asin(r / 2)."""
     generator = torch.Generator().manual_seed(5)
-    truth, trials, covered = 6 / math.pi * math.asin(0.25), 150, 0
+    truth, trials, covered = 6 / math.pi * math.asin(0.25), 100, 0
     for trial in range(trials):
         common, own, other = torch.randn(3, 30, generator=generator)
-        interval = rank_correlation(common + own, common + other, seed=trial, resamples=300)
+        interval = rank_correlation(common + own, common + other, seed=trial, resamples=200)
         covered += interval.low <= truth <= interval.high
-    assert 0.88 <= covered / trials <= 0.99  # the standard error of a coverage of 0.95 is 0.018
+    assert 0.87 <= covered / trials < 1  # the standard error of a coverage of 0.95 is 0.022
 
 
 def test_a_change_of_rank_correlation_draws_the_same_units() -> None:

@@ -1,4 +1,4 @@
-"""A suite's file: what it asks, what it is told where it is wrong, and which suites are the same."""
+"""A suite's file: what it asks, what is said of a wrong one, and which suites are the same."""
 
 from __future__ import annotations
 
