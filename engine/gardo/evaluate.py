@@ -276,7 +276,7 @@ def ready(t: Task) -> Group:
     use_allocator()
     check_here(t)
     device = use_device(local_rank)
-    torch.set_num_threads(share_of_cores(world))
+    torch.set_num_threads(t.suite.threads or share_of_cores(world))
     if world == 1:
         return Group(device, rank=rank)
     from gardo.distributed.zero import start_process_group

@@ -34,6 +34,7 @@ from gardo.types import Prompt
 GENEVAL = "geneval:"  # prompts of GenEval's grammar, so many
 HOW = {  # not what is asked, but how it is computed: models may differ in it and be compared
     "name", "batch", "precision", "base", "encoders", "family", "scoring", "shown",
+    "threads",
 }  # fmt: skip
 
 
@@ -72,6 +73,10 @@ class Suite(DiversitySettings):
     rewards: dict[str, Any]
     scoring: ScoringSettings = ScoringSettings()
     shown: int = Field(6, ge=1, description="prompts in the picture")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads a rank, on which last bits depend; cores / "
+        "ranks if left out"
+    )  # fmt: skip
 
     @cached_property
     def texts(self) -> list[Prompt]:

@@ -36,7 +36,7 @@ def values(folder: Path) -> dict[str, Any]:
 
 
 def test_two_ranks_give_the_numbers_of_one(place: Path) -> None:
-    """To the bit: batches are the suite's, and every process here has one thread."""
+    """To the bit: batches are the suite's, and every rank has as many threads."""
     launched(2, "builtin:flux", "--suite", place / "suite.yaml", "--out", place / "two")
     assert values(place / "two") == values(place / "one")
     for name in PAGES:

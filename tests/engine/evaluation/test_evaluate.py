@@ -30,6 +30,7 @@ size: [16, 16]
 text_tokens: 8
 batch: 5
 precision: float32
+threads: 1
 diversity: both
 shown: 3
 rewards:

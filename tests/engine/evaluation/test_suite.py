@@ -81,7 +81,7 @@ def test_a_suite_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["batch=3", "name=x", "precision=float32", "shown=1", "encoders=resident"]
+    "other", ["batch=3", "name=x", "precision=float32", "shown=1", "threads=1", "encoders=resident"]
 )
 def test_how_it_is_computed_is_no_part_of_what_is_asked(other: str, tmp_path: Path) -> None:
     assert suite(tmp_path, other).identity == suite(tmp_path).identity
