@@ -19,7 +19,7 @@ from gardo.evaluation.drawing import FEATURES, LABEL, REWARD, distances, of_kind
 from gardo.evaluation.statistics import Interval, bootstrap_mean, entropy, rank_correlation
 from gardo.rewards.base import RewardSettings
 
-PROXY = "proxy"  # the name of the weighted sum of the proxies
+PROXY = "the proxy"  # the weighted sum of the proxies; no reward can have that name
 
 
 @dataclass(frozen=True)
