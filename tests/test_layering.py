@@ -50,7 +50,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "recipe_errors": "|",
     "recipe":        "types data bad_updates algorithms distributed evaluation policies rewards |",
     "recipe_text":   "recipe_errors |",
-    "recipe_rules":  "recipe algorithms distributed policies |",
+    "recipe_rules":  "recipe algorithms distributed policies rewards types |",
     "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
                      " rewards |",
     "nvidia":        "| torch",
@@ -60,14 +60,19 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "meeting":       "machine recipe recipe_errors run_folder policies | torch",
     "run_lock":      "ending |",
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
-    "evaluation":    "types rollout policies rewards distributed report gardo_kernels tiny"
+    "evaluation":    "types rollout policies rewards distributed report recipe_errors"
+                     " gardo_kernels tiny"
                      " | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
     "doctor":        "flow machine nvidia policies gardo_kernels | torch",
-    "loading":       "data machine recipe recipe_errors distributed planner policies rewards"
+    "loading":       "data machine recipe recipe_errors distributed planner policies rewards types"
                      " | torch diffusers transformers",
+    "suite":         "config data evaluation recipe recipe_errors recipe_rules policies rewards"
+                     " types |",
+    "contender":     "distributed export loading policies recipe recipe_errors suite | torch",
+    "evaluate":      "* | torch",
     "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
     "reward_worker": "config recipe_errors rewards | torch",
     "session":       "* | torch",

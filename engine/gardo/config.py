@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 from pydantic import BaseModel, ValidationError, create_model
 from typing_extensions import TypedDict
@@ -30,6 +30,8 @@ from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes th
 from gardo.rewards.assembly import ScoringSettings, check_places
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.settings import Strict
+
+Settings = TypeVar("Settings", bound=Strict)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
@@ -123,9 +125,14 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
         (weights, "path"),
     ):
         if isinstance(part, dict) and isinstance(part.get(field), str):
-            given = os.path.expanduser(part[field])
-            beside = folder / given
-            part[field] = os.path.abspath(beside if os.path.exists(beside) else given)
+            part[field] = found_file(part[field], folder)
+
+
+def found_file(given: str, folder: Path) -> str:
+    """The path of a file that something in `folder` names: beside it, or where the command runs."""
+    given = os.path.expanduser(given)
+    beside = folder / given
+    return os.path.abspath(beside if os.path.exists(beside) else given)
 
 
 # ---- plug-in sections ----------------------------------------------------------------------------
@@ -196,15 +203,8 @@ def _judge_settings(section: Any, location: str) -> type[BaseModel]:
 
 def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
     """The schema of this recipe: its plug-in sections have the plug-ins' own settings."""
-    rewards = raw.get("rewards")
-    if not isinstance(rewards, dict) or not rewards:
-        raise _BadName("rewards: missing; name at least one with role proxy")
-    for name in rewards:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
+    panel = _panel(raw.get("rewards"), "name at least one with role proxy")
     model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
-    # no model, of which a reward called `json` or `copy` would be an attribute
-    panel: Any = TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in rewards.items()})  # type: ignore[misc]
     return create_model(
         "Recipe",
         __base__=Recipe,
@@ -212,6 +212,18 @@ def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
         algorithm=(_algorithm_settings(raw.get("algorithm")), ...),
         rewards=(panel, ...),
     )
+
+
+def _panel(rewards: Any, mend: str) -> Any:
+    """The type of a section `rewards`: of each, its plug-in's settings."""
+    if not isinstance(rewards, dict) or not rewards:
+        raise _BadName(f"rewards: missing; {mend}")
+    for name in rewards:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise _BadName(f"rewards.{name}: a name is a letter, then letters, digits, - or _")
+    # no model, of which a reward called `json` or `copy` would be an attribute
+    panel: Any = TypedDict("Rewards", {n: _reward_settings(n, r) for n, r in rewards.items()})  # type: ignore[misc]
+    return panel
 
 
 def reward_sections(
@@ -289,6 +301,41 @@ def full_schema() -> dict[str, Any]:
     }
     schema = create_model("Recipe", __base__=Recipe, **sections)
     return schema.model_json_schema()
+
+
+def load_rewarded(
+    schema: type[Settings],
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    prepare: Callable[[dict[str, Any]], None],
+    rules: Sequence[Callable[[Settings], None]],
+) -> Settings:
+    """A file that is no recipe and has a section `rewards` as a recipe has one. RecipeError.
+
+    `schema` says the rest of it; `prepare` changes what was read before it is checked, and `rules`
+    are those between its fields.
+    """
+    origin: Origin = {}
+    raw, source = _overridden(path, overrides, origin), str(path)
+    if isinstance(raw.get("rewards"), dict):
+        raw["rewards"] = _named(raw["rewards"])
+    prepare(raw)
+    try:
+        panel = _panel(raw.get("rewards"), "name at least one, such as pickscore: {role: held_out}")
+        exact = create_model(schema.__name__, __base__=schema, rewards=(panel, ...))
+    except _BadName as error:
+        raise RecipeError(placed(error, source, origin)) from None
+    try:
+        found = exact.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explained(exact, error, source, origin)) from None
+    for rule in rules:
+        try:
+            rule(found)
+        except ValueError as error:
+            raise RecipeError(placed(error, source, origin)) from None
+    return found
 
 
 def dump(recipe: Recipe) -> str:

@@ -108,7 +108,7 @@ def export_run(
     hold at most `shard_bytes`. Returns the file or folder. RecipeError where the run has no such
     weights, or they have no such format.
     """
-    with _pinned(folder, step) as saved:
+    with pinned(folder, step) as saved:
         return _export(
             saved, folder, format, average=average, out=out, policy=policy, verify=verify,
             shard_bytes=shard_bytes,
@@ -119,9 +119,23 @@ def _export(
     saved: Saved, folder: Path, format: str | None, *, average: bool, out: Path | None,
     policy: Policy | None, verify: bool, shard_bytes: int,
 ) -> Path:  # fmt: skip
-    recipe = _recipe_of(folder)
+    recipe = recipe_of(folder)
     format, write = _format(folder, recipe.train.weights.kind, format)
-    kind = f"slot.{AVERAGE}" if average else "master"
+    check_weights(saved, folder, average=average, verify=verify)
+    policy = policy or build_policy(recipe, torch.device("cpu"))
+    weights = trained(saved, policy, average=average)
+    usual = format in [next(iter(formats)) for formats in FORMATS.values()]
+    name = "-".join(["export", *([] if usual else [format]), *(["ema"] if average else [])])
+    try:
+        out = made_folder(out or folder / name)
+        return write(policy, weights, out, shard_bytes)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def check_weights(saved: Saved, folder: Path, *, average: bool, verify: bool = True) -> None:
+    """RecipeError where the checkpoint has no such weights, or not as they were saved."""
+    kind = _kind(average)
     if not any(file["kind"] == kind for file in saved.manifest["files"]):
         raise RecipeError(
             f"{folder}: --ema: the run kept no average of its weights (train.ema); leave out --ema"
@@ -130,16 +144,17 @@ def _export(
         raise RecipeError(damage)
     if strange := saved.not_finite(kind=kind):
         raise RecipeError(f"{strange}; choose another checkpoint with --step")
-    policy = policy or build_policy(recipe, torch.device("cpu"))
+
+
+def trained(saved: Saved, policy: Policy, *, average: bool) -> Trained:
+    """What the run trained, for a policy that is built as `build_policy` does."""
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in policy.trainable().items()}
     dtype = policy.dtype if policy.lora is None else torch.float32
-    usual = format in [next(iter(formats)) for formats in FORMATS.values()]
-    name = "-".join(["export", *([] if usual else [format]), *(["ema"] if average else [])])
-    try:
-        out = made_folder(out or folder / name)
-        return write(policy, Trained(saved, kind, shapes, dtype), out, shard_bytes)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    return Trained(saved, _kind(average), shapes, dtype)
+
+
+def _kind(average: bool) -> str:
+    return f"slot.{AVERAGE}" if average else "master"
 
 
 def _format(folder: Path, kind: str, wanted: str | None) -> tuple[str, Write]:
@@ -163,10 +178,10 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
 
     `out` is the run's `universal/` unless given. RecipeError where the run has no such checkpoint.
     """
-    with _pinned(folder, step) as saved:
+    with pinned(folder, step) as saved:
         if damage := saved.damage():
             raise RecipeError(damage)
-        policy = build_policy(_recipe_of(folder), torch.device("cpu"))
+        policy = build_policy(recipe_of(folder), torch.device("cpu"))
         shapes = {n: tuple(p.shape) for n, p in policy.trainable().items()}
         try:
             return write_universal(saved, shapes, made_folder(out or folder / "universal"))
@@ -174,7 +189,7 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
             raise RecipeError(str(error)) from error
 
 
-def _recipe_of(folder: Path) -> Recipe:
+def recipe_of(folder: Path) -> Recipe:
     """The recipe of a run, on a whole base: what trains has the same names there."""
     source = folder / "recipe.yaml"
     recipe = check(read(source), str(source), rules=())
@@ -182,14 +197,14 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 @contextmanager
-def _pinned(folder: Path, step: int | None) -> Iterator[Saved]:
+def pinned(folder: Path, step: int | None) -> Iterator[Saved]:
     """The checkpoint of a step, or the newest; a run that goes on cannot prune it meanwhile.
 
     Its files get second names for that, by hard links, where the file system has them.
     """
     with tempfile.TemporaryDirectory(dir=_writable(folder), prefix=".export-") as place:
         for attempt in range(ATTEMPTS):
-            saved = _checkpoint(folder, step)
+            saved = checkpoint_of(folder, step)
             pinned = Path(place) / str(attempt) / saved.folder.name
             try:
                 pinned.mkdir(parents=True)
@@ -215,7 +230,7 @@ def _writable(folder: Path) -> Path | None:
     return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
-def _checkpoint(folder: Path, step: int | None) -> Saved:
+def checkpoint_of(folder: Path, step: int | None) -> Saved:
     """The checkpoint of a step, or the newest."""
     found = committed(folder / "checkpoints")
     if not found:

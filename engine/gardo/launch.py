@@ -108,15 +108,15 @@ def _numbers(visible: str, ranks: int) -> list[str]:
 
 
 def command(places: Places, arguments: Sequence[str], *, master: str | None, port: int | None,
-            launched: bool) -> list[str]:  # fmt: skip
-    """What starts the training on the ranks of `places`, with these arguments of gardo.train.
+            launched: bool, module: str = "gardo.train") -> list[str]:  # fmt: skip
+    """What starts a module on the ranks of `places`, with these arguments of its own.
 
     Not `launched`: in one process, without DeepSpeed. ValueError where the launcher is missing.
     """
-    train = ["gardo.train", *arguments]
+    started = [module, *arguments]
     named = places.gpus and not all(name.isdecimal() for name in places.gpus)
     if not launched or named:
-        return [sys.executable, "-m", *train]
+        return [sys.executable, "-m", *started]
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("the launcher is missing: pip install deepspeed")
     port = port or free_port()
@@ -127,13 +127,13 @@ def command(places: Places, arguments: Sequence[str], *, master: str | None, por
         gpus = [int(name) for name in places.gpus or range(places.ranks)]
         machine = base64.urlsafe_b64encode(json.dumps({"localhost": gpus}).encode()).decode()
         return [sys.executable, "-m", LAUNCHER, "--log_level", "error", "--world_info", machine,
-                "--master_port", str(port), "--module", *train]  # fmt: skip
+                "--master_port", str(port), "--module", *started]  # fmt: skip
     # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
     launch = [sys.executable, "-m", RUNNER, "--log_level", "error", "--master_port", str(port),
               "--hostfile", str(places.hostfile), "--force_multi"]  # fmt: skip
     launch += ["--master_addr", master] if master else []
     launch += ["--include", places.include] if places.include else []
-    return [*launch, "--module", "gardo.train", *map(for_pdsh, arguments)]
+    return [*launch, "--module", module, *map(for_pdsh, arguments)]
 
 
 def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
-from gardo.rewards.assembly import Workers, assemble
-from gardo.rewards.base import Panel
+from gardo.rewards.assembly import ScoringSettings, Workers, assemble
+from gardo.rewards.base import Panel, RewardSettings
 from gardo.rewards.serving.client import Address
 from gardo.rewards.serving.wire import TOKEN
 from gardo.settings import FieldError
+from gardo.types import Prompt
 
 
 def quiet_libraries() -> None:
@@ -92,7 +93,12 @@ def free_encoders(recipe: Recipe, policy: Policy) -> None:
 
 def find_rewards(recipe: Recipe) -> None:
     """ValueError, opening with its field, for the first file of a reward that is not to be had."""
-    for name, settings in reward_settings(recipe).items():
+    find_files_of(reward_settings(recipe))
+
+
+def find_files_of(rewards: Mapping[str, RewardSettings]) -> None:
+    """As `find_rewards`, of rewards by name."""
+    for name, settings in rewards.items():
         find_files(settings, f"rewards.{name}")
 
 
@@ -107,13 +113,33 @@ def build_panel(recipe: Recipe, device: torch.device, workers: Workers | None = 
 
     All ranks call it: they ask the workers that the first of their machine has started.
     """
-    return assemble(
+    return panel_of(
         reward_settings(recipe),
         recipe.scoring,
-        device,
-        _reachable(workers or Workers(), join_ranks(recipe, device)),
+        workers or Workers(),
+        join_ranks(recipe, device),
         prompt=recipe.prompts()[0],
         size=recipe.model.size,
+    )
+
+
+def panel_of(
+    rewards: Mapping[str, RewardSettings],
+    scoring: ScoringSettings,
+    workers: Workers,
+    group: Group,
+    *,
+    prompt: Prompt,
+    size: tuple[int, int],
+) -> Panel:
+    """As `build_panel`, of rewards by name."""
+    return assemble(
+        rewards,
+        scoring,
+        group.device,
+        _reachable(workers, group),
+        prompt=prompt,
+        size=size,
         token=os.environ.get(TOKEN),
     )
 

@@ -55,9 +55,12 @@ def use_device(local_rank: int) -> torch.device:
 def use_threads(recipe: Recipe, world: int) -> None:
     """CPU threads of this rank: the recipe's, or its share of the cores. They also update weights
     that a GPU offloads."""
-    torch.set_num_threads(
-        recipe.distributed.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
-    )
+    torch.set_num_threads(recipe.distributed.threads or share_of_cores(world))
+
+
+def share_of_cores(world: int) -> int:
+    """How many cores each rank of this machine has, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here(world))
 
 
 def use_bf16_reductions(allowed: bool) -> None:
@@ -78,6 +81,11 @@ def use_deterministic_kernels() -> None:
 def check_accelerator(recipe: Recipe, source: str) -> None:
     """RecipeError where a run would pass by the GPU that is here, or train a full-size model on a
     CPU. DS_ACCELERATOR=cpu in the environment asks for either."""
+    check_device(recipe.model.path, source, "model.path", would="train", mend="train")
+
+
+def check_device(path: str, source: str, field: str, *, would: str, mend: str) -> None:
+    """As `check_accelerator`, of a model that a field names and that would be used so."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return
     if trouble := cuda_trouble():
@@ -90,7 +98,7 @@ def check_accelerator(recipe: Recipe, source: str) -> None:
         )
     if there and (trouble := kernels_lacking(local_rank)):
         raise RecipeError(f"{source}: {trouble}")
-    if not torch.cuda.is_available() and (size := full_size(recipe.model.path)):
+    if not torch.cuda.is_available() and (size := full_size(path)):
         absent = "no NVIDIA GPU is here"
         if devices() and unwanted():
             hidden = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -98,8 +106,8 @@ def check_accelerator(recipe: Recipe, source: str) -> None:
         elif not devices() and driver_version():
             absent += ", though the machine has the driver (a container? docker run --gpus all)"
         raise RecipeError(
-            f"{source}: model.path: {recipe.model.path!r} ({size}) would train on the CPU: "
-            f"{absent}; train it where there is one, or set DS_ACCELERATOR=cpu if the CPU is meant"
+            f"{source}: {field}: {path!r} ({size}) would {would} on the CPU: {absent}; {mend} it "
+            "where there is one, or set DS_ACCELERATOR=cpu if the CPU is meant"
         )
 
 

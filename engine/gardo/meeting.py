@@ -87,8 +87,13 @@ def running(recipe: Recipe) -> dict[str, Any]:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             fields[field] = f"a file with SHA-256 {digest[:16]}"
-    versions = {name: _version(name) for name in PACKAGES}
-    return {**fields, **versions, "gardo": gardo.__version__, "python": platform.python_version()}
+    return {**fields, **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run's numbers come from, and of Python."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {**found, "gardo": gardo.__version__, "python": platform.python_version()}
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable, Mapping, Sequence
 
 from gardo.algorithms.base import plugin_of
 from gardo.distributed.optimizers import check_optimizer
@@ -13,6 +14,8 @@ from gardo.policies.quantised import check_base
 from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.rewards.assembly import check_places
+from gardo.rewards.base import RewardSettings
+from gardo.types import Prompt
 
 
 def _rewards_fit(recipe: Recipe) -> None:
@@ -76,23 +79,30 @@ def _all_differentiable(recipe: Recipe) -> None:
 
 
 def _prompts_fit(recipe: Recipe) -> None:
-    rewards = reward_settings(recipe)
-    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
-    rewards = rewards | {name: judge for name, judge in judges.items() if judge}
     for field, prompts in (
         ("data.prompts", recipe.prompts),
         ("evaluate.prompts", recipe.evaluation_prompts),
     ):
-        try:
-            texts = prompts()
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-        for line, text in enumerate(texts, start=1):
-            for name, settings in rewards.items():
-                try:
-                    reward_plugin(settings).check_prompt(text)
-                except ValueError as error:
-                    raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
+        check_prompts(field, prompts, reward_settings(recipe))
+
+
+def check_prompts(
+    field: str, prompts: Callable[[], Sequence[Prompt]], rewards: Mapping[str, RewardSettings]
+) -> None:
+    """ValueError, opening with the field, where prompts cannot be read or a reward could never
+    score one of them."""
+    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
+    rewards = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
+    try:
+        texts = prompts()
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    for line, text in enumerate(texts, start=1):
+        for name, settings in rewards.items():
+            try:
+                reward_plugin(settings).check_prompt(text)
+            except ValueError as error:
+                raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
 
 
 def _diversity_fits(recipe: Recipe) -> None:

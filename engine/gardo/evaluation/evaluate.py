@@ -22,32 +22,31 @@ from torch import Tensor
 
 from gardo.distributed.base import Engine
 from gardo.evaluation import attributes
-from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
+from gardo.evaluation.drawing import (
+    FEATURES,
+    LABEL,
+    REWARD,
+    FixedImages,
+    distances,
+    judged,
+    of_kind,
+    shown_prompts,
+)
+from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change, prompt_means
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
-from gardo.rollout import rows_of
 from gardo.settings import Strict
-from gardo.streams import Stream
 from gardo.types import Prompt
-from gardo_kernels import Backend, nearest_cosine, random_normal
+from gardo_kernels import Backend
+
+Diversity = Literal["none", "attributes", "features", "both"]
 
 
-class EvaluateSettings(Strict):
-    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
+class DiversitySettings(Strict):
+    """How images are told apart: by features, or by attributes of the tiny world."""
 
-    every: int = Field(
-        50, ge=1, description="iterations; the first and the last are always evaluated"
-    )
-    prompts: str | None = Field(
-        None, description="as data.prompts; the training prompts if left out"
-    )
-    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(8, ge=1, le=10_000)
-    steps: int = Field(8, ge=1, le=1000, description="denoise steps")
-    batch: int = Field(16, ge=1, le=100_000, description="images a forward")
-    diversity: Literal["none", "attributes", "features", "both"] = "none"
-    shown: int = Field(6, ge=1, description="prompts in the sample picture")
+    diversity: Diversity = "none"
 
     @property
     def measures_attributes(self) -> bool:
@@ -61,6 +60,22 @@ class EvaluateSettings(Strict):
         """ValueError where the images of a prompt could not be measured as `diversity` says."""
         if self.measures_attributes:
             attributes.check_prompt(prompt)
+
+
+class EvaluateSettings(DiversitySettings):
+    """Fixed-noise images of fixed prompts through the pipeline; unit of the intervals = prompt."""
+
+    every: int = Field(
+        50, ge=1, description="iterations; the first and the last are always evaluated"
+    )
+    prompts: str | None = Field(
+        None, description="as data.prompts; the training prompts if left out"
+    )
+    prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
+    images_per_prompt: int = Field(8, ge=1, le=10_000)
+    steps: int = Field(8, ge=1, le=1000, description="denoise steps")
+    batch: int = Field(16, ge=1, le=100_000, description="images a forward")
+    shown: int = Field(6, ge=1, description="prompts in the sample picture")
 
 
 class Evaluator:
@@ -81,8 +96,10 @@ class Evaluator:
         self.policy, self.panel, self.engine = policy, panel, engine
         self.prompts, self.settings, self.seed, self.folder = list(prompts), settings, seed, folder
         self.kernels = kernels
-        count = min(settings.shown, len(self.prompts))
-        self.shown = torch.arange(count) * len(self.prompts) // count  # spread over the prompts
+        self.fixed = FixedImages(
+            policy, self.prompts, settings.images_per_prompt, settings.steps, seed, kernels
+        )
+        self.shown = shown_prompts(len(self.prompts), settings.shown)
         self.first: dict[str, Tensor] = {}
 
     @property
@@ -100,45 +117,26 @@ class Evaluator:
             n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in first.items()
         }
 
-    def initial_latents(self, image_I: Tensor) -> Tensor:
-        return random_normal(
-            self.seed, image_I, Stream.EVALUATION, self.policy.latent_shape, backend=self.kernels
-        )
-
     def batch(self, image_B: Tensor) -> tuple[Tensor, list[Prompt]]:
         """Images and prompts of the evaluation images with these indices."""
-        prompts = self._prompts_of(image_B)
-        distinct = list(dict.fromkeys(prompts))
-        index_B = torch.tensor([distinct.index(p) for p in prompts], device=image_B.device)
-        conditioning = rows_of(self.policy.encode(distinct), index_B)
-        images = self.policy.generate(
-            conditioning, self.initial_latents(image_B), steps=self.settings.steps
-        )
-        return images, prompts
-
-    def _prompts_of(self, image_B: Tensor) -> list[Prompt]:
-        return [self.prompts[i] for i in (image_B // self.settings.images_per_prompt).tolist()]
-
-    @property
-    def _total(self) -> int:
-        return len(self.prompts) * self.settings.images_per_prompt
+        return self.fixed.draw(image_B)
 
     def _batches(self) -> Iterator[Tensor]:
         """Indices of this rank's images, equally many on every rank: some lie past the end."""
         batch, engine = self.settings.batch, self.engine
-        for call in range(math.ceil(math.ceil(self._total / batch) / engine.world)):
+        for call in range(math.ceil(math.ceil(self.fixed.total / batch) / engine.world)):
             start = (call * engine.world + engine.rank) * batch
             yield torch.arange(start, start + batch, device=engine.device)
 
     def encode(self) -> None:
         """Has the prompts that this rank will evaluate encoded, which are then known."""
         for image_B in self._batches():
-            self.policy.encode(list(dict.fromkeys(self._prompts_of(image_B % self._total))))
+            self.fixed.encode(image_B % self.fixed.total)
 
     @torch.no_grad()
     def __call__(self, step: int, *, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The record of the weights after `step` iterations; before each batch calls `between`."""
-        images_per_prompt, total = self.settings.images_per_prompt, self._total
+        images_per_prompt, total = self.settings.images_per_prompt, self.fixed.total
         shown_I = torch.isin(torch.arange(total) // images_per_prompt, self.shown)
         slot_I = (shown_I.cumsum(0) - 1).where(shown_I, -1).to(self.engine.device)
         device = self.engine.device
@@ -171,29 +169,14 @@ class Evaluator:
         return record
 
     def _judge(self, images: Tensor, prompts: list[Prompt]) -> dict[str, Tensor]:
-        columns: dict[str, Tensor] = {}
-        for name, reward in self.panel.rewards.items():
-            if not reward.scores_alone:
-                continue
-            value = self.panel.score(name, images, prompts)
-            if reward.gives_features:
-                if self.settings.measures_features:
-                    columns["features"] = value
-            else:
-                columns[f"reward/{name}"] = value.float().where(value.isfinite(), torch.nan)
-        if self.settings.measures_attributes:
-            for name, label in attributes.attribute_labels(images, prompts).items():
-                columns[f"label/{name}"] = label
-        return columns
+        features, labels = self.settings.measures_features, self.settings.measures_attributes
+        return judged(self.panel, images, prompts, features=features, labels=labels)
 
-    def _record(self, step: int, values: Mapping[str, Tensor], picture: str) -> dict[str, Any]:
+    def _record(self, step: int, values: dict[str, Tensor], picture: str) -> dict[str, Any]:
         images_per_prompt = self.settings.images_per_prompt
         rewards, change, by_prompt = {}, {}, {}
-        for column, value_I in values.items():
-            kind, _, name = column.partition("/")
-            if kind != "reward":
-                continue
-            value_E = value_I.view(-1, images_per_prompt).double().nanmean(1)
+        for name, value_I in of_kind(values, REWARD).items():
+            value_E = prompt_means(value_I, images_per_prompt)
             self.first.setdefault(name, value_E)
             role = self.panel.rewards[name].settings.role
             rewards[name] = {**asdict(bootstrap_mean(value_E)), "role": role}
@@ -212,18 +195,12 @@ class Evaluator:
             "prompts": [self.prompts[i] for i in self.shown],
         }
 
-    def _diversity(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        labels = {
-            c.removeprefix("label/"): entropy(v)
-            for c, v in values.items()
-            if c.startswith("label/")
-        }
-        if "features" in values:
-            image_I = torch.arange(len(values["features"]), device=self.engine.device)
-            group_I = image_I // self.settings.images_per_prompt
-            _, pairwise_I = nearest_cosine(values["features"], group_I, backend=self.kernels)
-            labels["features"] = 100 * float(pairwise_I.mean())
-        return labels
+    def _diversity(self, values: dict[str, Tensor]) -> dict[str, float]:
+        found = {name: entropy(label_I) for name, label_I in of_kind(values, LABEL).items()}
+        if FEATURES in values:
+            features, per_prompt = values[FEATURES], self.settings.images_per_prompt
+            found[FEATURES] = 100 * float(distances(features, per_prompt, self.kernels)[1].mean())
+        return found
 
 
 def due(step: int, last: int, every: int) -> bool:

@@ -1,17 +1,22 @@
-"""Means with bootstrap intervals, paired changes, entropy of labels.
+"""Means and rank correlations with bootstrap intervals, paired changes, entropy of labels.
 
 The unit is the prompt, not the image: images of one prompt resemble each other, and an interval
 that counts them as independent is too narrow. So a caller averages the images of a prompt first
 and hands over one value for each prompt.
 
-Shapes: U units (prompts), S resamples.
+Shapes: U units (prompts), S resamples, C values of a unit.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+RANK_RESAMPLES = 2_000  # each sorts its units
+LEAST_RANKED = 5  # units of an interval of a rank correlation
 
 _BLOCK = 1 << 22  # random indices drawn at a time: 32 MB
 
@@ -66,18 +71,35 @@ def bootstrap_mean(
     if units < 2:
         return Interval(values_U.mean().item(), math.nan, math.nan)
 
+    means_S = _resampled(
+        values_U[:, None], lambda drawn_SUC: drawn_SUC[..., 0].mean(1), seed, resamples
+    )
+    return Interval(values_U.mean().item(), *_ends(means_S, units, level))
+
+
+def _resampled(
+    columns_UC: Tensor, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int
+) -> Tensor:
+    """The statistic of bootstrap samples, [S] fp64: units are drawn, with all their columns.
+
+    `statistic` takes fp64 [s, U, C] to [s]. The same seed draws the same units.
+    """
     generator = torch.Generator().manual_seed(seed)
-    means: list[Tensor] = []
+    units = len(columns_UC)
     rows = max(1, _BLOCK // units)
+    found: list[Tensor] = []
     for start in range(0, resamples, rows):
         shape = (min(rows, resamples - start), units)
-        means.append(values_U[torch.randint(units, shape, generator=generator)].mean(dim=1))
-    means_S = torch.cat(means)
+        found.append(statistic(columns_UC[torch.randint(units, shape, generator=generator)]))
+    return torch.cat(found)
 
+
+def _ends(found_S: Tensor, units: int, level: float) -> tuple[float, float]:
+    """The ends of the expanded percentile interval of a statistic of so many units."""
     reach = math.sqrt(units / (units - 1)) * _student_quantile(0.5 + level / 2, units - 1)
     tail = torch.special.ndtr(torch.tensor(-reach, dtype=torch.float64)).item()
-    ends = torch.quantile(means_S, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
-    return Interval(values_U.mean().item(), ends[0].item(), ends[1].item())
+    ends = torch.quantile(found_S, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+    return ends[0].item(), ends[1].item()
 
 
 def paired_change(
@@ -100,6 +122,105 @@ def paired_change(
     before_U = before_by_unit.detach().to("cpu", torch.float64)
     after_U = after_by_unit.detach().to("cpu", torch.float64)
     return bootstrap_mean(after_U - before_U, seed=seed, resamples=resamples, level=level)
+
+
+def prompt_means(values_I: Tensor, images_per_prompt: int) -> Tensor:
+    """fp64 [U]: the mean of each prompt's images, of those that have a value; NaN where none has.
+
+    `values_I` holds the images of a prompt one after the other.
+    """
+    return values_I.view(-1, images_per_prompt).double().nanmean(1)
+
+
+def win_rate(before_by_unit: Tensor, after_by_unit: Tensor, **options: Any) -> Interval:
+    """Share of the units where `after` is the higher one, a tie counting half; with its interval.
+
+    A unit that is NaN in either is dropped. Arguments and errors as `bootstrap_mean`.
+    """
+    difference_U = after_by_unit.double() - before_by_unit.double()
+    won_U = (difference_U.sign() + 1) / 2
+    return bootstrap_mean(won_U.where(~difference_U.isnan(), torch.nan), **options)
+
+
+def rank_correlation(
+    first_by_unit: Tensor,
+    second_by_unit: Tensor,
+    *,
+    seed: int = 0,
+    resamples: int = RANK_RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
+    """Spearman's rank correlation of two values of the units, with an interval over units.
+
+    Ties share their mean rank. The interval is that of `bootstrap_mean`, of units drawn with both
+    their values. Units that are NaN in either are dropped.
+
+    Returns:
+        `mean` is the correlation. All is NaN where it is not defined: one side without any spread;
+        the ends alone with fewer than LEAST_RANKED units, whose resamples have too few ranks.
+    """
+    return _ranked(
+        torch.stack([first_by_unit, second_by_unit], 1), _spearman, seed, resamples, level
+    )
+
+
+def rank_correlation_change(
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    *,
+    seed: int = 0,
+    resamples: int = RANK_RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
+    """The rank correlation of the pair `after` less that of the pair `before`, of the same units.
+
+    Units are drawn with all four values. As `rank_correlation` otherwise.
+    """
+
+    def change(drawn_SUC: Tensor) -> Tensor:
+        return _spearman(drawn_SUC[..., 2:]) - _spearman(drawn_SUC[..., :2])
+
+    return _ranked(torch.stack([*before, *after], 1), change, seed, resamples, level)
+
+
+def _ranked(
+    columns_by_unit: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    seed: int,
+    resamples: int,
+    level: float,
+) -> Interval:
+    columns_UC = columns_by_unit.detach().to("cpu", torch.float64)
+    columns_UC = columns_UC[~columns_UC.isnan().any(1)]
+    units = len(columns_UC)
+    if not units:
+        return Interval(math.nan, math.nan, math.nan)
+    value = statistic(columns_UC[None]).item()
+    if units < LEAST_RANKED or math.isnan(value):
+        return Interval(value, math.nan, math.nan)
+    found_S = _resampled(columns_UC, statistic, seed, resamples)
+    found_S = found_S[~found_S.isnan()]  # one unit alone was drawn, again and again
+    if not len(found_S):
+        return Interval(value, math.nan, math.nan)
+    return Interval(value, *_ends(found_S, units, level))
+
+
+def _spearman(columns_SU2: Tensor) -> Tensor:
+    """[S] rank correlations of the two columns; NaN where one has no spread."""
+    first_SU, second_SU = (_ranks(c) for c in columns_SU2.unbind(-1))
+    first_SU = first_SU - first_SU.mean(1, keepdim=True)
+    second_SU = second_SU - second_SU.mean(1, keepdim=True)
+    spread_S = (first_SU.square().sum(1) * second_SU.square().sum(1)).sqrt()
+    return (first_SU * second_SU).sum(1) / spread_S
+
+
+def _ranks(values_SU: Tensor) -> Tensor:
+    """Ranks from 1 on along the last axis, fp64; equal values share the mean of theirs."""
+    values_SU = values_SU.contiguous()
+    ordered_SU = values_SU.sort(1).values
+    below_SU = torch.searchsorted(ordered_SU, values_SU)
+    up_to_SU = torch.searchsorted(ordered_SU, values_SU, right=True)
+    return (below_SU + up_to_SU + 1).double() / 2
 
 
 def entropy(labels: Tensor) -> float:

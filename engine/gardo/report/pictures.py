@@ -1,9 +1,10 @@
-"""Grids of images as PNG files.
+"""Images and grids of them as PNG files.
 
 Shapes: B images, H by W pixels.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,3 +59,20 @@ def save_grid(
     encoded = io.BytesIO()
     grid.save(encoded, format="PNG", optimize=True)
     write_atomically(path, encoded.getvalue())
+
+
+def save_image(image_3HW: Tensor, path: str | Path) -> None:
+    """Write one image as a PNG of its own size; as `save_grid` otherwise."""
+    save_grid(image_3HW[None], path, columns=1, scale=1, padding=0)
+
+
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Images of one size, fp32 [B, 3, H, W] in [0, 1]. OSError where one cannot be read."""
+    images = []
+    for path in paths:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = torch.frombuffer(
+                bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8
+            )
+            images.append(pixels.view(picture.height, picture.width, 3).permute(2, 0, 1))
+    return torch.stack(images).float() / 255

@@ -6,8 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
-from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
+from gardo.evaluation.statistics import (
+    bootstrap_mean,
+    entropy,
+    paired_change,
+    prompt_means,
+    rank_correlation,
+    rank_correlation_change,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(("units", "least", "most"), [(8, 0.92, 0.99), (36, 0.915, 0.985)])
@@ -114,3 +123,63 @@ def test_interval_contains_the_mean_and_stays_inside_the_data(values: list[float
     interval = bootstrap_mean(torch.tensor(values, dtype=torch.float64), resamples=500)
     assert min(values) - 1e-9 <= interval.low <= interval.mean + 1e-9
     assert interval.mean - 1e-9 <= interval.high <= max(values) + 1e-9
+
+
+def test_rank_correlation_is_the_textbooks() -> None:
+    """scipy's, with ties too; whatever keeps the order of either side changes nothing."""
+    generator = torch.Generator().manual_seed(4)
+    first = torch.randint(0, 6, (40,), generator=generator).double()
+    second = first + 2 * torch.randn(40, generator=generator)
+    found = rank_correlation(first, second)
+    assert found.mean == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
+    assert found.low < found.mean < found.high
+    assert rank_correlation(first.exp(), second * 7 - 3) == found
+    assert rank_correlation(first, -second).mean == pytest.approx(-found.mean, abs=1e-12)
+    assert rank_correlation(first, first).mean == pytest.approx(1)
+
+
+def test_its_interval_covers_the_true_correlation() -> None:
+    """Of a bivariate normal with correlation r, Spearman's is 6 / pi asin(r / 2)."""
+    generator = torch.Generator().manual_seed(5)
+    truth, trials, covered = 6 / math.pi * math.asin(0.25), 100, 0
+    for trial in range(trials):
+        common, own, other = torch.randn(3, 30, generator=generator)
+        interval = rank_correlation(common + own, common + other, seed=trial, resamples=200)
+        covered += interval.low <= truth <= interval.high
+    assert 0.87 <= covered / trials < 1  # the standard error of a coverage of 0.95 is 0.022
+
+
+def test_a_change_of_rank_correlation_draws_the_same_units() -> None:
+    generator = torch.Generator().manual_seed(6)
+    first, second, noise = torch.randn(3, 60, generator=generator, dtype=torch.float64)
+    same = rank_correlation_change((first, second), (first.exp(), second))
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    before, after = (first, first + 0.3 * noise), (first, second)
+    change = rank_correlation_change(before, after)
+    difference = rank_correlation(*after).mean - rank_correlation(*before).mean
+    assert change.mean == pytest.approx(difference) and change.high < -0.3
+
+
+def test_no_rank_correlation_without_ranks() -> None:
+    values = torch.arange(10.0)
+    flat = rank_correlation(values, torch.ones(10))
+    assert all(map(math.isnan, (flat.mean, flat.low, flat.high)))
+    few = rank_correlation(values[:4], values[:4])
+    assert few.mean == pytest.approx(1) and math.isnan(few.low) and math.isnan(few.high)
+    missing = values.clone()
+    missing[3:] = math.nan
+    assert math.isnan(rank_correlation(values, missing).low)  # three units are left
+
+
+def test_win_rate_counts_prompts_and_halves_of_ties() -> None:
+    before = torch.tensor([1.0, 1.0, 1.0, math.nan, 1.0])
+    after = torch.tensor([2.0, 2.0, 1.0, 9.0, 0.0])
+    found = win_rate(before, after)
+    assert found.mean == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+def test_a_prompts_mean_is_of_the_images_that_have_a_value() -> None:
+    values = torch.tensor([1.0, 3.0, math.nan, 5.0, math.nan, math.nan])
+    means = prompt_means(values, 2)
+    assert means[:2].tolist() == [2, 5] and math.isnan(means[2])

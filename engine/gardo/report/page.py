@@ -1,0 +1,96 @@
+"""What the self-contained HTML pages share: style, skeleton, and text made safe for them.
+
+No script and nothing fetched: a content policy in the page forbids both. Every string that is not
+ours goes through `text`.
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+
+from PIL import Image
+
+from gardo.report.chart import CHART_CSS
+from gardo.report.progress import format_number
+
+_CSS = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1200px;margin:0 auto;padding:28px 24px 60px}
+h1{font-size:28px;line-height:1.2;margin:0 0 4px}
+h2{font-size:20px;margin:40px 0 12px;padding-top:14px;border-top:1px solid var(--line)}
+h3{font-size:15px;margin:22px 0 8px;color:var(--soft);font-weight:600}
+p{margin:8px 0;max-width:85ch}
+.soft{color:var(--soft);font-size:14px;max-width:100ch}
+.verdict{border-left:5px solid var(--c7);padding:4px 0 4px 16px;margin:18px 0;font-size:17px}
+.verdict.good{border-color:var(--c2)}.verdict.bad{border-color:var(--c4)}
+.conclusion{font-weight:600}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
+th,td{padding:6px 0 6px 22px;text-align:right;white-space:nowrap}
+tr{border-bottom:1px solid var(--line)}
+th{vertical-align:bottom;font-weight:600}th:first-child,td:first-child{padding-left:0}
+td{vertical-align:top}
+td small,th small{display:block;color:var(--soft);font-weight:400}
+.charts{display:grid;gap:18px 28px}
+.charts{grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr))}
+.grids{display:grid;gap:6px 14px;align-items:start;overflow-x:auto}
+.grids .prompts{display:grid;align-self:stretch;contain:size;font-size:13px;line-height:1.2}
+.grids .prompts span{display:flex;align-items:safe center;min-height:0;overflow:hidden}
+.grids .prompts{overflow-wrap:anywhere}
+.grids img,.strip img{display:block;width:100%;height:auto}
+.caption{font-size:13px;color:var(--soft)}.caption b{color:var(--ink)}
+.strip{display:grid;gap:14px;margin-top:20px}
+.strip{grid-template-columns:repeat(auto-fill,minmax(170px,1fr))}
+pre{overflow-x:auto;font-size:13px;line-height:1.4;padding:12px;border:1px solid var(--line)}
+summary{cursor:pointer}
+ul{padding-left:20px;font-size:14px}
+""".strip()
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title><style>{css}</style></head>
+<body><main>{body}</main></body></html>
+"""
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page; `title` is plain text, `body` HTML."""
+    css = f"{CHART_CSS}\n{_CSS}"
+    return _PAGE.format(title=text(title), css=css, body="\n".join(body))
+
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def minus(text: str) -> str:
+    """A true minus sign before numbers; hyphens in names stay."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "\u2013" if value is None else minus(format_number(value, digits))
+
+
+def picture(data: bytes, longest: int, alt: str) -> str:
+    """An `<img>` with a PNG inside, made smaller if a side is longer than `longest` pixels."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as found:
+        if max(found.size) > longest:
+            reduced = found.convert("RGB")
+            reduced.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+            smaller = io.BytesIO()
+            reduced.save(smaller, format="PNG", optimize=True)
+            data = smaller.getvalue()
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<img src="data:image/png;base64,{encoded}" alt="{text(alt)}">'
