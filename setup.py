@@ -12,6 +12,7 @@ EXTRAS = {
     "flash4": ["flash-attn-4>=4.0.0b1"],  # pre-releases, which pip must be asked for
     "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "fastapi", "uvicorn", "httpx", "scipy"],
     "track": ["tensorboard", "wandb"],
+    "datasets": ["datasets>=4"],  # data.prompts: hf:owner/name; before 4 it runs code of the hub
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
@@ -22,6 +23,7 @@ EXTRAS = {
         "rapidocr",  # the ocr reward's three, to test with the real reader
         "onnxruntime",
         "rapidfuzz",
+        "datasets>=4",  # data.prompts: hf:FOLDER, in tests/engine/test_hf_prompts.py
         "ruff",
         "mypy",
         "types-PyYAML",

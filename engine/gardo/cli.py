@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gardo.prompt_commands import prompts
+
 app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
     "(GARDO).",
@@ -17,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(prompts, name="prompts")
 
 RecipeArgument = Annotated[
     Path, typer.Argument(help="a recipe, such as recipes/tiny_flux_gardo.yaml")

@@ -20,6 +20,8 @@ from typing_extensions import TypedDict
 from gardo import plugins, recipe_rules
 from gardo.algorithms.base import Algorithm, AlgorithmSettings
 from gardo.algorithms.wrapper import Wrapper
+from gardo.evaluation.evaluate import HELD_OUT
+from gardo.hf_prompts import MARK, is_dataset
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
@@ -27,7 +29,7 @@ from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
 from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.base import Reward, RewardSettings
-from gardo.settings import Strict
+from gardo.settings import Strict, is_hub_id
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = True) -> Recipe:
@@ -107,7 +109,7 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
 
 
 def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Files are looked for beside the recipe, then where the command runs."""
+    """Files are looked for beside the recipe, then where the command runs; `held_out` is none."""
     train = raw.get("train")
     weights = train.get("weights") if isinstance(train, dict) else None
     for part, field in (
@@ -115,10 +117,21 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("evaluate"), "prompts"),
         (weights, "path"),
     ):
-        if isinstance(part, dict) and isinstance(part.get(field), str):
-            given = os.path.expanduser(part[field])
-            beside = folder / given
-            part[field] = os.path.abspath(beside if os.path.exists(beside) else given)
+        if not (isinstance(part, dict) and isinstance(part.get(field), str)):
+            continue
+        if part is raw.get("evaluate") and part[field] == HELD_OUT:
+            continue
+        part[field] = _found(part[field], folder)
+
+
+def _found(given: str, folder: Path) -> str:
+    """A path where it is; a data set of the hub as it is given."""
+    mark = MARK if is_dataset(given) else ""
+    path = os.path.expanduser(given.removeprefix(mark))
+    beside = folder / path
+    if os.path.exists(beside):
+        return mark + os.path.abspath(beside)
+    return given if mark and is_hub_id(path) else mark + os.path.abspath(path)
 
 
 # ---- plug-in sections ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from gardo.policies.quantised import check_base
 from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.rewards.assembly import check_places
+from gardo.settings import FieldError
 
 
 def _rewards_fit(recipe: Recipe) -> None:
@@ -85,6 +86,8 @@ def _prompts_fit(recipe: Recipe) -> None:
     ):
         try:
             texts = prompts()
+        except FieldError:
+            raise
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
         for line, text in enumerate(texts, start=1):
