@@ -61,12 +61,8 @@ def geneval(
     from gardo.rewards import geneval_prompts
 
     def drawn(kept: int) -> tuple[Objects, Objects]:
-        tasks = [
-            geneval_prompts.known(name, geneval_prompts.TASKS, "a task") for name in task or ()
-        ]
-        return geneval_prompts.files(
-            count, seed, kept, tasks=tasks or geneval_prompts.TASKS, numbers=number or (2, 3, 4)
-        )
+        tasks, numbers = task or geneval_prompts.TASKS, number or (2, 3, 4)
+        return geneval_prompts.files(count, seed, kept, tasks=tasks, numbers=numbers)
 
     _write(drawn, count, out, held_out, held_out_count)
 

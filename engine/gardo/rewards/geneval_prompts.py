@@ -203,7 +203,7 @@ def files(
     seed: int,
     held_out: int = 0,
     *,
-    tasks: Sequence[Task] = TASKS,
+    tasks: Sequence[str] = TASKS,
     numbers: Sequence[int] = (2, 3, 4),
 ) -> tuple[list[Any], list[Any]]:
     """(`count` objects of a .jsonl file, `held_out` others): {"prompt": ..., "tag": TASK} each.
@@ -211,24 +211,27 @@ def files(
     The tasks have equal shares; what one cannot ask any more, the others do. ValueError where all
     together cannot ask that many.
     """
-    tasks = list(dict.fromkeys(tasks))
+    for name in tasks:
+        known(name, TASKS, "a task of GenEval's")
+    n, choices = len(CLASSES), len(set(numbers))
     room = {
-        task: _possible(task, len(CLASSES) - (task in ("colors", "color_attr")), len(set(numbers)))
-        for task in tasks
+        task: _possible(task, n - (task in ("colors", "color_attr")), choices)
+        for task in TASKS
+        if task in tasks
     }
-    shares = dict.fromkeys(tasks, 0)
     if count + held_out > sum(room.values()):
         raise ValueError(
-            f"count: {', '.join(tasks)} can ask {sum(room.values())} things, not {count + held_out}"
+            f"count: {', '.join(room)} can ask {sum(room.values())} things, not {count + held_out}"
         )
+    shares: dict[Task, int] = {}
     left = count + held_out
-    for at, task in enumerate(sorted(tasks, key=room.__getitem__)):  # the narrow ones first
-        shares[task] = min(room[task], -(-left // (len(tasks) - at)))
+    for at, task in enumerate(sorted(room, key=room.__getitem__)):  # the narrow ones first
+        shares[task] = min(room[task], -(-left // (len(room) - at)))
         left -= shares[task]
     every = [
         {"prompt": prompt, "tag": task}
-        for task, share in shares.items()
-        for prompt in prompts(task, share, seed, numbers=numbers)
+        for task in room
+        for prompt in prompts(task, shares[task], seed, numbers=numbers)
     ]
     kept = set(random.Random(f"held out {seed}").sample(range(len(every)), held_out))
     return (
