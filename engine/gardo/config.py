@@ -119,9 +119,10 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
     ):
         if not (isinstance(part, dict) and isinstance(part.get(field), str)):
             continue
-        if part is raw.get("evaluate") and part[field] == HELD_OUT:
+        given = part[field]
+        if part is raw.get("evaluate") and given == HELD_OUT:
             continue
-        part[field] = _found(part[field], folder)
+        part[field] = _found(given, folder)
 
 
 def _found(given: str, folder: Path) -> str:
