@@ -13,6 +13,7 @@ EXTRAS = {
     "flash4": ["flash-attn-4>=4.0.0b1"],  # pre-releases, which pip must be asked for
     "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "scipy", *SERVER],
     "track": ["tensorboard", "wandb"],
+    "datasets": ["datasets>=4"],  # data.prompts: hf:owner/name; before 4 it runs code of the hub
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
@@ -24,6 +25,7 @@ EXTRAS = {
         "onnxruntime",
         "rapidfuzz",
         *SERVER,
+        "datasets>=4",  # data.prompts: hf:FOLDER, in tests/engine/test_hf_prompts.py
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -38,6 +38,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "bad_updates":   "types | torch",
     "reproduction":  "types rollout | torch",
     "data":          "types gardo_kernels | torch",
+    "hf_prompts":    "types data |",
     "flow":          "types gardo_kernels | torch",
     "rollout":       "types beside flow gardo_kernels | torch",
     "tiny":          "| torch diffusers transformers",
@@ -48,21 +49,22 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "algorithms":    "types contract flow rollout gardo_kernels | torch",
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
-    "recipe":        "types data bad_updates algorithms distributed evaluation policies rewards |",
+    "recipe":        "types data hf_prompts bad_updates algorithms distributed evaluation policies"
+                     " rewards |",
     "recipe_text":   "recipe_errors |",
     "recipe_rules":  "recipe algorithms distributed policies rewards types |",
     "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
-                     " rewards |",
+                     " evaluation hf_prompts rewards |",
     "nvidia":        "| torch",
     "ending":        "|",
     "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
-    "meeting":       "machine recipe recipe_errors run_folder policies | torch",
+    "meeting":       "machine recipe recipe_errors run_folder policies data evaluation hf_prompts"
+                     " | torch",
     "run_lock":      "ending |",
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
-    "evaluation":    "types rollout policies rewards distributed report recipe_errors"
-                     " gardo_kernels tiny"
-                     " | torch transformers",
+    "evaluation":    "types hf_prompts rollout policies rewards distributed report recipe_errors"
+                     " gardo_kernels tiny | torch transformers",
     "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
@@ -83,6 +85,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "reward_service": "config data recipe_errors rewards tiny types | torch",
     "cli_common":    "| typer",
     "cli_rewards":   "cli_common recipe_errors rewards reward_service | typer",
+    "prompt_commands": "rewards | typer",
     "cli":           "* | torch typer rich",
 }
 AT_START = {  # when the module is imported, as opposed to when a function of it runs
@@ -94,7 +97,8 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "policies":      "types flow gardo_kernels tiny | torch",  # a recipe is checked without a model
     "cli_common":    "| typer",
     "cli_rewards":   "cli_common | typer",
-    "cli":           "cli_common cli_rewards | typer rich",
+    "prompt_commands": "| typer",
+    "cli":           "cli_common cli_rewards prompt_commands | typer rich",
 }
 # fmt: on
 FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these

@@ -12,6 +12,7 @@ import typer
 
 from gardo import cli_rewards
 from gardo.cli_common import RecipeArgument, SetOption, refuse
+from gardo.prompt_commands import prompts
 
 app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_rewards.app, name="rewards")
+app.add_typer(prompts, name="prompts")
 
 SuiteSetOption = Annotated[
     list[str] | None,
@@ -275,7 +277,7 @@ def eval_(
         command = launch.command(where, arguments, master=None, port=None, launched=True,
                                  module="gardo.evaluate")  # fmt: skip
     except (RecipeError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
 
 

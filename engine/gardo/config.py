@@ -21,6 +21,8 @@ from typing_extensions import TypedDict
 from gardo import plugins, recipe_rules
 from gardo.algorithms.base import Algorithm, AlgorithmSettings
 from gardo.algorithms.wrapper import Wrapper
+from gardo.evaluation.evaluate import HELD_OUT
+from gardo.hf_prompts import MARK, is_dataset
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
@@ -29,7 +31,7 @@ from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.assembly import ScoringSettings, check_places
 from gardo.rewards.base import Reward, RewardSettings
-from gardo.settings import Strict
+from gardo.settings import Strict, is_hub_id
 
 Settings = TypeVar("Settings", bound=Strict)
 
@@ -116,7 +118,7 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
 
 
 def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Files are looked for beside the recipe, then where the command runs."""
+    """Files are looked for beside the recipe, then where the command runs; `held_out` is none."""
     train = raw.get("train")
     weights = train.get("weights") if isinstance(train, dict) else None
     for part, field in (
@@ -124,15 +126,24 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("evaluate"), "prompts"),
         (weights, "path"),
     ):
-        if isinstance(part, dict) and isinstance(part.get(field), str):
-            part[field] = found_file(part[field], folder)
+        if part is None or not (isinstance(part, dict) and isinstance(part.get(field), str)):
+            continue
+        if part is raw.get("evaluate") and part[field] == HELD_OUT:
+            continue
+        part[field] = found_file(part[field], folder)
 
 
 def found_file(given: str, folder: Path) -> str:
-    """The path of a file that something in `folder` names: beside it, or where the command runs."""
-    given = os.path.expanduser(given)
-    beside = folder / given
-    return os.path.abspath(beside if os.path.exists(beside) else given)
+    """The path of a file that something in `folder` names: beside it, or where the command runs.
+
+    A data set of the hub stays as it is given.
+    """
+    mark = MARK if is_dataset(given) else ""
+    path = os.path.expanduser(given.removeprefix(mark))
+    beside = folder / path
+    if os.path.exists(beside):
+        return mark + os.path.abspath(beside)
+    return given if mark and is_hub_id(path) else mark + os.path.abspath(path)
 
 
 # ---- plug-in sections ----------------------------------------------------------------------------
@@ -273,11 +284,10 @@ def reward_file(path: str | Path, overrides: Sequence[str] = ()) -> RewardFile:
     data = raw.get("data")
     prompts = data.get("prompts") if isinstance(data, dict) else None
     here = isinstance(prompts, str) and os.path.isfile(prompts)
+    size: tuple[int, int] | None = None
     match raw.get("model"):
         case {"size": [int(height), int(width)]}:
-            size = (height, width)
-        case _:
-            size = None
+            size = height, width
     return RewardFile(rewards, scoring, Path(str(prompts)) if here else None, size)
 
 

@@ -103,7 +103,12 @@ def evaluate(t: Task, group: Group, say: Callable[[str], object]) -> None:
             t.contender.load(policy)
             say(f"{total} images of {len(suite.texts)} prompts, {len(missing)} batches to go")
             panel = panel_of(
-                suite.reward_settings, suite.scoring, workers, group, prompt=suite.texts[0]
+                suite.reward_settings,
+                suite.scoring,
+                workers,
+                group,
+                prompt=suite.texts[0],
+                size=suite.size,
             )
             try:
                 _measure(t, policy, panel, group, log, missing, say)

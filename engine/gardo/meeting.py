@@ -23,6 +23,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import gardo
+from gardo.data import digest_of
+from gardo.evaluation.evaluate import HELD_OUT
+from gardo.hf_prompts import is_dataset
 from gardo.machine import PACKAGES, ranks
 from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe
@@ -83,7 +86,9 @@ def running(recipe: Recipe) -> dict[str, Any]:
         "train.weights.path": lora and open_lora(lora).path,
     }
     for field, path in files.items():
-        if path:
+        if is_dataset(path):
+            fields[field] = f"prompts with SHA-256 {digest_of(recipe.prompts())[:16]}"
+        elif path and path != HELD_OUT:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             fields[field] = f"a file with SHA-256 {digest[:16]}"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from gardo import plugins
 from gardo.algorithms.base import SamplerSettings, plugin_of
 from gardo.bad_updates import BadUpdateSettings
-from gardo.data import load_prompts
+from gardo.data import WEIGHT, divided, load_prompts, weighed
 from gardo.distributed.average import AVERAGE, AverageSettings
 from gardo.distributed.base import DistributedSettings, RolloutSettings
 from gardo.distributed.checkpoint import CheckpointSettings
 from gardo.distributed.optimizers import OptimizerSettings
 from gardo.distributed.slots import LIVE
-from gardo.evaluation.evaluate import EvaluateSettings
+from gardo.evaluation.evaluate import HELD_OUT, EvaluateSettings
+from gardo.hf_prompts import dataset_prompts, is_dataset
 from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.settings import PolicySettings
 from gardo.rewards.assembly import ScoringSettings
 from gardo.rewards.base import RewardSettings
-from gardo.settings import Strict
+from gardo.settings import FieldError, Strict
 from gardo.types import Prompt
 
 
@@ -86,10 +87,33 @@ class TrainSettings(Strict):
 class DataSettings(Strict):
     prompts: str = Field(
         description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
-        "relative to the recipe"
+        "relative to the recipe. hf:owner/name, hf:FOLDER: a data set, by the library datasets"
     )
     prompts_per_step: int = Field(ge=1, le=100_000)
     images_per_prompt: int = Field(ge=1, le=10_000)
+    weights: str | None = Field(
+        WEIGHT, min_length=1, description="field of a prompt's metadata: how often it comes, "
+        "relative to the others (1 where it is not said); null: all alike",
+    )  # fmt: skip
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the prompts that is kept out of training, by a hash "
+        "of their texts; evaluations use them",
+    )  # fmt: skip
+    split: str | None = Field(None, min_length=1, description="of a data set; train if left out")
+    column: str | None = Field(
+        None, min_length=1, description="of a data set: the prompts'; prompt if left out"
+    )
+    revision: str | None = Field(None, description="commit or tag of a data set on the hub")
+
+    @model_validator(mode="after")
+    def _a_file_is_whole(self) -> Self:
+        for field in ("split", "column", "revision"):
+            if not is_dataset(self.prompts) and getattr(self, field) is not None:
+                raise ValueError(
+                    f"{field}: {getattr(self, field)!r}: is of a data set, and data.prompts is "
+                    "a file; leave it out, or write data.prompts: hf:owner/name"
+                )
+        return self
 
 
 class RunSettings(Strict):
@@ -183,11 +207,33 @@ class Recipe(Strict):
         return AVERAGE if self.train.ema and self.train.ema.evaluate else LIVE
 
     def prompts(self) -> list[Prompt]:
-        return load_prompts(Path(self.data.prompts))
+        """Those to train on. ValueError; FieldError where it is not `data.prompts` that is wrong"""
+        every, share = self._every_prompt(), self.data.held_out
+        return divided(every, share)[0] if share else every
 
     def evaluation_prompts(self) -> list[Prompt]:
-        path = self.evaluate.prompts or self.data.prompts
-        return load_prompts(Path(path))[: self.evaluate.prompt_count]
+        """As `prompts`, of `evaluate.prompts`."""
+        named, share = self.evaluate.prompts, self.data.held_out
+        if named == HELD_OUT and not share:
+            raise FieldError(
+                "evaluate.prompts: held_out: data.held_out keeps none out of training; give it a "
+                "share, such as 0.1"
+            )
+        if named in (None, HELD_OUT):
+            every = self._every_prompt()
+            found = divided(every, share)[1] if share else every
+        else:
+            found = load_prompts(Path(named))
+        return found[: self.evaluate.prompt_count]
+
+    def _every_prompt(self) -> list[Prompt]:
+        data = self.data
+        if is_dataset(data.prompts):
+            split, column = data.split or "train", data.column or "prompt"
+            prompts = [*dataset_prompts(data.prompts, split, column, data.revision)]
+        else:
+            prompts = load_prompts(Path(data.prompts))
+        return weighed(prompts, data.weights)
 
 
 def reward_settings(recipe: Recipe) -> dict[str, RewardSettings]:

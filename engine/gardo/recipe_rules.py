@@ -15,6 +15,7 @@ from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
 from gardo.rewards.assembly import check_places
 from gardo.rewards.base import RewardSettings
+from gardo.settings import FieldError
 from gardo.types import Prompt
 
 
@@ -95,6 +96,8 @@ def check_prompts(
     rewards = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
     try:
         texts = prompts()
+    except FieldError:
+        raise
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
     for line, text in enumerate(texts, start=1):

@@ -200,7 +200,7 @@ def _checked(
     try:
         panel = assemble(
             {name: settings}, scoring, device, workers.addresses(), prompt=prompts[0],
-            size=tuple(pictures.shape[-2:]), token=os.environ.get(TOKEN),
+            size=(pictures.shape[-2], pictures.shape[-1]), token=os.environ.get(TOKEN),
         )  # fmt: skip
         checked.load_seconds = time.perf_counter() - began
         _measure(checked, panel.rewards[name], prompts, pictures)

@@ -19,3 +19,4 @@ class Stream(IntEnum):
     EPOCH = 1 << 26  # the order of the prompts
     OPPONENTS = 1 << 27  # whom an image meets (the reward `preference`)
     WINDOW = 1 << 28  # where a window of trained steps stands
+    WEIGHTS = 1 << 29  # which prompts an epoch has, where they have weights

@@ -94,18 +94,23 @@ class Prompt(str):
     """A prompt's text; `metadata` is what its line of the prompt file says beside the text.
 
     Prompts of one text are equal whatever their metadata, which is for rewards alone: a text is
-    encoded once.
+    encoded once. `weight`: how often it comes in training, relative to the others.
     """
 
     metadata: Mapping[str, Any]  # read-only
+    weight: float
 
-    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> Prompt:
+    def __new__(
+        cls, text: str, metadata: Mapping[str, Any] | None = None, weight: float = 1.0
+    ) -> Prompt:
         prompt = super().__new__(cls, text)
         prompt.metadata = MappingProxyType(dict(metadata or {}))
+        prompt.weight = weight
         return prompt
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Prompt, (str(self), dict(self.metadata))  # a MappingProxyType cannot be pickled
+        # a MappingProxyType cannot be pickled
+        return Prompt, (str(self), dict(self.metadata), self.weight)
 
 
 @dataclass(frozen=True)

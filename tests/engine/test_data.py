@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gardo.data import MAX_BYTES, MAX_PROMPTS, load_prompts, step_prompts
+from gardo.data import (
+    MAX_BYTES,
+    MAX_PROMPTS,
+    digest_of,
+    divided,
+    load_prompts,
+    run_prompts,
+    step_prompts,
+    weighed,
+)
+from gardo.settings import FieldError
 from gardo.types import Prompt
 
 
@@ -192,3 +202,126 @@ def test_epochs_and_seeds_are_shuffled_anew():
     prompts = [f"prompt {i}" for i in range(30)]
     orders = [tuple(step_prompts(prompts, epoch, 30, seed)) for seed in (0, 1) for epoch in (0, 1)]
     assert len({*orders, tuple(prompts)}) == 5
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def with_weights(*weights):
+    return [Prompt(f"prompt {i}", weight=weight) for i, weight in enumerate(weights)]
+
+
+def drawn(prompts, steps, count, seed):
+    return [p for step in range(steps) for p in step_prompts(prompts, step, count, seed)]
+
+
+def test_weights_come_from_a_field_of_the_lines(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "weight": 2, "often": 0.5}\n{"prompt": "b"}\n')
+    prompts = load_prompts(path)
+    assert [p.weight for p in prompts] == [1, 1]
+    assert [p.weight for p in weighed(prompts, "weight")] == [2, 1]
+    assert [p.weight for p in weighed(prompts, "often")] == [0.5, 1]
+    assert [p.weight for p in weighed(prompts, None)] == [1, 1]
+    again = pickle.loads(pickle.dumps(weighed(prompts, "weight")))
+    assert [(p, p.weight, p.metadata) for p in again] == [
+        ("a", 2, {"weight": 2, "often": 0.5}), ("b", 1, {})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", ["high", True, 0, -1, 2e9, 10**400, None, [1]])
+def test_what_is_no_weight_is_named(weight):
+    prompts = [Prompt("a"), Prompt("b", {"weight": weight})]
+    with pytest.raises(ValueError, match=r"^prompt 2, 'b': \"weight\" is .*a number above 0, at"):
+        weighed(prompts, "weight")
+
+
+def test_a_field_that_no_prompt_has_is_a_slip():
+    with pytest.raises(FieldError, match=r"^data\.weights: 'wieght' is a field of no prompt"):
+        weighed([Prompt("a", {"weight": 2})], "wieght")
+    assert weighed([Prompt("a")], "weight") == ["a"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 12), count=st.integers(1, 7), weight=st.floats(0.1, 9))
+def test_equal_weights_change_nothing(size, count, weight):
+    alike = with_weights(*[weight] * size)
+    assert drawn(alike, 9, count, 3) == drawn([f"prompt {i}" for i in range(size)], 9, count, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 20), min_size=2, max_size=9),
+    count=st.integers(1, 7),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_in_an_epoch_a_prompt_comes_as_often_as_its_weight_says(weights, count, seed):
+    size, prompts = len(weights), with_weights(*weights)
+    epochs = drawn(prompts, -(-3 * size // count), count, seed)[: 3 * size]
+    for epoch in range(3):
+        times = [epochs[epoch * size : (epoch + 1) * size].count(p) for p in prompts]
+        expected = [size * weight / sum(weights) for weight in weights]
+        # the number rounded down or up; 1e-6 for sums of floats that miss a whole number
+        assert all(abs(n - e) < 1 + 1e-6 for n, e in zip(times, expected, strict=True))
+
+
+def test_over_many_epochs_the_shares_are_the_weights():
+    """Points of the golden ratio: the largest discrepancy of an interval is of order log E."""
+    weights = [0.1, 0.5, 1, 1, 3.3, 7]
+    prompts, epochs = with_weights(*weights), 100
+    seen = drawn(prompts, epochs, len(weights), 5)
+    for prompt in prompts:
+        expected = epochs * len(weights) * prompt.weight / sum(weights)
+        assert abs(seen.count(prompt) - expected) < 5
+
+
+def test_weighted_steps_depend_on_seed_and_step_alone():
+    prompts = with_weights(*[1, 2, 3] * 10)
+    straight = [step_prompts(prompts, step, 7, 3) for step in range(20)]
+    assert [step_prompts(prompts, step, 7, 3) for step in reversed(range(20))][::-1] == straight
+    assert [step_prompts(prompts, step, 7, 4) for step in range(20)] != straight
+    assert step_prompts(prompts, 0, 30, 3) != step_prompts(prompts, 1, 30, 3)
+    used = run_prompts(prompts, 4, 7, 3)
+    assert set(used) == {p for step in straight[:4] for p in step} and len(set(used)) == len(used)
+
+
+# ---- held out ------------------------------------------------------------------------------------
+
+TEXTS = [f"a picture of number {i}" for i in range(1000)]
+
+
+def test_a_share_is_held_out_by_the_texts():
+    prompts = [Prompt(text, {"line": i}) for i, text in enumerate([*TEXTS, *TEXTS])]
+    trained, held_out = divided(prompts, 0.2)
+    assert sorted(p.metadata["line"] for p in trained + held_out) == list(range(2000))
+    assert not set(trained) & set(held_out), "prompts of one text stay together"
+    # 1000 texts: a binomial's deviation is 13, five of them
+    assert abs(len(set(held_out)) - 200) < 65
+    lines = [p.metadata["line"] for p in held_out]
+    assert lines == sorted(lines), "in their order"
+
+
+def test_what_is_held_out_stays_so():
+    """Whatever is added to the file, and for a larger share."""
+    held_out = set(divided(list(map(Prompt, TEXTS[:500])), 0.1)[1])
+    more = set(divided(list(map(Prompt, ["new", *TEXTS])), 0.1)[1])
+    larger = set(divided(list(map(Prompt, TEXTS[:500])), 0.3)[1])
+    assert held_out == more & set(TEXTS[:500]) and held_out < larger
+
+
+def test_too_few_to_hold_out_or_to_train_on():
+    with pytest.raises(
+        FieldError, match=r"^data\.held_out: 1e-09 of 3 prompts is no prompt; use a l"
+    ):
+        divided(list(map(Prompt, TEXTS[:3])), 1e-9)
+    with pytest.raises(
+        FieldError, match=r"0\.9999 of 3 prompts is every prompt; use a smaller sha"
+    ):
+        divided(list(map(Prompt, TEXTS[:3])), 0.9999)
+
+
+def test_a_digest_is_of_texts_metadata_and_weights():
+    same = [[Prompt("a", {"x": 1, "y": 2})], [Prompt("a", {"y": 2, "x": 1})]]
+    assert len({digest_of(p) for p in same}) == 1
+    others = [[Prompt("a")], [Prompt("b", {"x": 1, "y": 2})], [Prompt("a", {"x": 1, "y": 2}, 2.0)]]
+    assert len({digest_of(p) for p in [*others, same[0], same[0] * 2]}) == 5

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from gardo.distributed.base import Engine
@@ -33,6 +33,7 @@ from gardo.evaluation.drawing import (
     shown_prompts,
 )
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change, prompt_means
+from gardo.hf_prompts import is_dataset
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.base import Panel
@@ -41,6 +42,8 @@ from gardo.types import Prompt
 from gardo_kernels import Backend
 
 Diversity = Literal["none", "attributes", "features", "both"]
+
+HELD_OUT = "held_out"
 
 
 class DiversitySettings(Strict):
@@ -69,13 +72,25 @@ class EvaluateSettings(DiversitySettings):
         50, ge=1, description="iterations; the first and the last are always evaluated"
     )
     prompts: str | None = Field(
-        None, description="as data.prompts; the training prompts if left out"
+        None,
+        description="a file, as data.prompts; held_out: those that data.held_out keeps. If left "
+        "out: held_out, or where it keeps none the training prompts",
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
     images_per_prompt: int = Field(8, ge=1, le=10_000)
     steps: int = Field(8, ge=1, le=1000, description="denoise steps")
     batch: int = Field(16, ge=1, le=100_000, description="images a forward")
     shown: int = Field(6, ge=1, description="prompts in the sample picture")
+
+    @field_validator("prompts")
+    @classmethod
+    def _is_a_file(cls, prompts: str | None) -> str | None:
+        if is_dataset(prompts):
+            raise ValueError(
+                f"{prompts!r}: a data set is for data.prompts; write held_out and keep a share of "
+                "it by data.held_out, or name a file"
+            )
+        return prompts
 
 
 class Evaluator:

@@ -16,7 +16,7 @@ from math import ceil
 from gardo.distributed.base import DistributedSettings
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.geometry import Geometry
-from gardo.planner.scorers import Scorer, scorer
+from gardo.planner.scorers import Scorer, own_weights, scorer
 from gardo.planner.shadow import Shadow
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe, reward_settings
@@ -99,7 +99,7 @@ class Counted:
 
     def memory(self, recipe: Recipe, plan: Geometry, world: int) -> Memory:
         scorers = self._scorers_of(recipe, plan)
-        rewards = [Part(f"reward {n}", s.weights) for n, s in scorers.items() if s and s.weights]
+        rewards = [Part(f"reward {n}", size) for n, size in own_weights(scorers).items() if size]
         device, host = self._split(recipe, self._trained(recipe, world))
         stays = (*device, *self._around(recipe), *rewards, CUDA)
         encode, sample, decode, teachers, evaluate = self._reading(recipe, plan, world)

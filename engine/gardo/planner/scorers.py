@@ -2,10 +2,12 @@
 
 The models are those that its settings mark with `Holds`; each sees `batch` images on fake tensors,
 as in shadow.py. Texts are left out: they are shorter than pictures, and a prompt is encoded once.
+Weights are counted tower by tower, for rewards that run the same ones have one copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gardo.planner.live import LiveBytes, forget_fakes, make_fake
 from gardo.recipe import reward_plugin
-from gardo.rewards.base import weights_dtype
+from gardo.rewards.base import Held, Tower, tower_of, weights_dtype
 from gardo.settings import config_folder
 
 BATCH = 16  # assumed of a reward that has no `batch`
@@ -26,9 +28,24 @@ BATCH = 16  # assumed of a reward that has no `batch`
 class Scorer:
     """Bytes of a reward: what stays, and what comes and goes."""
 
-    weights: int
+    towers: Mapping[Tower, int]  # of weights; other rewards may have the same ones
     activations: int  # while it scores
     graph: int  # while gradients go through it
+
+    @property
+    def weights(self) -> int:
+        return sum(self.towers.values())
+
+
+def own_weights(scorers: Mapping[str, Scorer | None]) -> dict[str, int]:
+    """Bytes of weights by reward; a tower of several is counted for the first of them."""
+    found: dict[str, int] = {}
+    counted: set[Tower] = set()
+    for name, of in scorers.items():
+        towers = of.towers if of else {}
+        found[name] = sum(size for tower, size in towers.items() if tower not in counted)
+        counted |= towers.keys()
+    return found
 
 
 def scorer(settings: Any, trained: int = 0) -> Scorer | None:
@@ -39,24 +56,25 @@ def scorer(settings: Any, trained: int = 0) -> Scorer | None:
     if models is None:
         return None
     judge = getattr(settings, "judge", settings)
-    found = [_model(class_name, path, judge, trained) for class_name, path in models]
+    found = [_model(held, judge, trained) for held in models]
     if None in found:
         return None
     known = [model for model in found if model]
     # models of one reward run one after the other
     return Scorer(
-        sum(m.weights for m in known),
+        {tower: size for m in known for tower, size in m.towers.items()},
         max((m.activations for m in known), default=0),
         max((m.graph for m in known), default=0),
     )
 
 
-def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | None:
-    folder = config_folder(path)
+def _model(held: Held, settings: Any, trained: int) -> Scorer | None:
+    folder = config_folder(held.path)
     if folder is None:
         return None
-    model_class = getattr(transformers, class_name)
-    dtype = weights_dtype(getattr(settings, "dtype", "float32"))
+    model_class = getattr(transformers, held.class_name)
+    precision = getattr(settings, "dtype", "float32")
+    dtype = weights_dtype(precision)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with torch.device("meta"):
@@ -64,7 +82,7 @@ def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | 
     except ImportError:
         return None
     make_fake(model.requires_grad_(False), mode, dtype)
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    towers = _towers(model, held, precision)
     vision = getattr(model.config, "vision_config", None)
     side = vision.image_size if vision else getattr(settings, "size", None)
     images = getattr(settings, "batch", BATCH)
@@ -73,7 +91,19 @@ def _model(class_name: str, path: str, settings: Any, trained: int) -> Scorer | 
         activations = _peak(model, (images, *shape), dtype, graph=False)
         graph = _peak(model, (trained, *shape), dtype, graph=True) if trained else 0
     forget_fakes(model)
-    return Scorer(weights, activations, graph)
+    return Scorer(towers, activations, graph)
+
+
+def _towers(model: nn.Module, held: Held, precision: str) -> dict[Tower, int]:
+    """Bytes of the modules that `frozen` of the rewards shares, and of what is beside them."""
+    width = weights_dtype(precision).itemsize
+    found = {
+        tower_of(held.weights, precision, name, module): width
+        * sum(p.numel() for p in module.parameters())
+        for name, module in model.named_children()
+    }
+    beside = sum(p.numel() for p in model.parameters(recurse=False))
+    return found | {tower_of(held.weights, precision, "", model): width * beside}
 
 
 def _peak(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, graph: bool) -> int:

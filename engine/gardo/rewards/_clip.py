@@ -1,14 +1,18 @@
 """What the rewards on CLIP share: image and text features of a frozen model.
 
 Preprocessing: for_clip of _pixels.py. Prompts are cut to the model's length (77 tokens, the end
-token kept). A prompt is encoded once, however many images of it there are. The tokenizer does not
-repair broken Unicode (the authors' uses ftfy for that).
+token kept). A prompt is encoded once, however many images of it there are, now and in later
+iterations: the features of the last TEXTS prompts are kept. So that they do not depend on what was
+asked before (a run that goes on from a checkpoint knows none), each prompt is encoded alone: the
+last bits of a matrix product depend on how many rows it has. The tokenizer does not repair broken
+Unicode (the authors' uses ftfy for that).
 
 Shapes: B images, U distinct prompts, L tokens, E width of the features.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +23,11 @@ from torch import Tensor
 from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards._loading import frozen
 from gardo.rewards._pixels import Fit, for_clip
-from gardo.rewards.base import Reward
+from gardo.rewards.base import Reward, Weights
 from gardo.settings import model_path
 from gardo.types import Prompt
 
+TEXTS = 4096  # 16 MB of ViT-H/14's features
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -45,6 +50,7 @@ class Clip:
         settings: ModelRewardSettings,
         device: torch.device,
         *,
+        weights: Weights | None = None,
         tokenizer_revision: str | None = None,
         fit: Fit = "crop",
     ) -> None:
@@ -62,8 +68,9 @@ class Clip:
             )
         self.length = text.max_position_embeddings
         self.size, self.fit = model.config.vision_config.image_size, fit
-        self.model = frozen(model, settings.dtype, device)
+        self.model = frozen(model, settings.dtype, device, weights)
         self.batch, self.device = settings.batch, device
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     def image_features(self, images_B3HW: Tensor) -> Tensor:
         """fp32 [B, E], each of length 1; gradients reach the images."""
@@ -76,18 +83,21 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """fp32 [U, E], each of length 1."""
-        ids_UL = self.tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=self.length,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
-        # No attention mask: attention is causal, so the end token never sees the padding behind it.
-        return unit_features(
-            lambda part: self.model.get_text_features(part).pooler_output, ids_UL, self.batch
-        )
+        """fp32 [U, E], each of length 1, whatever else is asked with it or was before."""
+        return torch.stack([self._text(str(prompt)) for prompt in prompts])
+
+    def _text(self, prompt: str) -> Tensor:
+        """fp32 [E]."""
+        if prompt not in self._known:
+            ids_1L = self.tokenizer(
+                [prompt], truncation=True, max_length=self.length, return_tensors="pt"
+            ).input_ids.to(self.device)
+            features_1E = self.model.get_text_features(ids_1L).pooler_output.float()
+            self._known[prompt] = F.normalize(features_1E, dim=-1)[0]
+            if len(self._known) > TEXTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(prompt)
+        return self._known[prompt]
 
     def cosine(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """fp32 [B]: the cosine of each image's features with its prompt's."""

@@ -1,7 +1,13 @@
-"""Frozen models of rewards: whole or not at all. Which files they need: _files.py."""
+"""Frozen models of rewards: whole or not at all. Which files they need: _files.py.
+
+Rewards of one panel that run the same weights have one copy of them: `one_copy_each`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,8 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gardo.rewards.base import weights_dtype
+from gardo.rewards.base import Weights, tower_of, weights_dtype
 from gardo.settings import model_path
+
+_TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", default=None)
 
 
 def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
@@ -118,6 +126,34 @@ def filled_model(
     return model
 
 
-def frozen(model: nn.Module, dtype: str, device: torch.device) -> Any:
-    """The model for use alone; `dtype` as in ModelRewardSettings."""
+@contextmanager
+def one_copy_each() -> Iterator[None]:
+    """Inside, what `frozen` gives of the same weights is the same modules.
+
+    Only the rewards hold them afterwards: nothing is shared with those of another panel.
+    """
+    token = _TOWERS.set({} if _TOWERS.get() is None else _TOWERS.get())
+    try:
+        yield
+    finally:
+        _TOWERS.reset(token)
+
+
+def frozen(
+    model: nn.Module, dtype: str, device: torch.device, weights: Weights | None = None
+) -> Any:
+    """The model for use alone; `dtype` as in ModelRewardSettings.
+
+    `weights` says where they are from. A tower (module) of the model that `one_copy_each` knows in
+    this dtype and on this device is put in its place: an image tower of CLIP is one, whoever asked
+    for it alone.
+    """
+    towers = _TOWERS.get()
+    if towers is not None and weights is not None:
+        for name, module in model.named_children():
+            key = tower_of(weights, dtype, name, module), device
+            if key in towers:
+                setattr(model, name, towers[key])
+            else:
+                towers[key] = module
     return model.to(device, weights_dtype(dtype)).eval().requires_grad_(False)

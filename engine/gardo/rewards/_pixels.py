@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,6 +59,20 @@ FITS = {"crop": cropped, "pad": padded}
 def normalised(images_B3HW: Tensor, statistics: Statistics) -> Tensor:
     mean, std = (images_B3HW.new_tensor(values)[:, None, None] for values in statistics)
     return (images_B3HW - mean) / std
+
+
+def luma(images_B3HW: Tensor) -> Tensor:
+    """[B, H, W]: BT.601's brightness of gamma-coded pixels, the Y of JPEG."""
+    red, green, blue = images_B3HW.unbind(1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def eight_bits(images_B3HW: Tensor) -> list[np.ndarray | None]:
+    """Each image in 8 bits, RGB [H, W, 3]; None where it is not finite."""
+    finite = images_B3HW.isfinite().flatten(1).all(1).tolist()
+    bytes_B3HW = (images_B3HW.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    bytes_BHW3 = bytes_B3HW.permute(0, 2, 3, 1).contiguous().cpu()
+    return [p if ok else None for p, ok in zip(bytes_BHW3.numpy(), finite, strict=True)]
 
 
 def for_clip(images_B3HW: Tensor, size: int, fit: Fit = "crop") -> Tensor:

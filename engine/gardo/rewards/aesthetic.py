@@ -31,7 +31,7 @@ from gardo.rewards._clip import unit_features
 from gardo.rewards._files import ModelFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import frozen, load_model, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import About, Holds, Reward
+from gardo.rewards.base import About, Holds, Reward, weights_of
 from gardo.types import Prompt
 
 
@@ -79,7 +79,7 @@ class Aesthetic(Reward):
         self.weight_E = weight_E.float().to(device)
         self.bias = bias.float().to(device)
         self.size = model.config.image_size
-        self.model = frozen(model, settings.dtype, device)
+        self.model = frozen(model, settings.dtype, device, weights_of(settings, "path"))
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         def encode(part: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from gardo import plugins
+from gardo.rewards._loading import one_copy_each
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.client import Address, Remote, Server
@@ -129,18 +130,20 @@ def load_rewards(
     judges: Mapping[str, Reward] | None = None,
     where: str = "rewards.",
 ) -> dict[str, Reward]:
-    """The rewards, in this process. ValueError, opening with its field, where one does not load.
+    """The rewards, in this process; what two of them run is there once.
 
+    ValueError, opening with its field, where one does not load.
     `judges` are those of rewards that hold one which is elsewhere, by the reward's name.
     """
     found: dict[str, Reward] = {}
-    for name, settings in rewards.items():
-        plugin = plugins.resolve("gardo.rewards", settings.kind)
-        options = {"judge": judges[name]} if judges and name in judges else {}
-        try:
-            found[name] = plugin(settings, device, **options)
-        except (OSError, ValueError) as error:
-            raise settings.error_at(f"{where}{name}", error) from error
+    with one_copy_each():
+        for name, settings in rewards.items():
+            plugin = plugins.resolve("gardo.rewards", settings.kind)
+            options = {"judge": judges[name]} if judges and name in judges else {}
+            try:
+                found[name] = plugin(settings, device, **options)
+            except (OSError, ValueError) as error:
+                raise settings.error_at(f"{where}{name}", error) from error
     return found
 
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from gardo.settings import Strict
 from gardo.types import Phase, Prompt, Scores, no_phase
@@ -62,11 +62,33 @@ class RewardSettings(Strict):
         return ValueError(f"{place}{'.' if names_field else ': '}{error}")
 
 
+Weights = tuple[object, ...]  # which they are: equal for two models that have the same
+Tower = tuple[object, ...]  # a part of a model that rewards of a panel have one copy of
+
+
 @dataclass(frozen=True)
 class Holds:
-    """Of a field: the class, one of transformers', of the model that it names (`gardo plan`)."""
+    """Of a field: the class, one of transformers', of the model that it names (`gardo plan`).
+
+    `weights`: the fields that say which weights it has; the field itself, and that of its revision,
+    if left out.
+    """
 
     class_name: str
+    weights: tuple[str, ...] = ()
+
+
+class Held(NamedTuple):
+    """A model of a reward: its class, the folder or hub id of its configuration, its weights."""
+
+    class_name: str
+    path: str
+    weights: Weights
+
+
+def tower_of(weights: Weights, dtype: str, name: str, module: nn.Module) -> Tower:
+    """What says that two models' modules of this name are the same."""
+    return weights, weights_dtype(dtype), name, type(module).__name__
 
 
 @dataclass(frozen=True)
@@ -184,15 +206,12 @@ class Reward:
             )
 
     @classmethod
-    def holds(cls, settings: Any) -> list[tuple[str, str]] | None:
-        """Its models on the device: a class of transformers and a folder or hub id for each.
-
-        None: not known. For `gardo plan`.
-        """
+    def holds(cls, settings: Any) -> list[Held] | None:
+        """Its models on the device. None: not known. For `gardo plan`."""
         if ":" in settings.kind:
             return None
         return [
-            (mark.class_name, getattr(settings, field))
+            Held(mark.class_name, getattr(settings, field), weights_of(settings, field))
             for field, about in type(settings).model_fields.items()
             for mark in about.metadata
             if isinstance(mark, Holds)
@@ -204,6 +223,14 @@ class Reward:
 
         Called for every prompt before training.
         """
+
+
+def weights_of(settings: Any, field: str) -> Weights:
+    """Which weights the model has that a field names, by what `Holds` says of it."""
+    revision = "revision" if field == "path" else f"{field}_revision"
+    marks = type(settings).model_fields[field].metadata
+    (said,) = (mark.weights for mark in marks if isinstance(mark, Holds))
+    return tuple(getattr(settings, name) for name in said or (field, revision))
 
 
 def weights_dtype(dtype: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from pydantic import Field
 from gardo.rewards._clip import Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
 from gardo.rewards._loading import load_model
-from gardo.rewards.base import About, Holds
+from gardo.rewards.base import About, Holds, weights_of
 
 SCALE = 100
 DIVISOR = 30
@@ -42,7 +42,14 @@ class ClipScore(ClipReward):
 
         path, revision = self.settings.path, self.settings.revision
         model = load_model(CLIPModel, path, revision)
-        return Clip(model, path, self.settings, self.device, tokenizer_revision=revision)
+        return Clip(
+            model,
+            path,
+            self.settings,
+            self.device,
+            weights=weights_of(self.settings, "path"),
+            tokenizer_revision=revision,
+        )
 
 
 PLUGIN = ClipScore

@@ -17,7 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Relation = Literal["left of", "right of", "above", "below"]
@@ -178,20 +178,66 @@ def prompts(
     if task in ("colors", "color_attr"):
         classes = [name for name in classes if name != "person"]  # as in GenEval
     classes, numbers = list(dict.fromkeys(classes)), list(dict.fromkeys(numbers))
-    n = len(classes)
-    pairs = n * (n - 1)
-    possible = {
-        "single_object": n,
-        "two_object": pairs,
-        "counting": n * len(numbers),
-        "colors": n * len(COLOURS),
-        "position": pairs * len(RELATIONS),
-        "color_attr": pairs * len(COLOURS) * (len(COLOURS) - 1),
-    }[task]
+    possible = _possible(task, len(classes), len(numbers))
     if count > possible:
         raise ValueError(f"count: {task} can ask {possible} things of these classes, not {count}")
     drawn = random.Random(f"{task} {seed}").sample(range(possible), count)
     return [text(_request(task, index, classes, numbers)) for index in drawn]
+
+
+def _possible(task: Task, n: int, numbers: int) -> int:
+    """How many requests a task has, of n classes and so many numbers."""
+    pairs = n * (n - 1)
+    return {
+        "single_object": n,
+        "two_object": pairs,
+        "counting": n * numbers,
+        "colors": n * len(COLOURS),
+        "position": pairs * len(RELATIONS),
+        "color_attr": pairs * len(COLOURS) * (len(COLOURS) - 1),
+    }[task]
+
+
+def files(
+    count: int,
+    seed: int,
+    held_out: int = 0,
+    *,
+    tasks: Sequence[str] = TASKS,
+    numbers: Sequence[int] = (2, 3, 4),
+) -> tuple[list[Any], list[Any]]:
+    """(`count` objects of a .jsonl file, `held_out` others): {"prompt": ..., "tag": TASK} each.
+
+    The tasks have equal shares; what one cannot ask any more, the others do. ValueError where all
+    together cannot ask that many.
+    """
+    for name in tasks:
+        known(name, TASKS, "a task of GenEval's")
+    n, choices = len(CLASSES), len(set(numbers))
+    room = {
+        task: _possible(task, n - (task in ("colors", "color_attr")), choices)
+        for task in TASKS
+        if task in tasks
+    }
+    if count + held_out > sum(room.values()):
+        raise ValueError(
+            f"count: {', '.join(room)} can ask {sum(room.values())} things, not {count + held_out}"
+        )
+    shares: dict[Task, int] = {}
+    left = count + held_out
+    for at, task in enumerate(sorted(room, key=room.__getitem__)):  # the narrow ones first
+        shares[task] = min(room[task], -(-left // (len(room) - at)))
+        left -= shares[task]
+    every = [
+        {"prompt": prompt, "tag": task}
+        for task in room
+        for prompt in prompts(task, shares[task], seed, numbers=numbers)
+    ]
+    kept = set(random.Random(f"held out {seed}").sample(range(len(every)), held_out))
+    return (
+        [one for at, one in enumerate(every) if at not in kept],
+        [one for at, one in enumerate(every) if at in kept],
+    )
 
 
 def _request(task: Task, index: int, classes: Sequence[str], numbers: Sequence[int]) -> Request:

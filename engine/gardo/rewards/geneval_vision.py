@@ -69,7 +69,7 @@ class Source:
 
     def load(self, model_class: Any) -> Any:
         model = load_model(model_class, self.path, self.revision, field=self.field)
-        return frozen(model, self.dtype, self.device)
+        return frozen(model, self.dtype, self.device, (self.path, self.revision))
 
     def tokenizer(self) -> Any:
         try:

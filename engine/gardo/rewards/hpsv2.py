@@ -26,9 +26,10 @@ from torch import Tensor
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import check_type, model_of, read_weights
-from gardo.rewards.base import About, Holds
+from gardo.rewards.base import About, Holds, weights_of
 from gardo.settings import model_path
 
+WEIGHTS = ("path", "revision", "weights", "base", "base_revision")  # fields that say which
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 # open_clip's name -> transformers'. A projection is x @ P there and a Linear here: its transpose.
@@ -107,7 +108,7 @@ class HPSv2Settings(ModelRewardSettings):
     path: Annotated[str, holding(weights_file)] = Field(
         "xswu/HPSv2", description="hub id or folder of the weights"
     )
-    base: Annotated[ConfigFolder, TOKENIZER_FILES, Holds("CLIPModel")] = Field(
+    base: Annotated[ConfigFolder, TOKENIZER_FILES, Holds("CLIPModel", WEIGHTS)] = Field(
         LAION_H14, description="hub id or folder: config.json, tokenizer"
     )
     base_revision: str | None = Field(None, description="of `base` on the hub")
@@ -135,7 +136,15 @@ class HPSv2(ClipReward):
         check_type(f"base: {base!r}", base, revision, "clip")
         config = CLIPConfig.from_pretrained(model_path(base), revision=revision)
         model = model_of(CLIPModel, where, config, renamed)
-        return Clip(model, base, settings, self.device, tokenizer_revision=revision, fit="pad")
+        return Clip(
+            model,
+            base,
+            settings,
+            self.device,
+            weights=weights_of(settings, "base"),
+            tokenizer_revision=revision,
+            fit="pad",
+        )
 
 
 PLUGIN = HPSv2

@@ -43,7 +43,7 @@ from gardo.rewards._affine import collapse
 from gardo.rewards._files import TOKENIZER_FILES, ModelRewardSettings, holding
 from gardo.rewards._loading import frozen, model_of, read_weights
 from gardo.rewards._pixels import for_clip
-from gardo.rewards.base import About, Holds, Reward
+from gardo.rewards.base import About, Holds, Reward, weights_of
 from gardo.settings import model_path
 from gardo.types import Prompt
 
@@ -149,7 +149,11 @@ class ImageReward(Reward):
             raise ValueError(
                 f"{where} and {TEXT_CONFIG} do not make an ImageReward: {error}"
             ) from error
-        self.vision, self.text = (frozen(m, settings.dtype, device) for m in (vision, text))
+        from_file = weights_of(settings, "path")
+        self.vision, self.text = (
+            frozen(model, settings.dtype, device, (part, *from_file))
+            for part, model in (("vision", vision), ("text", text))
+        )
         self.weight_1D, self.bias_1 = (x.float()[None].to(device) for x in (weight_D, bias))
         self.tokenizer = BertTokenizer.from_pretrained(
             model_path(settings.tokenizer), revision=settings.tokenizer_revision

@@ -43,7 +43,9 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
+from gardo.rewards._pixels import eight_bits
 from gardo.rewards.base import About, Reward, RewardSettings
+from gardo.rewards.ocr_prompts import plain
 from gardo.rewards.ocr_reader import end_with_parent, read, require
 from gardo.types import Prompt
 
@@ -60,11 +62,6 @@ class OcrSettings(RewardSettings):
     )
     workers: int = Field(0, ge=0, description="processes that read; 0: this one")
     batch: int = Field(64, ge=1, description="images that are made 8-bit pictures at once")
-
-
-def plain(text: str) -> str:
-    """Lower case, without spaces."""
-    return "".join(text.lower().split())
 
 
 def target_of(prompt: Prompt) -> str:
@@ -104,10 +101,7 @@ MATCHING = {"strict": strict, "compat": compat}
 
 def to_pictures(images_B3HW: Tensor) -> list[np.ndarray | None]:
     """[H, W, 3] in 8 bits and BGR order; None where an image is not finite."""
-    finite = images_B3HW.isfinite().flatten(1).all(1).tolist()
-    bytes_BHW3 = (images_B3HW.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    bytes_BHW3 = bytes_BHW3.flip(1).permute(0, 2, 3, 1).contiguous().cpu()
-    return [p if ok else None for p, ok in zip(bytes_BHW3.numpy(), finite, strict=True)]
+    return eight_bits(images_B3HW.flip(1))
 
 
 def sign(text: str) -> np.ndarray:

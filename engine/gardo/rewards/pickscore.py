@@ -19,7 +19,7 @@ from pydantic import Field
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import ModelFolder, ModelRewardSettings, TokenizerFolder
 from gardo.rewards._loading import load_model
-from gardo.rewards.base import About, Holds
+from gardo.rewards.base import About, Holds, weights_of
 
 DIVISOR = 26
 
@@ -49,6 +49,7 @@ class PickScore(ClipReward):
             settings.tokenizer,
             settings,
             self.device,
+            weights=weights_of(settings, "path"),
             tokenizer_revision=settings.tokenizer_revision,
         )
 

@@ -43,7 +43,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo import plugins
-from gardo.rewards.base import About, Gathering, Reward, RewardSettings, provides
+from gardo.rewards.base import About, Gathering, Held, Reward, RewardSettings, provides
 from gardo.rewards.bradley_terry import predicted_win_rate
 from gardo.streams import Stream
 from gardo.types import Prompt
@@ -254,11 +254,9 @@ class Preference(Reward):
         return self.reward.in_tf32
 
     @classmethod
-    def holds(cls, settings: PreferenceSettings) -> list[tuple[str, str]] | None:
+    def holds(cls, settings: PreferenceSettings) -> list[Held] | None:
         judge: Any = settings.judge
-        found: list[tuple[str, str]] | None = plugins.resolve("gardo.rewards", judge.kind).holds(
-            judge
-        )
+        found: list[Held] | None = plugins.resolve("gardo.rewards", judge.kind).holds(judge)
         return found
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gardo.rewards import _pixels
+from gardo.rewards import _clip, _pixels
 from gardo.rewards.base import Reward
 from tests.engine.rewards.clip_models import (
     END,
@@ -117,14 +117,43 @@ def test_a_broken_image_has_no_value(kind: str, rewards: dict[str, Reward]) -> N
     assert rewards[kind].score(images, PROMPTS).isfinite().tolist() == [True, False, True]
 
 
-def test_a_prompt_is_encoded_once(rewards: dict[str, Any]) -> None:
-    model, rows = rewards["pickscore"].clip.model, []
-    watch = model.text_model.register_forward_pre_hook(
+def encoded(reward: Any) -> list[int]:
+    """Rows of each call of the text tower from now on."""
+    rows: list[int] = []
+    reward.clip.model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
-    rewards["pickscore"].score(pictures(6), PROMPTS * 2)
-    watch.remove()
-    assert sum(rows) == 2
+    return rows
+
+
+def test_a_prompt_is_encoded_once(clip_folder: Path) -> None:
+    reward = build("pickscore", clip_folder)
+    rows = encoded(reward)
+    first = reward.score(pictures(6), PROMPTS * 2)
+    assert rows == [1, 1]
+    assert torch.equal(reward.score(pictures(6), PROMPTS * 2), first)
+    reward.score(pictures(2), ["two", PROMPTS[0]])
+    assert rows == [1, 1, 1]
+
+
+def test_a_text_has_the_same_features_whatever_was_asked(clip_folder: Path) -> None:
+    """Bit by bit: a run that goes on from a checkpoint knows no text."""
+    known, new = (build("clipscore", clip_folder).clip for _ in range(2))
+    texts = ["one red square", "two", "a blue circle above three green triangles"]
+    alone = torch.cat([known.text_features([text]) for text in texts])
+    assert torch.equal(new.text_features(texts[::-1]).flip(0), alone)
+    assert torch.equal(new.text_features(texts), alone)
+
+
+def test_only_the_last_texts_are_kept(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_clip, "TEXTS", 2)
+    reward = build("clipscore", clip_folder)
+    rows = encoded(reward)
+    for text in ("one", "two", "one", "three", "one", "two"):  # "one" was asked for, "two" goes
+        reward.clip.text_features([text])
+    assert len(rows) == 4
+    assert reward.clip.text_features(["one", "two", "three", "red"]).shape == (4, 16)
+    assert len(reward.clip._known) == 2
 
 
 def test_a_long_prompt_is_cut_and_keeps_its_end(clip_folder: Path, rewards: dict[str, Any]) -> None:

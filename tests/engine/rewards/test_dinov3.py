@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gardo.rewards import _pixels, dinov3
+from gardo.rewards import _dino, _pixels, dinov3
 from gardo.settings import model_path
 from gardo.tiny import world
 from tests.engine.rewards.tiny_pictures import build, clean
@@ -19,7 +19,7 @@ from tests.engine.rewards.tiny_pictures import build, clean
 
 def test_preprocessing_without_resizing_normalises() -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(31))
-    out = dinov3.preprocess(images, 32)
+    out = _dino.preprocess(images, 32)
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
         assert torch.allclose(out[:, channel], (images[:, channel] - mean) / std, atol=1e-6)
 
@@ -31,7 +31,7 @@ def test_resizing_is_pillows_antialiased_bicubic(before: int, after: int) -> Non
     )
     resized = Image.fromarray(bytes_HW3.numpy()).resize((after, after), Image.Resampling.BICUBIC)
     expected = torch.tensor(list(resized.tobytes())).view(after, after, 3) / 255
-    out = dinov3.preprocess(bytes_HW3.permute(2, 0, 1)[None] / 255, after)[0].permute(1, 2, 0)
+    out = _dino.preprocess(bytes_HW3.permute(2, 0, 1)[None] / 255, after)[0].permute(1, 2, 0)
     mean, std = (torch.tensor(values) for values in _pixels.IMAGENET)
     out = out * std + mean
     assert out.shape == (after, after, 3)
