@@ -126,11 +126,10 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> None:
         (raw.get("evaluate"), "prompts"),
         (weights, "path"),
     ):
-        if part is None or not (isinstance(part, dict) and isinstance(part.get(field), str)):
-            continue
-        if part is raw.get("evaluate") and part[field] == HELD_OUT:
-            continue
-        part[field] = found_file(part[field], folder)
+        if isinstance(part, dict) and isinstance(part.get(field), str):
+            given = part[field]
+            held_out = part is raw.get("evaluate") and given == HELD_OUT
+            part[field] = given if held_out else found_file(given, folder)
 
 
 def found_file(given: str, folder: Path) -> str:

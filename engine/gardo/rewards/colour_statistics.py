@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.rewards._pixels import luma
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.types import Prompt
 
 
@@ -64,6 +64,7 @@ STATISTICS = {"colourfulness": colourfulness, "saturation": saturation, "contras
 
 class ColourStatistics(Reward):
     Settings = ColourStatisticsSettings
+    about = About("colourfulness, saturation or contrast", "its head says", verified="in full")
     differentiable = True
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from gardo.rewards._dino import Dino, DinoSettings
 from gardo.rewards._files import ModelFolder
-from gardo.rewards.base import Holds
+from gardo.rewards.base import About, Holds
 
 
 class Dinov2Settings(DinoSettings):
@@ -31,6 +31,7 @@ class Dinov2Settings(DinoSettings):
 
 class Dinov2(Dino):
     Settings = Dinov2Settings
+    about = About("mean of the patch tokens", "features", "Apache-2.0 (authors' repository)")
     model_class = "Dinov2Model"
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo.rewards._pixels import luma
-from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.types import Prompt
 
 
@@ -42,6 +42,7 @@ def laplacian(luma_BHW: Tensor) -> Tensor:
 
 class Sharpness(Reward):
     Settings = SharpnessSettings
+    about = About("variance of the Laplacian of luma", "1e-4 to 0.05", verified="in full")
     differentiable = True
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
