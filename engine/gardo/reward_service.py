@@ -21,6 +21,7 @@ from gardo.data import load_prompts
 from gardo.files import write_atomically
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
+from gardo.rewards._loading import quiet_transformers
 from gardo.rewards.assembly import (
     ScoringSettings,
     Workers,
@@ -61,6 +62,7 @@ def serve_rewards(
     """Loads the rewards, says where they are served, and serves them until it is told to end."""
     from gardo.rewards.serving.server import ServeSettings, bound, check_address, make_app, serve
 
+    quiet_transformers()
     token = os.environ.get(TOKEN)
     if token is not None and len(token) < 16:
         raise ValueError(f"{TOKEN}: has {len(token)} characters; give it at least 16")
@@ -126,6 +128,7 @@ def check_rewards(
     golden: Path | None,
 ) -> bool:
     """Prints a block for each reward; whether one failed, or differs from the golden values."""
+    quiet_transformers()
     found = reward_file(path, overrides)
     for name in only or ():
         if name not in found.rewards:

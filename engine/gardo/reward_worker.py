@@ -18,12 +18,14 @@ import torch
 from gardo.config import reward_sections
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
+from gardo.rewards._loading import quiet_transformers
 from gardo.rewards.assembly import load_rewards
 from gardo.rewards.serving.server import ServeSettings, bound, make_app, serve
 
 
 def main() -> int:
     orders = json.loads(sys.stdin.readline())
+    quiet_transformers()
     if orders["threads"]:
         torch.set_num_threads(orders["threads"])
     try:

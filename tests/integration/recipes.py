@@ -202,6 +202,7 @@ def recipe(case: Case, folder: Path) -> dict[str, Any]:
         sections["train"]["weights"] = {**WEIGHTS["lora"]["weights"], "path": str(folder / "start")}
     if case.has("near") or case.has("far"):
         sections |= four_models(folder, far=case.has("far"))
+        sections["model"]["size"] = [32, 32]  # tiny_fidelity's
     if case.algorithm == "refl":  # half as many rows: one a sample
         sections["train"]["micro_batch"] //= 2
     return sections

@@ -21,6 +21,14 @@ from gardo.settings import model_path
 _TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", default=None)
 
 
+def quiet_transformers() -> None:
+    """No loading bars, no notes: what a command prints is ours."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
     """The state dict in `file` (.safetensors, or torch's format) of a folder or hub id.
 

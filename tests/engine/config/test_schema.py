@@ -34,7 +34,7 @@ def test_it_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_has_the_shape_of_a_recipe() -> None:
     schema = config.full_schema()
     assert set(REQUIRED) == set(schema["required"])
-    optional = {"checkpoint", "kernels", "rollout"}
+    optional = {"checkpoint", "kernels", "rollout", "scoring"}
     assert set(yaml.safe_load(GOOD)) == set(schema["properties"]) - optional
     strict = [d for d in schema["$defs"].values() if d.get("type") == "object"]
     assert strict and all(d["additionalProperties"] is False for d in [schema, *strict])
