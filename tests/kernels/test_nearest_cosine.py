@@ -258,7 +258,9 @@ COUNTS = pytest.mark.parametrize("rows", [20, MANY + 2])
 def test_kernels_give_identical_rows_exactly_zero(rows, dtype):
     e_BD = features(rows, 70, dtype)
     nearest, mean = kernels(e_BD[:1].expand(rows, -1))
-    assert torch.equal(nearest, torch.zeros(rows)) and torch.equal(mean, torch.zeros(rows))
+    assert torch.equal(nearest, torch.zeros(rows))
+    # of tiles the mean is a sum of products, whose last bit BLAS may round by a row's place in it
+    assert float(mean.abs().max()) <= (0 if rows < MANY else torch.finfo(torch.float32).eps)
     e_BD[3] = e_BD[rows - 1]
     nearest, _ = kernels(e_BD)
     assert (nearest == 0).nonzero()[:, 0].tolist() == [3, rows - 1]
