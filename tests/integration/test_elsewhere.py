@@ -106,6 +106,7 @@ def test_a_server_that_is_started_again_costs_no_value(runs: Path) -> None:
     assert all(reward["valid"] == 8 for step in steps for reward in step["rewards"].values())
 
 
+@pytest.mark.full
 def test_a_server_that_stays_away_ends_the_run_with_what_to_do(
     folder: Path, tmp_path: Path
 ) -> None:

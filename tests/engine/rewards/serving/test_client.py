@@ -146,8 +146,8 @@ def test_questions_are_in_flight_side_by_side():
     with running({"told": reward}) as url:
         asked = remote(url, "told", Told)
         began = time.monotonic()
-        waits = [asked.begin(pictures(1), [Prompt("a", {"sleep": 0.2})]) for _ in range(3)]
-        assert time.monotonic() - began < 0.2
+        waits = [asked.begin(pictures(1), [Prompt("a", {"sleep": 1.0})]) for _ in range(3)]
+        assert time.monotonic() - began < 1
         assert all(wait().isfinite().all() for wait in waits)
 
 

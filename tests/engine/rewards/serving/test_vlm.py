@@ -156,11 +156,11 @@ def test_the_last_of_several_grades_counts(endpoint):
 
 
 def test_an_endpoint_that_hangs_is_masked_in_time(endpoint):
-    endpoint.hangs = 5.0
+    endpoint.hangs = 20.0
     began = time.monotonic()
     asked = judge(endpoint, calls={**QUICK, "deadline": 1.0, "attempt": 0.3})
     assert asked.score(pictures(2), prompts(2)).isnan().all()
-    assert time.monotonic() - began < 4 and "Timeout" in asked.trouble
+    assert time.monotonic() - began < 10 and "Timeout" in asked.trouble
 
 
 def test_no_more_questions_at_a_time_than_is_said(endpoint):
