@@ -35,9 +35,7 @@ class PickScoreSettings(ModelRewardSettings):
 
 class PickScore(ClipReward):
     Settings = PickScoreSettings
-    about = About(
-        "exp(logit_scale) cos(image, prompt) / 26", "0.8 to 0.9", "not stated on its page"
-    )
+    about = About("exp(logit_scale) cos(image, prompt) / 26", "0.8 to 0.9", "see its page")
 
     def load(self) -> Clip:
         from transformers import CLIPModel
