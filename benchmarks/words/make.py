@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gardo.files import write_atomically
 from gardo.report.pictures import save_grid
-from gardo.rewards.dinov3 import preprocess
+from gardo.rewards._dino import preprocess
 from gardo.rewards.ocr import Ocr, OcrSettings
 from gardo.tiny.make import publish, roughened
 from gardo.types import Prompt

@@ -1,8 +1,8 @@
 """Updates that are not made, because a number is not finite: counted, and when they end the run.
 
 An engine leaves an update out where its loss or gradient norm is not finite on any rank (every rank
-sees the norm of all). So is the whole of an iteration in which no sample has a reward, or the
-policy's ratio is not finite before anything was trained.
+sees the norm of all). So is the whole of an iteration in which too many samples have no reward, or
+the policy's ratio is not finite before anything was trained.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ class RunStopped(RuntimeError):
 
 @dataclass
 class Made:
-    """What the updates of an iteration came to; those that were left out count in `skipped`."""
+    """What the updates of an iteration came to; those that were left out count in `skipped`.
 
+    void: why none of them may be made; "" where nothing is wrong.
+    """
+
+    void: str = ""
     totals: Metrics = field(default_factory=Metrics)
     norms: list[float] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)  # of all micro-batches, on the device

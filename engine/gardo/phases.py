@@ -39,6 +39,9 @@ from gardo.rollout import (
 )
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Prompt, Rollout, Scores, to_device, together
+from gardo.unscored import too_many_unscored, why_unscored
+
+NOT_FINITE = "a loss or a gradient is not finite"
 
 
 def sampled(s: Session, step: int) -> Rollout:
@@ -199,8 +202,8 @@ def held_to_contract(
 
 def unusable(s: Session, scores: Scores) -> str:
     """Why no update of the iteration may be made, by all ranks alike; "" where nothing is wrong."""
-    if not scores.valid_B.any():
-        return "no sample has all of its rewards"
+    if name := too_many_unscored(s, scores):
+        return why_unscored(s, scores, name)
     if math.isinf(s.algorithm.contract.error):  # NaN: the algorithm has no ratio
         return "the policy's ratio is not finite before any update"
     return ""
@@ -213,11 +216,11 @@ def update_ended(s: Session, made: Made) -> bool:
     return not s.engine.skipped
 
 
-def skipped_because(void: str, made: Made) -> list[str]:
+def skipped_because(made: Made) -> list[str]:
     """The event of an iteration in which updates were left out."""
     if not made.skipped:
         return []
-    why = void or "loss or gradient not finite"
+    why = made.void or NOT_FINITE
     return [f"{made.skipped} of {made.skipped + len(made.norms)} updates left out: {why}"]
 
 
@@ -229,7 +232,10 @@ def stop_where_bad(
     why = s.bad_updates.reason_to_stop() if made.skipped else None
     if why is None:
         return
-    s.checkpoints.settle()
+    if too_many_unscored(s, scores):  # not the policy's fault: nothing of it is lost
+        problem = s.checkpoints.save(step, s.state())
+    else:
+        problem = s.checkpoints.settle()
     folder = s.recipe.run_folder / "bad-updates" / f"step-{step:06d}"
     saved, engine = s.checkpoints.last_step, s.engine
     with suppress(OSError):  # no room: the message must come all the same
@@ -242,10 +248,11 @@ def stop_where_bad(
                 folder, why=why, step=step, world=engine.world, checkpoint=saved
             )
     after = f"--resume goes on after step {saved}" if saved else "there is no checkpoint yet"
+    not_saved = f" (not saved: {problem})" if problem else ""
     raise RunStopped(
-        f"{s.recipe.run_folder}: {why} (train.bad_updates), the last in iteration {step}: a loss, "
-        f"a gradient or all rewards were not finite; see {folder}. The weights are as they were "
-        f"before; {after}"
+        f"{s.recipe.run_folder}: {why} (train.bad_updates), the last in iteration {step}: "
+        f"{made.void or NOT_FINITE}; see {folder}. The weights are as they were before; "
+        f"{after}{not_saved}"
     )
 
 
@@ -345,7 +352,7 @@ def _summary(s: Session, scores: Scores, gate_B: Tensor, name: str) -> dict[str,
     caught = {"gated": float(gated.mean())} if 0 < len(gated) < len(valid) else {}
     return caught | {
         "mean": float(valid.mean()),
-        "std": float(valid.std(correction=0)),
+        "std": float(valid.std(correction=0)) if len(valid) else math.nan,
         "role": s.panel.rewards[name].settings.role,
         "valid": len(valid),
     }

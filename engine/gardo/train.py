@@ -42,7 +42,6 @@ from gardo.recipe_errors import RankError, RecipeError
 from gardo.run_lock import RunLock
 from gardo.session import Session, open_session
 from gardo.types import select
-from gardo.unscored import stop_where_unscored
 
 
 def train(s: Session) -> None:
@@ -58,7 +57,6 @@ def train(s: Session) -> None:
         commit_checkpoint(s)  # the one being written, if it is written by now
         with phase("reward"):
             scores = scored(s, rollout)
-            stop_where_unscored(s, step, scores)
             everyone = credited(s, scores, step)
             credit = select(everyone, rollout.sample_B)
         with phase("teachers"):
@@ -67,11 +65,11 @@ def train(s: Session) -> None:
             points = taught(s, points, rollout, algorithm.teachers(points, credit))
             batches = held_to_contract(s, points, credit, rollout, work)
         with phase("train"):
-            made, void = Made(), unusable(s, scores)
+            made = Made(unusable(s, scores))
             for batch in batches:
                 loss, metrics = algorithm.loss(s.ctx, batch)
                 made.add(loss, metrics)
-                engine.backward(loss * torch.nan if void else loss, last=batch.last)
+                engine.backward(loss * torch.nan if made.void else loss, last=batch.last)
                 with phase("optimizer"):
                     stepped = engine.step()
                 if stepped and update_ended(s, made):
@@ -79,7 +77,7 @@ def train(s: Session) -> None:
                     average(s)
             totals = engine.reduce(made.totals)
             events = algorithm.after_step(slots, totals) if made.norms else []
-        events = [*events, *skipped_because(void, made)]
+        events = [*events, *skipped_because(made)]
         log_step(s, step + 1, scores, everyone, work, totals, made, events)
         stop_where_bad(s, step + 1, scores, rollout, points, work, made)
         if due(step + 1, steps, every):

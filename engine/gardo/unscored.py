@@ -1,39 +1,32 @@
-"""Images without a value: masked while they are few, the end of the run where they are many.
+"""Images without a value: masked while they are few; where they are many, no update is made.
 
-A reward that is down answers nothing; what is trained then is not what the recipe asks for.
+A reward that is down answers nothing; what is trained then is not what the recipe asks for. It may
+come back: `train.bad_updates` says when the run ends.
 """
 
 from __future__ import annotations
 
-from gardo.bad_updates import RunStopped
 from gardo.distributed.base import gather_text
 from gardo.session import Session
 from gardo.types import Scores
 
 
-def stop_where_unscored(s: Session, step: int, scores: Scores) -> None:
-    """RunStopped, by all ranks alike, where too many images of the iteration lack a value.
-
-    Of a reward that trains, over all ranks. The iterations before are saved first.
-    """
+def too_many_unscored(s: Session, scores: Scores) -> str:
+    """The reward that trains and lacks too many values, over all ranks; "" where none does."""
     failed = shares(s, scores)
-    name = max(failed, key=lambda each: failed[each], default="")
-    if not name or failed[name] <= s.recipe.scoring.max_failed:
-        return
+    worst = max(failed, key=lambda name: failed[name])
+    usable = bool(scores.valid_B.any()) and failed[worst] <= s.recipe.scoring.max_failed
+    return "" if usable else worst
+
+
+def why_unscored(s: Session, scores: Scores, name: str) -> str:
+    """What to tell of it. A collective."""
     said = gather_text(s.engine, s.panel.rewards[name].trouble)
     why = next((f"; rank {rank}: {text}" for rank, text in enumerate(said) if text), "")
-    problem = None
-    if step and step != s.checkpoints.last_step:
-        with s.progress.phase("checkpoint"):
-            problem = s.checkpoints.save(step, s.state())
-    saved = s.checkpoints.last_step
-    after = f"--resume goes on after step {saved}" if saved else "nothing is saved yet"
-    not_saved = f" (not saved: {problem})" if problem else ""
     images = len(scores.valid_B)
-    raise RunStopped(
-        f"rewards.{name}: {round(failed[name] * images)} of {images} images of iteration "
-        f"{step + 1} have no value, more than scoring.max_failed: "
-        f"{s.recipe.scoring.max_failed:g}{why}. {after}{not_saved}"
+    return (
+        f"rewards.{name}: {round(shares(s, scores)[name] * images)} of {images} images have no "
+        f"value (scoring.max_failed: {s.recipe.scoring.max_failed:g}){why}"
     )
 
 

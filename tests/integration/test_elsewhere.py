@@ -130,12 +130,12 @@ def test_a_server_that_stays_away_ends_the_run_with_what_to_do(
         os.kill(server.pid, signal.SIGKILL)
         said, _ = run.communicate(timeout=300)
     assert run.returncode == 1, said[-3000:]
-    line = next(line for line in said.splitlines() if "scoring.max_failed" in line)
-    assert line.startswith("rewards.tiny_shape: 8 of 8 images of iteration")
+    line = next(line for line in said.splitlines() if "train.bad_updates" in line)
+    assert "rewards.tiny_shape: 8 of 8 images have no value (scoring.max_failed: 0.25)" in line
     assert "ConnectError" in line and "--resume goes on after step" in line
     assert SECRET not in said
     for record in step_records(tmp_path / "down"):  # what is far is waited for, once a reward
         assert record["calls"]["remote"] == 4 and record["rows"]["remote"] == 16
         assert not {"reward", "features"} & record["calls"].keys()
-    step = int(line.rpartition("after step ")[2].split(".")[0].split()[0])
+    step = int(line.rpartition("after step ")[2])
     assert [*(tmp_path / "down" / "checkpoints").glob(f"step-{step:06d}")]

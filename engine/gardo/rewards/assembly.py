@@ -38,7 +38,7 @@ class ScoringSettings(Strict):
     )
     max_failed: float = Field(
         0.25, ge=0, le=1, description="share of an iteration's images without a value of a reward "
-        "that trains, above which the run ends",
+        "that trains, above which its updates are left out (see train.bad_updates)",
     )  # fmt: skip
     workers: dict[str, WorkerSettings] = Field(
         {}, description="by name; `worker` is there without being named, on the CPU"

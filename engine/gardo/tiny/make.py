@@ -174,7 +174,7 @@ def make_dinov3(steps: int = 1000, batch: int = 64) -> None:
     torch.manual_seed(3)
     model = models.dinov3().train()
     scene, images = pictures(20_000, seed=3)
-    # as rewards/dinov3.py shows it pictures
+    # as rewards/_dino.py shows it pictures
     mean, std = (
         torch.tensor(values)[:, None, None]
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

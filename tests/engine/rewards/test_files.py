@@ -26,7 +26,8 @@ from tests.engine.config.recipe import refusal, written
 from tests.engine.rewards.clip_models import CPU, PROMPTS, pictures
 
 FOREIGN = {"weight": torch.zeros(1)}
-KINDS = [n for n in plugins.names("gardo.rewards") if n != "preference"]
+REWARDS = {n: plugins.resolve("gardo.rewards", n) for n in plugins.names("gardo.rewards")}
+MODELS = [n for n, r in REWARDS.items() if issubclass(r.Settings, ModelRewardSettings)]
 
 
 @pytest.fixture
@@ -48,26 +49,29 @@ def put(cache: Path, name: str, *files: Path, revision: str = "main") -> None:
 
 
 def settings(kind: str, **fields: Any) -> Any:
-    plugin = plugins.resolve("gardo.rewards", kind).Settings
-    role = "features" if kind == "dinov3" else "proxy"
-    return plugin(kind=kind, role=role, **fields)
+    reward = REWARDS[kind]
+    role = "features" if reward.gives_features else "proxy"
+    return reward.Settings(kind=kind, role=role, **fields)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_reward_has_batch_and_a_model_has_the_rest(kind: str) -> None:
+@pytest.mark.parametrize("kind", REWARDS)
+def test_the_fields_of_a_model_and_of_what_is_none(kind: str) -> None:
     """`find_files` relies on the names: each field of files has its revision."""
-    fields = plugins.resolve("gardo.rewards", kind).Settings.model_fields
-    assert fields["batch"].annotation is int
+    fields = REWARDS[kind].Settings.model_fields
     named = [n for n, about in fields.items() if any(isinstance(m, Files) for m in about.metadata)]
-    assert bool(named) == ("dtype" in fields) == ("path" in fields)
+    assert bool(named) == ("dtype" in fields) == ("path" in fields) == (kind in MODELS)
     for name in named:
         assert ("revision" if name == "path" else f"{name}_revision") in fields
+        assert fields["batch"].annotation is int
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith("tiny") and k != "ocr"])
+def test_there_are_models_and_others() -> None:
+    assert {"hpsv2", "dinov2", "geneval"} <= {*MODELS} < {*REWARDS}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith("tiny")])
 def test_a_model_that_is_not_in_the_cache_is_named_with_its_command(kind: str, cache: Path) -> None:
     wanted = settings(kind)
-    assert isinstance(wanted, ModelRewardSettings)
     with pytest.raises(ValueError, match="hf download") as raised:
         find_files(wanted, f"rewards.{kind}")
     said = str(raised.value)
