@@ -8,7 +8,9 @@ from typing import Any
 from gardo import plugins
 from gardo.rewards._files import Files
 
-COLUMNS = ("reward", "formula", "usual values", "default weights", "their licence", "verified")
+COLUMNS = (
+    "reward", "formula", "usual values", "gradient", "default weights", "their licence", "verified",
+)  # fmt: skip
 
 
 def rows() -> Iterator[tuple[str, ...]]:
@@ -16,7 +18,8 @@ def rows() -> Iterator[tuple[str, ...]]:
         plugin = plugins.resolve("gardo.rewards", name)
         about = plugin.about
         weights = ", ".join(default_weights(plugin.Settings)) or "-"
-        yield name, about.formula, about.scale, weights, about.licence, about.verified
+        gradient = "yes" if plugin.differentiable else "-"
+        yield name, about.formula, about.scale, gradient, weights, about.licence, about.verified
 
 
 def default_weights(settings: Any) -> list[str]:

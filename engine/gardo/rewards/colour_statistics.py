@@ -64,7 +64,11 @@ STATISTICS = {"colourfulness": colourfulness, "saturation": saturation, "contras
 
 class ColourStatistics(Reward):
     Settings = ColourStatisticsSettings
-    about = About("colourfulness, saturation or contrast", "its head says", verified="in full")
+    about = About(
+        "colourfulness (Hasler and Suesstrunk), mean saturation, or contrast (std of luma)",
+        "0 to 100, 0 to 1, 0 to 0.5",
+        verified="in full",
+    )
     differentiable = True
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:

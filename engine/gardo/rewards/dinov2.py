@@ -31,7 +31,7 @@ class Dinov2Settings(DinoSettings):
 
 class Dinov2(Dino):
     Settings = Dinov2Settings
-    about = About("mean of the patch tokens", "features", "Apache-2.0 (authors' repository)")
+    about = About("mean patch token at 224 pixels", "features", "Apache-2.0 (authors' repository)")
     model_class = "Dinov2Model"
 
 

@@ -50,7 +50,7 @@ def jpeg_bytes(picture_HW3: np.ndarray, quality: int) -> int:
 class JpegSize(Reward):
     Settings = JpegSizeSettings
     about = About(
-        "+ or - kB of JPEG",
+        "minus the kB of its JPEG; plus with compress: false (DDPO's two)",
         "50 to 250 at 512 px",
         verified="in full, with Pillow's encoder",
     )

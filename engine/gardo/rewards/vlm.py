@@ -78,7 +78,12 @@ class VlmSettings(RewardSettings):
 
 class Vlm(Reward):
     Settings = VlmSettings
-    about = About("(grade - low) / (high - low)", "0 to 1", "the model's", "protocol and parsing")
+    about = About(
+        "(grade - low) / (high - low), a grade that a model gives",
+        "0 to 1",
+        "the model's",
+        "protocol and parsing",
+    )
     limits = (0.0, 1.0)
 
     def __init__(self, settings: VlmSettings, device: torch.device) -> None:
