@@ -83,7 +83,7 @@ def running(recipe: Recipe) -> dict[str, Any]:
     files = {
         "data.prompts": fields["data.prompts"],
         "evaluate.prompts": fields["evaluate.prompts"],
-        "train.weights.path": lora and open_lora(lora).path,
+        "train.weights.path": lora and str(open_lora(lora).path),
     }
     for field, path in files.items():
         if is_dataset(path):

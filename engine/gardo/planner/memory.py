@@ -10,7 +10,7 @@ A phase's peak is what stays, and what the phase adds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from gardo.distributed.base import DistributedSettings
@@ -20,6 +20,8 @@ from gardo.planner.scorers import Scorer, own_weights, scorer
 from gardo.planner.shadow import Shadow
 from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe, reward_settings
+from gardo.rewards.assembly import elsewhere, worker_name
+from gardo.rewards.base import RewardSettings
 
 CONTEXT = 1_000_000_000  # assumed: CUDA's context, NCCL's buffers, libraries' workspaces
 FRAGMENTED = 0.05  # assumed, of what comes and goes
@@ -58,6 +60,7 @@ class Memory:
     stays: tuple[Part, ...]
     phases: tuple[Phase, ...]
     host: tuple[Part, ...] = ()  # waits in host memory
+    workers: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)  # of each, on its device
     unknown: tuple[str, ...] = ()  # what could not be counted
 
     @property
@@ -80,6 +83,16 @@ def total(parts: Iterable[Part]) -> int:
     return sum(part.bytes for part in parts)
 
 
+def most(scorers: Mapping[str, Scorer | None]) -> int:
+    """Activations of the reward that takes most."""
+    return max((of.activations for of in scorers.values() if of), default=0)
+
+
+def _of_worker(scorers: Mapping[str, Scorer | None]) -> tuple[Part, ...]:
+    weights = [Part(f"reward {name}", size) for name, size in own_weights(scorers).items()]
+    return (*weights, Part("activations", most(scorers)))
+
+
 class Counted:
     """The memory of a recipe, and of its variants: what a model costs is asked for once."""
 
@@ -99,6 +112,7 @@ class Counted:
 
     def memory(self, recipe: Recipe, plan: Geometry, world: int) -> Memory:
         scorers = self._scorers_of(recipe, plan)
+        asked = self._asked_of(recipe)
         rewards = [Part(f"reward {n}", size) for n, size in own_weights(scorers).items() if size]
         device, host = self._split(recipe, self._trained(recipe, world))
         stays = (*device, *self._around(recipe), *rewards, CUDA)
@@ -126,7 +140,13 @@ class Counted:
             stays,
             tuple(map(_with_fragments, phases)),
             host,
-            tuple(f"rewards.{name}" for name, s in scorers.items() if s is None),
+            {worker: _of_worker(its) for worker, its in asked.items()},
+            tuple(
+                f"rewards.{name}"
+                for its in (scorers, *asked.values())
+                for name, of in its.items()
+                if of is None
+            ),
         )
 
     def forecast(self, recipe: Recipe, plan: Geometry, world: int) -> Phase:
@@ -151,20 +171,31 @@ class Counted:
 
     def _scoring(self, recipe: Recipe, plan: Geometry) -> int:
         """Activations of the reward that takes most."""
-        scorers = self._scorers_of(recipe, plan).values()
-        return max((s.activations for s in scorers if s), default=0)
+        return most(self._scorers_of(recipe, plan))
 
     def _scorers_of(self, recipe: Recipe, plan: Geometry) -> dict[str, Scorer | None]:
         found = {}
         for name, settings in reward_settings(recipe).items():
             if settings.where != "here":
                 continue
-            trained = plan.micro_batch if recipe.differentiable else 0
-            key = settings.model_dump_json(), trained
-            if key not in self._scorers:
-                self._scorers[key] = scorer(settings, trained)
-            found[name] = self._scorers[key]
+            found[name] = self._scorer(settings, plan.micro_batch if recipe.differentiable else 0)
         return found
+
+    def _asked_of(self, recipe: Recipe) -> dict[str, dict[str, Scorer | None]]:
+        """By `worker:NAME on DEVICE`, a process of each machine: its rewards."""
+        found: dict[str, dict[str, Scorer | None]] = {}
+        devices = {name: its.device for name, its in recipe.scoring.workers.items()}
+        for name, settings in elsewhere(reward_settings(recipe)).items():
+            if worker := worker_name(settings):
+                place = f"{settings.where} on {devices.get(worker, 'cpu')}"
+                found.setdefault(place, {})[name] = self._scorer(settings, 0)
+        return found
+
+    def _scorer(self, settings: RewardSettings, trained: int) -> Scorer | None:
+        key = settings.model_dump_json(), trained
+        if key not in self._scorers:
+            self._scorers[key] = scorer(settings, trained)
+        return self._scorers[key]
 
     # What stays -----------------------------------------------------------------------------------
 

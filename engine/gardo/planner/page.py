@@ -43,6 +43,8 @@ def _memory(memory: Memory) -> Iterator[str]:
         yield f"{phase.name:10} {gigabytes(memory.peak_of(phase)):>7}  {sign} {_parts(phase.parts)}"
     if memory.host:
         yield f"host       {gigabytes(total(memory.host)):>7}  {_parts(memory.host)}"
+    for worker, parts in memory.workers.items():
+        yield f"{worker}: {gigabytes(total(parts))}  {_parts(parts)}"
     if memory.unknown:
         yield f"not counted: {', '.join(memory.unknown)}"
 

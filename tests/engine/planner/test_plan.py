@@ -14,6 +14,7 @@ from gardo.planner.time import SHARE, seconds
 from gardo.planner.verdict import verdict
 from gardo.recipe import reward_settings
 from gardo.recipe_errors import RecipeError
+from gardo.rewards.serving.workers import WorkerSettings
 from tests import ROOT
 
 FLUX = ROOT / "recipes/flux_gardo_hpsv2.yaml"
@@ -144,6 +145,25 @@ def test_rewards_activations_are_counted_a_batch_at_a_time(flux):
     # an evaluation scores with its weights whole
     evaluated = part(phase(memory_of(counted, recipe), "evaluate").parts, "activations")
     assert evaluated == max(now, counted.cost("sampling", recipe.evaluate.batch))
+
+
+def test_rewards_of_a_worker_are_counted_where_it_is(flux):
+    recipe, counted = flux
+    here = memory_of(counted, recipe)
+    worker = recipe.rewards["hpsv2"].model_copy(update={"where": "worker:judges"})
+    scoring = recipe.scoring.model_copy(
+        update={"workers": {"judges": WorkerSettings(device="cuda:7")}}
+    )
+    rewards = {**recipe.rewards, "hpsv2": worker}
+    away = recipe.model_copy(update={"rewards": rewards, "scoring": scoring})
+    there = memory_of(counted, away)
+    assert here.resident - there.resident == sum(
+        p.bytes for p in here.stays if p.name == "reward hpsv2"
+    )
+    assert not here.workers
+    assert [*there.workers] == ["worker:judges on cuda:7"]
+    parts = there.workers["worker:judges on cuda:7"]
+    assert part(parts, "reward hpsv2") == 986_109_441 * 4 and part(parts, "activations") > 0
 
 
 def test_gathering_at_every_forward_keeps_three_blocks_and_one_on_its_way(flux):
