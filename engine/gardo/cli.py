@@ -272,12 +272,12 @@ def eval_(
         # the run may go on meanwhile: all ranks take the checkpoint that is the newest now
         options["step"] = asked.contender.run.step if asked.contender.run else None
         arguments = arguments_of(model=model, suite=suite, average=ema, sets=set_ or [], **options)
-        if where.ranks == 1:
-            raise typer.Exit(main(arguments))
         command = launch.command(where, arguments, master=None, port=None, launched=True,
                                  module="gardo.evaluate")  # fmt: skip
     except (RecipeError, ValueError) as error:
         refuse(error)
+    if where.ranks == 1:
+        raise typer.Exit(main(arguments))
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
 
 

@@ -149,12 +149,20 @@ def contender(
         return _of_run(suite, model, run, step, average)
     if model is None:
         raise RecipeError("MODEL: give a diffusers folder, a hub id or builtin:flux; or --run RUN")
-    path, _, revision = model.partition("@") if not os.path.exists(model) else (model, "", "")
-    settings = model_settings(suite, path, revision=revision or None)
+    path, revision = _named(model)
+    settings = model_settings(suite, path, revision=revision)
     try:
         return Contender(settings, suite.precision, lora=open_lora(lora) if lora else None)
     except ValueError as error:
         raise RecipeError(f"--lora: {error}") from error
+
+
+def _named(model: str) -> tuple[str, str | None]:
+    """Path and revision of a folder, or of `ID@REVISION`."""
+    if os.path.exists(model):
+        return model, None
+    path, _, revision = model.partition("@")
+    return path, revision or None
 
 
 def _of_run(
@@ -164,8 +172,9 @@ def _of_run(
     recipe = recipe_of(run)
     check_weights(saved, run, average=average, verify=False)
     like: PolicySettings = recipe.model
-    path = model or like.path
-    revision = like.revision if path == like.path else None
+    path, revision = _named(model) if model else (like.path, like.revision)
+    if path == like.path:
+        revision = revision or like.revision
     settings = model_settings(suite, path, revision=revision, like=like)
     state = saved.manifest.get("state") or {}
     base = state.get("base") or {}

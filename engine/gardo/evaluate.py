@@ -11,7 +11,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from gardo.contender import Contender, contender
 from gardo.distributed.base import gather_text, leave_process_group
 from gardo.distributed.group import Group
 from gardo.ending import die_with_launcher, leave
-from gardo.evaluation.drawing import FixedImages, batches, judged, of_kind, shown_prompts
+from gardo.evaluation.drawing import (
+    FEATURES,
+    FixedImages,
+    batches,
+    judged,
+    of_kind,
+    shown_prompts,
+)
 from gardo.evaluation.images_log import ImagesLog, Row, rows_of_batch
 from gardo.evaluation.results import against_of, read_baseline, result_of, write_result
 from gardo.evaluation.values import values_of
@@ -31,7 +39,7 @@ from gardo.loading import find_files_of, panel_of, quiet_libraries
 from gardo.machine import check_device, ranks, share_of_cores, use_allocator, use_device
 from gardo.meeting import versions
 from gardo.policies.base import Policy
-from gardo.recipe_errors import RecipeError
+from gardo.recipe_errors import RankError, RecipeError
 from gardo.report.pictures import save_image
 from gardo.report.progress import format_duration
 from gardo.rewards.assembly import HERE, Workers
@@ -42,6 +50,7 @@ from gardo.suite import Suite, load_suite
 TIMEOUT = 3600.0  # seconds that a rank waits for the others
 MADE_WITH = ("gardo", "torch", "diffusers", "transformers", "peft", "python")
 SAID_EVERY = 5.0  # seconds
+LEAST_JUDGED = 16  # images of which scoring.max_failed is a share
 
 
 class NoValues(Exception):
@@ -77,7 +86,7 @@ def task(
     """What the command's options ask for. RecipeError, before anything heavy loads."""
     asked = load_suite(suite, list(sets))
     one = contender(asked, model, lora=lora, run=run, step=step, average=average)
-    folder = out or Path("evaluations") / asked.name / one.name
+    folder = out.resolve() if out else Path("evaluations") / asked.name / one.name
     if against:
         read_baseline(against, asked.asks)
         if against.resolve() == folder.resolve():
@@ -93,33 +102,42 @@ def evaluate(t: Task, group: Group, say: Callable[[str], object]) -> None:
     suite = t.suite
     workers = Workers()
     try:
-        find_files_of(suite.reward_settings)
-        if ranks()[1] == 0:
-            workers = Workers.start(suite.reward_settings, suite.scoring, say)
-        policy = t.contender.policy(group.device)
+        with refused(ValueError):  # what a reward's files say, and FieldErrors
+            find_files_of(suite.reward_settings)
+            if ranks()[1] == 0:
+                workers = Workers.start(suite.reward_settings, suite.scoring, say)
+            policy = t.contender.policy(group.device)
         log, missing = _begun(t, policy, group)
         total = len(suite.texts) * suite.images_per_prompt
         if missing:
             t.contender.load(policy)
             say(f"{total} images of {len(suite.texts)} prompts, {len(missing)} batches to go")
-            panel = panel_of(
-                suite.reward_settings,
-                suite.scoring,
-                workers,
-                group,
-                prompt=suite.texts[0],
-                size=suite.size,
-            )
+            with refused(ValueError):
+                panel = panel_of(
+                    suite.reward_settings,
+                    suite.scoring,
+                    workers,
+                    group,
+                    prompt=suite.texts[0],
+                    size=suite.size,
+                )
             try:
                 _measure(t, policy, panel, group, log, missing, say)
             finally:
                 panel.close()
-    except ValueError as error:  # FieldErrors of rewards that do not load, too
-        raise RecipeError(str(error)) from error
     finally:
         workers.close()
     if log:
         _finish(t, log, say)
+
+
+@contextmanager
+def refused(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds are refusals: one line for the user."""
+    try:
+        yield
+    except kinds as error:
+        raise RecipeError(str(error)) from error
 
 
 def _begun(t: Task, policy: Policy, group: Group) -> tuple[ImagesLog | None, list[int]]:
@@ -132,7 +150,7 @@ def _begun(t: Task, policy: Policy, group: Group) -> tuple[ImagesLog | None, lis
             said["missing"] = [
                 number
                 for number, image_B in enumerate(batches(total, t.suite.batch))
-                if any(i < total and i not in log.rows for i in image_B.tolist())
+                if any(i < total and _lacks(t, log, i) for i in image_B.tolist())
             ]
         except (OSError, ValueError, RecipeError) as error:
             said["problem"] = str(error)
@@ -140,6 +158,14 @@ def _begun(t: Task, policy: Policy, group: Group) -> tuple[ImagesLog | None, lis
     if heard["problem"]:
         raise RecipeError(heard["problem"])
     return log, list(heard["missing"])
+
+
+def _lacks(t: Task, log: ImagesLog, image: int) -> bool:
+    """Whether an image is to be drawn: to be measured, or shown."""
+    if image not in log.rows:
+        return True
+    shown = image // t.suite.images_per_prompt in shown_prompts(len(t.suite.texts), t.suite.shown)
+    return shown and not _picture(t, image).is_file()
 
 
 def _evaluation(t: Task, policy: Policy, group: Group) -> dict[str, Any]:
@@ -198,12 +224,21 @@ def _batch(t: Task, fixed: FixedImages, panel: Panel, image_B: torch.Tensor) -> 
 
 
 def _check_values(suite: Suite, panel: Panel, columns: dict[str, torch.Tensor]) -> None:
-    """NoValues where a reward that is scored elsewhere says too little: later it may answer."""
-    for name, value_B in of_kind(columns, "reward").items():
-        settings, failed = suite.reward_settings[name], value_B.isnan().float().mean().item()
-        if settings.where != HERE and failed > suite.scoring.max_failed:
+    """NoValues where a reward that is scored elsewhere says too little: later it may answer.
+
+    A share of a full batch, and of so many images at least: one image without a value, which may
+    never have one, stops nothing.
+    """
+    lacks = {name: value_B.isnan() for name, value_B in of_kind(columns, "reward").items()}
+    if FEATURES in columns:
+        (features,) = panel.names("features")
+        lacks[features] = columns[FEATURES].isnan().any(-1)
+    for name, lacks_B in lacks.items():
+        failed = int(lacks_B.sum())
+        allowed = suite.scoring.max_failed * max(suite.batch, LEAST_JUDGED)
+        if suite.reward_settings[name].where != HERE and failed > allowed:
             raise NoValues(
-                f"rewards.{name}: {100 * failed:.0f} % of a batch have no value "
+                f"rewards.{name}: {failed} images of a batch have no value "
                 f"({panel.rewards[name].trouble or 'it gave none'}); what was measured before is "
                 "kept: mend it, and give the same command again"
             )
@@ -255,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _own(lock, asked, group)
             evaluate(asked, group, (lambda text: print(text, flush=True)) if first else str)
     except (RecipeError, NoValues) as error:
-        if ranks()[1] == 0 or isinstance(error, NoValues):
+        if ranks()[1] == 0 or isinstance(error, (NoValues, RankError)):
             print(error, file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError) else 1
     finally:

@@ -4,7 +4,8 @@
     data: {prompts: "hf:my_folder"}        # parquet, csv or jsonl; or what save_to_disk wrote
 
 The column is the text; what else is JSON by its type (numbers, texts, lists and records of them) is
-the prompt's metadata, as in a .jsonl file. Pictures, sounds and dates are left out, and not read.
+the prompt's metadata, as in a .jsonl file; what is null is not there. Pictures, sounds and dates
+are left out, and not read.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def dataset_prompts(
     prompts = []
     for number, row in enumerate(rows.select_columns(kept), start=1):
         try:
-            prompts.append(prompt_of(dict(row), column))
+            prompts.append(prompt_of({column: row[column], **_said(row)}, column))
         except ValueError as error:
             raise ValueError(f"row {number} of {path!r}: {error}") from None
     return tuple(prompts)
@@ -90,6 +91,14 @@ def _opened(path: str, split: str, revision: str | None) -> Any:
             "or get it to a folder where the hub is in reach: "
             f"hf download --repo-type dataset {path}"
         ) from error
+
+
+def _said(value: Any) -> Any:
+    """Without the fields of records that are None: `datasets` gives every row all of them, and a
+    .jsonl file would not have them."""
+    if isinstance(value, Mapping):
+        return {name: _said(inner) for name, inner in value.items() if inner is not None}
+    return [_said(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_json(feature: Any) -> bool:

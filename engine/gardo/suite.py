@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +34,7 @@ from gardo.types import Prompt
 
 GENEVAL = "geneval:"  # prompts of GenEval's grammar, so many
 HOW = {  # not what is asked, but how it is computed: models may differ in it and be compared
-    "name", "batch", "precision", "base", "encoders", "family", "scoring", "shown",
-    "threads",
+    "name", "batch", "precision", "base", "encoders", "family", "scoring", "shown", "threads",
 }  # fmt: skip
 
 
@@ -43,8 +43,8 @@ class Suite(DiversitySettings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     prompts: str = Field(
-        description="as data.prompts of a recipe, relative to the suite; or geneval:N, so many of "
-        "GenEval's grammar"
+        description="a .txt or .jsonl file as data.prompts of a recipe, relative to the suite; or "
+        "geneval:N, so many of GenEval's grammar"
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
     images_per_prompt: int = Field(4, ge=1, le=10_000)
@@ -97,6 +97,7 @@ class Suite(DiversitySettings):
         for section in said["rewards"].values():
             for client in ("where", "every"):
                 section.pop(client, None)
+        said["pixels"] = self.scoring.pixels  # how pictures travel to rewards elsewhere
         return dict(json.loads(json.dumps(said, default=str)))
 
     @property
@@ -167,17 +168,12 @@ def _generated(count: str, seed: int) -> list[Prompt]:
     """Prompts of GenEval's six tasks, as evenly as they can be asked; tasks take turns."""
     if not count.isdecimal() or not int(count):
         raise ValueError(f"{GENEVAL}{count}: give how many, such as {GENEVAL}553")
-    tasks = geneval_prompts.TASKS
-    left, share = int(count), dict[str, int]()
-    for place, task in enumerate(sorted(tasks, key=lambda task: task != "single_object")):
-        even = left // (len(tasks) - place)
-        share[task] = min(even, len(geneval_prompts.CLASSES)) if task == "single_object" else even
-        left -= share[task]
-    asked = {task: geneval_prompts.prompts(task, share[task], seed) for task in tasks}
-    most = max(share.values())
-    return [
-        Prompt(asked[task][turn]) for turn in range(most) for task in tasks if turn < share[task]
-    ]
+    rows, _ = geneval_prompts.files(int(count), seed)
+    asked = {
+        task: [r["prompt"] for r in rows if r["tag"] == task] for task in geneval_prompts.TASKS
+    }
+    turns = zip_longest(*asked.values())
+    return [Prompt(text) for turn in turns for text in turn if text is not None]
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -165,12 +165,12 @@ def _apart(name: str, ranks: Mapping[str, Interval]) -> Indicator:
 
 def _traded(name: str, of_changes: Interval) -> Indicator:
     if not _has(of_changes):
-        return _unknown("traded", name, f"whether {name} fell where the proxy rose")
+        return _unknown("traded", name, f"whether {name} lost where the proxy gained")
     ranks = f"rank correlation of their changes over prompts {_said(of_changes)}"
     if of_changes.high < 0:
-        said = f"The more the proxy rose on a prompt, the more {name} fell there: {ranks}."
+        said = f"Prompts that gained more by the proxy gained less by {name}, or lost: {ranks}."
         return Indicator("traded", name, "seen", said)
-    said = f"{name} did not clearly fall more where the proxy rose more: {ranks}."
+    said = f"{name} did not clearly gain less where the proxy gained more: {ranks}."
     return Indicator("traded", name, "not seen", said)
 
 

@@ -16,6 +16,7 @@ from gardo.report.evaluation import as_html, as_markdown
 from gardo.report.pictures import read_images, save_grid
 
 FORMAT = 1
+MAX_PIXELS, MIN_SIDE = 64_000_000, 64  # of the grid, and of its pictures
 SMALL = 128  # pixels of a side below which the grid shows images twice as large
 
 
@@ -79,15 +80,19 @@ def against_of(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 def write_result(
     folder: Path, result: Mapping[str, Any], pictures: Sequence[Path], *, columns: int
 ) -> list[Path]:
-    """Writes the folder's four files, each whole or not at all; returns them, the page first."""
-    images = read_images(pictures)
+    """Writes the folder's four files, each whole or not at all; returns them, the page first.
+
+    Many large pictures are made smaller for the grid.
+    """
+
+    def write(name: str, text: str) -> None:
+        write_atomically(folder / name, f"{text}\n".encode("utf-8", "replace"))
+
+    write("result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    write("result.md", as_markdown(result))
+    side = max(MIN_SIDE, int((MAX_PIXELS / len(pictures)) ** 0.5))
+    images = read_images(pictures, longest=side)
     grid = folder / "grid.png"
     save_grid(images, grid, columns, scale=2 if max(images.shape[2:]) < SMALL else 1)
-    files = {
-        "result.html": as_html(result, grid.read_bytes()),
-        "result.md": as_markdown(result),
-        "result.json": json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False),
-    }
-    for name, text in files.items():
-        write_atomically(folder / name, f"{text}\n".encode("utf-8", "replace"))
-    return [*(folder / name for name in files), grid]
+    write("result.html", as_html(result, grid.read_bytes()))
+    return [*(folder / f"result.{kind}" for kind in ("html", "md", "json")), grid]

@@ -28,7 +28,7 @@ class Block:
 
 def as_markdown(result: Result) -> str:
     """The page without its picture's data: it shows grid.png beside it."""
-    lines = [f"# {_title(result)}", "", *(f"- {fact}" for fact in _facts(result))]
+    lines = [f"# {_plain(_title(result))}", "", *(f"- {_plain(f)}" for f in _facts(result))]
     for block in _blocks(result):
         lines += ["", f"## {block.title}", "", *block.sentences]
         if block.rows:
@@ -227,8 +227,10 @@ def _cell(value: str) -> str:
 
 
 def _plain(value: str) -> str:
-    """A user's text in Markdown: nothing in it opens a tag or a line."""
-    return " ".join(value.replace("&", "&amp;").replace("<", "&lt;").split())
+    """A user's text in Markdown: nothing in it opens a tag, a link, a picture or a line."""
+    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), ("](", "]&#40;")):
+        value = value.replace(sign, entity)
+    return " ".join(value.split())
 
 
 def _interval(value: Mapping[str, Any] | None, *, signed: bool = False) -> str:

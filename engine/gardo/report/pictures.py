@@ -66,13 +66,15 @@ def save_image(image_3HW: Tensor, path: str | Path) -> None:
     save_grid(image_3HW[None], path, columns=1, scale=1, padding=0)
 
 
-def read_images(paths: Sequence[Path]) -> Tensor:
-    """Images of one size, fp32 [B, 3, H, W] in [0, 1]. OSError where one cannot be read."""
+def read_images(paths: Sequence[Path], *, longest: int | None = None) -> Tensor:
+    """Images of one size, fp32 [B, 3, H, W] in [0, 1]; made smaller where a side is longer than
+    `longest` pixels. OSError where one cannot be read."""
     images = []
     for path in paths:
         with Image.open(path, formats=["PNG"]) as picture:
-            pixels = torch.frombuffer(
-                bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8
-            )
-            images.append(pixels.view(picture.height, picture.width, 3).permute(2, 0, 1))
+            colours = picture.convert("RGB")
+            if longest:
+                colours.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+            pixels = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
+            images.append(pixels.view(colours.height, colours.width, 3).permute(2, 0, 1))
     return torch.stack(images).float() / 255
