@@ -76,7 +76,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "contender":     "distributed export loading policies recipe recipe_errors suite | torch",
     "evaluate":      "* | torch",
     "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
-    "reward_worker": "config recipe_errors rewards | torch",
+    "reward_worker": "config machine recipe_errors rewards | torch",
     "session":       "* | torch",
     "unscored":      "bad_updates distributed session types |",
     "phases":        "* | torch",

@@ -36,7 +36,14 @@ from gardo.evaluation.results import against_of, read_baseline, result_of, write
 from gardo.evaluation.values import values_of
 from gardo.files import made_folder
 from gardo.loading import find_files_of, panel_of, quiet_libraries
-from gardo.machine import check_device, ranks, share_of_cores, use_allocator, use_device
+from gardo.machine import (
+    check_device,
+    ranks,
+    share_of_cores,
+    use_allocator,
+    use_bf16_reductions,
+    use_device,
+)
 from gardo.meeting import versions
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RankError, RecipeError
@@ -193,10 +200,20 @@ def _measure(
     rounds = range(0, len(missing), group.world)
     for done, start in enumerate(rounds, start=1):
         mine = missing[start : start + group.world][group.rank :][:1]
-        rows = [row for number in mine for row in _batch(t, fixed, panel, all_batches[number])]
-        for text in gather_text(group, json.dumps(rows)):
-            if log and (measured := json.loads(text)):
+        rows, problem = list[Row](), ""
+        try:
+            rows = [row for number in mine for row in _batch(t, fixed, panel, all_batches[number])]
+        except NoValues as error:
+            problem = str(error)
+        said_by_rank = [
+            json.loads(text) for text in gather_text(group, json.dumps([problem, rows]))
+        ]
+        for _, measured in said_by_rank:
+            if log and measured:
                 log.append(measured)
+        for problem, _ in said_by_rank:
+            if problem:
+                raise NoValues(problem)
         now = time.monotonic()
         if now - said > SAID_EVERY or done == len(rounds):
             said, left = now, (now - began) / done * (len(rounds) - done)
@@ -290,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _own(lock, asked, group)
             evaluate(asked, group, (lambda text: print(text, flush=True)) if first else str)
     except (RecipeError, NoValues) as error:
-        if ranks()[1] == 0 or isinstance(error, (NoValues, RankError)):
+        if ranks()[1] == 0 or isinstance(error, RankError):
             print(error, file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError) else 1
     finally:
@@ -316,6 +333,7 @@ def ready(t: Task) -> Group:
     use_allocator()
     check_here(t)
     device = use_device(local_rank)
+    use_bf16_reductions(False)  # as in training
     torch.set_num_threads(t.suite.threads or share_of_cores(world))
     if world == 1:
         return Group(device, rank=rank)

@@ -22,9 +22,9 @@ import psutil
 
 from gardo.distributed.nodes import for_pdsh, included, read_hostfile, sent_on
 from gardo.ending import ASKING, STARTED_HERE, dying_with, ranks_of
+from gardo.settings import VISIBLE, VISIBLE_AT_FIRST
 
 STRAY_HOSTFILE = Path("/job/hostfile")  # what DeepSpeed obeys where it is told of none
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 LAUNCHER = "deepspeed.launcher.launch"  # of one machine
 RUNNER = "deepspeed.launcher.runner"  # of several, and of their launchers
 
@@ -143,6 +143,7 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
     there is no GPU here, and without a hostfile none is meant.
     """
     env = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    env[VISIBLE_AT_FIRST] = "" if places.hostfile else env.get(VISIBLE, "")  # for rewards' workers
     if on_cpu and not places.hostfile:
         env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
     if LAUNCHER in typed and STRAY_HOSTFILE.is_file():

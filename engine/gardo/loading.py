@@ -105,7 +105,8 @@ def find_files_of(rewards: Mapping[str, RewardSettings]) -> None:
 def start_workers(recipe: Recipe, say: Callable[[str], object] = print) -> Workers:
     """The workers of this machine, by its first rank; they load while the models do."""
     rewards = reward_settings(recipe) if ranks()[1] == 0 else {}
-    return Workers.start(rewards, recipe.scoring, say)
+    reductions = recipe.run.bf16_reduced_precision_reduction
+    return Workers.start(rewards, recipe.scoring, say, bf16_reductions=reductions)
 
 
 def build_panel(recipe: Recipe, device: torch.device, workers: Workers | None = None) -> Panel:
@@ -132,16 +133,27 @@ def panel_of(
     prompt: Prompt,
     size: tuple[int, int],
 ) -> Panel:
-    """As `build_panel`, of rewards by name."""
-    return assemble(
-        rewards,
-        scoring,
-        group.device,
-        _reachable(workers, group),
-        prompt=prompt,
-        size=size,
-        token=os.environ.get(TOKEN),
-    )
+    """As `build_panel`, of rewards by name. One rank's refusal is all ranks'."""
+    reachable, own = _reachable(workers, group), None
+    try:
+        panel = assemble(
+            rewards,
+            scoring,
+            group.device,
+            reachable,
+            prompt=prompt,
+            size=size,
+            token=os.environ.get(TOKEN),
+        )
+    except (OSError, ValueError) as error:
+        own = error
+    said = gather_text(group, str(own) if own else "")
+    if own:
+        raise own
+    for rank, text in enumerate(said):
+        if text:
+            raise FieldError(f"rank {rank}: {text}")
+    return panel
 
 
 def _reachable(workers: Workers, group: Group) -> dict[str, Address]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
 from gardo.rewards._loading import quiet_transformers
 from gardo.rewards.assembly import (
+    OPENAI,
     ScoringSettings,
     Workers,
     assemble,
@@ -40,7 +43,10 @@ TOLERANCE = 1e-3  # of a value, relative to its size or 1
 
 def chosen_device(name: str | None) -> torch.device:
     """ValueError where there is none of that name."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; use cpu, or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no GPU is here; use cpu")
     return device
@@ -71,6 +77,8 @@ def serve_rewards(
     rewards = served_here(reward_file(path, overrides).rewards, str(path), only)
     try:
         listening = bound(settings)  # a port that is taken is known before anything loads
+    except socket.gaierror:
+        raise ValueError(f"--host {host}: no address of this machine") from None
     except OSError as error:
         raise ValueError(f"--port {port}: {error.strerror}; give another, or 0") from None
     for name, its in rewards.items():
@@ -88,7 +96,10 @@ def served_here(
 ) -> dict[str, RewardSettings]:
     """The rewards and judges with a URL, or all rewards if none has one; as if they were here."""
     far = {n: r for n, r in elsewhere(rewards).items() if "://" in r.where}
-    found = far or dict(rewards)
+    found = far or {n: r for n, r in rewards.items() if not r.where.startswith(OPENAI)}
+    if not found:
+        raise RecipeError(f"{source}: its rewards ask OpenAI-compatible endpoints; there is none "
+                          "to serve")  # fmt: skip
     for name in only or ():
         if name not in found:
             raise RecipeError(f"--only {name}: {source} has no such reward to serve; it has "
@@ -134,7 +145,9 @@ def check_rewards(
         if name not in found.rewards:
             raise RecipeError(f"--only {name}: {path} has no such reward; it has "
                               f"{', '.join(found.rewards)}")  # fmt: skip
-    known = _golden(golden) if golden else {}
+    known = _golden(golden) if golden else None
+    if record and not record.resolve().parent.is_dir():
+        raise ValueError(f"--record {record}: no folder {record.parent}; make it first")
     here = chosen_device(device)
     chosen = {n: r for n, r in found.rewards.items() if not only or n in only}
     prompts = sample_prompts(found.prompts, chosen)
@@ -144,10 +157,10 @@ def check_rewards(
         pictures = sample_pictures(found.size or SIZE)
         checked = _checked(name, settings, found.scoring, here, prompts, pictures)
         wrong = [checked.trouble] if checked.trouble else []
-        if not wrong and name in known:
-            wrong = compared(checked.values, known[name])
+        if not wrong and known is not None:
+            wrong = compared(checked.values, known.get(name, []))
         failed |= bool(wrong)
-        print(_block(checked, settings, wrong, name in known), flush=True)
+        print(_block(checked, settings, wrong, known is not None), flush=True)
         said[name] = {"kind": checked.kind, "values": checked.values,
                       "settings": settings.model_dump(mode="json")}  # fmt: skip
     if record:
@@ -175,6 +188,8 @@ def sample_prompts(file: Path | None, rewards: Mapping[str, RewardSettings]) -> 
 
 def compared(values: Sequence[float], golden: Sequence[float]) -> list[str]:
     """What differs from the golden values by more than the tolerance."""
+    if not golden:
+        return ["not in the golden file"]
     if len(values) != len(golden):
         return [f"{len(values)} values, {len(golden)} in the golden file"]
     return [
@@ -233,9 +248,9 @@ def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt], pictur
     checked.ms = 1e3 * (time.perf_counter() - middle) / len(prompts)
     checked.values = (value.norm(dim=1) if value.dim() == 2 else value).tolist()
     low, high = reward.limits
-    bad = [v for v in checked.values if not low <= v <= high]
+    bad = [v for v in checked.values if not (low <= v <= high and math.isfinite(v))]
     if bad:
-        checked.trouble = f"values outside of [{low:g}, {high:g}]: {bad}"
+        checked.trouble = f"values that are not finite, or outside of [{low:g}, {high:g}]: {bad}"
 
 
 def _memory(device: torch.device) -> int:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 T = TypeVar("T")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE_AT_FIRST = "GARDO_CUDA_VISIBLE_DEVICES"  # what it was before a launcher set it; "": not set
 BUILTIN = Path(__file__).parent / "tiny" / "weights"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of models, by their hub ids
 

@@ -137,3 +137,13 @@ def test_a_hub_id_is_no_path(tmp_path: Path) -> None:
     path = written(tmp_path, "data: {prompts: 'hf:nowhere'}")
     message = f"{path}: data.prompts: no such folder: '{Path.cwd() / 'nowhere'}'; give a data set's"
     assert refusal(path).startswith(message)
+
+
+def test_what_a_row_lacks_is_not_there(datasets: Any, tmp_path: Path) -> None:
+    """`datasets` gives every row the fields of all: as in a .jsonl file they are absent."""
+    rows: list[dict[str, Any]] = [
+        {"caption": "a bench", "weight": 2, "include": [{"class": "bench", "count": 1}]},
+        {"caption": "a red bench", "include": [{"class": "bench", "color": "red"}], "text": "A"},
+    ]
+    prompts = dataset_prompts(f"hf:{lines(tmp_path / 'set', rows)}", "train", "caption", None)
+    assert [{"caption": str(p), **p.metadata} for p in prompts] == rows

@@ -65,3 +65,12 @@ def test_a_refusal_of_the_first_rank_ends_all(place: Path) -> None:
     ends = Launched(2, evaluate_here, [*arguments, "--set", "seed=9"]).ended()
     assert [end.code for end in ends] == [2, 2]
     assert "give another --out, or remove it" in ends[0].said
+
+
+def test_a_reward_that_one_rank_cannot_load_ends_all(place: Path) -> None:
+    """The others would wait for it; the first rank, which speaks for all, says which it was."""
+    reward = "rewards.odd={kind: 'tests.engine.evaluation.measured:Uneven', role: held_out}"
+    arguments = ["builtin:flux", "--suite", str(place / "suite.yaml"), "--set", reward]
+    ends = Launched(2, evaluate_here, [*arguments, "--out", str(place / "odd")]).ended()
+    assert [end.code for end in ends] == [2, 2]
+    assert "rank 1: rewards.odd: path: no file is here" in ends[0].said

@@ -68,7 +68,7 @@ def included(hosts: Mapping[str, int], text: str) -> dict[str, list[int]]:
 
 # of the environment: what a run reads, where libraries look for models and how they compute
 SENT_ON = re.compile(
-    r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|TOKENIZERS|NCCL|GLOO|TORCH|PYTORCH|TRITON|CUDA|CUBLAS|"
+    r"(GARDO|HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|TOKENIZERS|NCCL|GLOO|TORCH|PYTORCH|TRITON|CUDA|CUBLAS|"
     r"DS|DEEPSPEED|OMP|MKL|UCX)_.+|(HTTPS?|NO)_PROXY|XDG_CACHE_HOME",
     re.IGNORECASE,
 )

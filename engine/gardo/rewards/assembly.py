@@ -99,13 +99,20 @@ class Workers:
         rewards: Mapping[str, RewardSettings],
         scoring: ScoringSettings,
         say: Callable[[str], object] = print,
+        *,
+        bf16_reductions: bool = False,
     ) -> Workers:
         asked: dict[str, dict[str, Any]] = {}
         for name, settings in elsewhere(rewards).items():
             if worker := worker_name(settings):
                 asked.setdefault(worker, {})[name] = served_settings(settings)
         every = {WORKER: WorkerSettings(), **scoring.workers}
-        return cls({name: Worker(name, every[name], its, say) for name, its in asked.items()})
+        return cls(
+            {
+                name: Worker(name, every[name], its, say, bf16_reductions=bf16_reductions)
+                for name, its in asked.items()
+            }
+        )
 
     def addresses(self) -> dict[str, Address]:
         """By worker, once all have loaded. ValueError."""

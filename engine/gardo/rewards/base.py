@@ -244,6 +244,14 @@ def provides(plugin: type[Reward], method: str) -> bool:
     return getattr(plugin, method) is not getattr(Reward, method)
 
 
+def within(value: Tensor, limits: tuple[float, float]) -> Tensor:
+    """The values; NaN where one lies outside of the limits."""
+    low, high = limits
+    if (low, high) == Reward.limits:
+        return value
+    return value.where((value >= low) & (value <= high), torch.nan)
+
+
 class Panel:
     """All rewards of a recipe, scored together."""
 
@@ -366,10 +374,7 @@ class Panel:
             error.add_note(f"rewards.{name}: {type(reward).__name__} failed")
             raise
         _check_shape(value, count, name, reward)
-        low, high = reward.limits
-        if (low, high) != Reward.limits:
-            value = value.where((value >= low) & (value <= high), torch.nan)
-        return value
+        return within(value, reward.limits)
 
     def differentiable_score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The weighted sum of the proxies with gradients to the images, fp32 [B]."""

@@ -43,7 +43,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gardo import plugins
-from gardo.rewards.base import About, Gathering, Held, Reward, RewardSettings, provides
+from gardo.rewards.base import About, Gathering, Held, Reward, RewardSettings, provides, within
 from gardo.rewards.bradley_terry import predicted_win_rate
 from gardo.streams import Stream
 from gardo.types import Prompt
@@ -103,13 +103,7 @@ class PairJudge:
             first, second = seen[first_N[part]].float() / 255, seen[second_N[part]].float() / 255
             answers.append(self.reward.compare(first, second, texts).float())
         answer_N = torch.cat(answers)
-        outside_N = answer_N[(answer_N < 0) | (answer_N > 1)]
-        if len(outside_N):
-            raise ValueError(
-                f"{type(self.reward).__name__}.compare gave the preference {float(outside_N[0])}; "
-                "it must lie in [0, 1]"
-            )
-        return answer_N
+        return within(answer_N, (0.0, 1.0))
 
 
 class ScoreJudge:
@@ -120,6 +114,7 @@ class ScoreJudge:
 
     def see(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         value_B = self.reward.score(images_B3HW, prompts).float()
+        value_B = within(value_B, self.reward.limits)
         return torch.where(value_B.isfinite(), value_B, torch.nan)
 
     def compare(
@@ -252,6 +247,16 @@ class Preference(Reward):
     @property
     def in_tf32(self) -> bool | None:
         return self.reward.in_tf32
+
+    @property
+    def trouble(self) -> str:
+        return self.reward.trouble
+
+    def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
+        self.reward.meet(prompt, size)
+
+    def close(self) -> None:
+        self.reward.close()
 
     @classmethod
     def holds(cls, settings: PreferenceSettings) -> list[Held] | None:

@@ -1,11 +1,15 @@
-"""Values of an evaluation as a test wants them: normal noise around means of prompts."""
+"""Values of an evaluation as a test wants them: normal noise around means of prompts; and
+rewards that fail."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
 
 from gardo.evaluation.values import Values
+from gardo.rewards.base import Reward, RewardSettings
 
 PROMPTS, IMAGES = 24, 4
 
@@ -29,3 +33,27 @@ def values(proxy: Tensor, *, diversity: float = 30.0, **held_out: Tensor) -> Val
         diversity={"pairwise": diversity + noise(9, PROMPTS)},
         labels={},
     )
+
+
+class Broken(Reward):
+    """Has a bug."""
+
+    Settings = RewardSettings
+
+    def score(self, images_B3HW, prompts):
+        batch, _ = images_B3HW.shape
+        return batch
+
+
+class Uneven(Reward):
+    """Does not load on the second rank."""
+
+    Settings = RewardSettings
+
+    def __init__(self, settings, device):
+        super().__init__(settings, device)
+        if os.environ["RANK"] == "1":
+            raise ValueError("path: no file is here")
+
+    def score(self, images_B3HW, prompts):
+        return images_B3HW.mean((1, 2, 3))

@@ -71,6 +71,9 @@ def test_what_one_gains_where_the_other_loses_is_seen() -> None:
     traded = values(around(BEFORE + gain), judge=around(JUDGED - gain, seed=1))
     found = one(traded, baseline(), "traded", "judge")
     assert found.state == "seen" and "-" in found.sentence
+    less = values(around(BEFORE + gain), judge=around(JUDGED + 9 - gain, seed=1))
+    found = one(less, baseline(), "traded", "judge")
+    assert found.state == "seen" and "gained less by judge, or lost" in found.sentence
     shared = values(around(BEFORE + gain), judge=around(JUDGED + gain, seed=1))
     assert one(shared, baseline(), "traded", "judge").state == "not seen"
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from gardo import cli, evaluate
 from gardo.config import check
+from gardo.evaluation import results
 from gardo.evaluation.statistics import bootstrap_mean, paired_change
 from gardo.export import export_run
+from gardo.report.evaluation import as_html, as_markdown
+from gardo.rewards.base import Panel
 from gardo.session import open_session
+from gardo.suite import load_suite
 from gardo.train import train
 from tests.integration.cases import Case
 from tests.integration.recipes import recipe
@@ -220,3 +228,72 @@ def test_a_base_that_the_run_did_not_train_is_refused(
     (other / "transformer" / "config.json").write_bytes(config)
     assert typed(place, other, "--run", run, "--out", tmp_path / "out") == 2
     assert "is another (" in capsys.readouterr().err
+
+
+def test_more_pictures_are_drawn_where_more_are_shown(
+    base: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured stays; of a picture that is gone the batch is drawn again."""
+    found = evaluated(place, "shown", "builtin:flux", "--set", "shown=1")
+    (place / "shown" / "images" / "000000.png").unlink()
+    more = evaluated(place, "shown", "builtin:flux", "--set", "shown=6")
+    assert len(list((place / "shown" / "images").iterdir())) == 12
+    assert more["rewards"] == found["rewards"] == base["rewards"]
+
+
+def test_a_picture_of_many_large_images_is_made_smaller(
+    base: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "MIN_SIDE", 4)
+    monkeypatch.setattr(results, "MAX_PIXELS", 6 * 8 * 8)
+    evaluated(place, "smaller", "builtin:flux")
+    with Image.open(place / "smaller" / "grid.png") as grid:
+        assert grid.size == (2 * (2 * 8 + 2) + 2, 3 * (2 * 8 + 2) + 2)
+
+
+def test_a_bug_in_a_reward_is_no_refusal(place: Path) -> None:
+    reward = "rewards.broken={kind: 'tests.engine.evaluation.measured:Broken', role: held_out}"
+    arguments = ["builtin:flux", "--suite", str(place / "suite.yaml"), "--set", reward]
+    with pytest.raises(ValueError, match="too many values") as raised:
+        evaluate.main([*arguments, "--out", str(place / "broken")])
+    assert raised.value.__notes__ == ["rewards.broken: Broken failed"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "lacks", "stops"), [(16, 4, False), (16, 5, True), (1, 1, False)]
+)
+def test_a_reward_elsewhere_that_says_too_little_stops_the_evaluation(
+    place: Path, batch: int, lacks: int, stops: bool
+) -> None:
+    """Features too; one image that never has a value stops nothing, however small the batch."""
+    far = "http://127.0.0.1:9"
+    suite = load_suite(
+        place / "suite.yaml", [f"batch={batch}", f"rewards.dinov3.where={far}",
+                               f"rewards.tiny_purity.where={far}"]
+    )  # fmt: skip
+    panel = Panel({})
+    panel.rewards = {n: SimpleNamespace(settings=s, trouble="down")
+                     for n, s in suite.reward_settings.items()}  # fmt: skip
+    value_B = torch.ones(batch)
+    value_B[:lacks] = torch.nan
+    for columns in ({"reward/tiny_purity": value_B}, {"features": value_B[:, None].expand(-1, 3)}):
+        with pytest.raises(evaluate.NoValues, match="down") if stops else nullcontext():
+            evaluate._check_values(suite, panel, columns)
+    here = {"reward/tiny_shape": torch.full((batch,), torch.nan)}
+    evaluate._check_values(suite, panel, here)  # NaN of a reward here is left out
+
+
+def test_a_page_shows_texts_of_users_as_texts(base: dict[str, Any]) -> None:
+    hostile = "![x](http://far/away.png) <script>alert(1)</script> & [a](b)"
+    asks = {**base["suite"]["asks"], "prompts": [[hostile, {}]] * 6}
+    found = {**base, "suite": {**base["suite"], "asks": asks}}
+    found["model"] = {**base["model"], "lora": {"path": hostile, "sha256": "0"}}
+    for text in (as_markdown(found), as_html(found, tiny_png())):
+        assert "<script>alert" not in text
+    assert "](http" not in as_markdown(found) and "](b)" not in as_markdown(found)
+
+
+def tiny_png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    return file.getvalue()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 
 from gardo.evaluation.statistics import (
     bootstrap_mean,
@@ -19,7 +19,10 @@ from gardo.evaluation.statistics import (
 )
 
 
-@pytest.mark.parametrize(("units", "least", "most"), [(8, 0.92, 0.99), (36, 0.915, 0.985)])
+@pytest.mark.parametrize(
+    ("units", "least", "most"),
+    [(2, 0.92, 0.98), (3, 0.92, 0.98), (8, 0.92, 0.99), (36, 0.915, 0.985)],
+)
 def test_interval_covers_the_true_mean_as_often_as_it_says(
     units: int, least: float, most: float
 ) -> None:
@@ -118,7 +121,7 @@ def test_entropy_lies_between_0_and_log_of_the_labels_and_ignores_order(labels: 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
+@given(st.lists(st.floats(-100, 100), min_size=5, max_size=30))
 def test_interval_contains_the_mean_and_stays_inside_the_data(values: list[float]) -> None:
     interval = bootstrap_mean(torch.tensor(values, dtype=torch.float64), resamples=500)
     assert min(values) - 1e-9 <= interval.low <= interval.mean + 1e-9
@@ -177,6 +180,14 @@ def test_win_rate_counts_prompts_and_halves_of_ties() -> None:
     found = win_rate(before, after)
     assert found.mean == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize(("wins", "units"), [(5, 5), (19, 20), (0, 54), (10, 36)])
+def test_the_interval_of_a_win_rate_is_wilsons(wins: int, units: int) -> None:
+    won = torch.arange(units) < wins
+    found = win_rate(torch.zeros(units), won.double() * 2 - 1)
+    expected = binomtest(wins, units).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_a_prompts_mean_is_of_the_images_that_have_a_value() -> None:

@@ -115,6 +115,7 @@ def test_generated_prompts_are_of_all_six_tasks() -> None:
     assert load_suite(name, [f"prompts=geneval:{count}"]).texts == prompts
     assert load_suite(name, [f"prompts=geneval:{count}", "seed=1"]).texts != prompts
     many = load_suite(name, ["prompts=geneval:553"]).texts  # more than a sixth is not 80 classes
+    assert len(load_suite(name, ["prompts=geneval:2000"]).texts) == 2000
     assert len(many) == 553 and Counter(request_of(p).task for p in many)["single_object"] == 80
 
 

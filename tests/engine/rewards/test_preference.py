@@ -11,6 +11,7 @@ import torch
 
 from gardo.algorithms.advantage import AdvantageSettings, group_credit
 from gardo.rewards.base import Panel
+from gardo.types import Prompt
 from tests.engine.rewards.pair_judges import (
     place,
     preference,
@@ -85,9 +86,24 @@ def test_a_probability_counts_as_one() -> None:
     assert values(preference("Chess"), [40, 20], 2) == pytest.approx(expected)
 
 
-def test_a_judge_outside_0_and_1_is_told() -> None:
-    with pytest.raises(ValueError, match=r"Loud.compare gave the preference -1.0; it must lie in"):
-        values(preference("Loud"), [1, 2, 3], 3)
+def test_what_a_judge_says_outside_of_its_limits_is_no_answer() -> None:
+    assert values(preference("Loud"), [1, 2, 3], 3) == [None] * 3
+    strict = preference("Level")
+    strict.reward.limits = (0.0, 30.0)
+    assert values(strict, [40, 20, 10], 3)[1:] == [1.0, 0.0]
+
+
+def test_a_judge_elsewhere_is_met_closed_and_asked_what_is_wrong() -> None:
+    reward, seen = preference("Level"), []
+    reward.reward.meet = lambda prompt, size: seen.append((prompt, size))
+    reward.reward.close = lambda: seen.append("closed")
+    type(reward.reward).trouble = property(lambda self: "down")
+    try:
+        reward.meet(Prompt("a"), (8, 8))
+        reward.close()
+        assert seen == [("a", (8, 8)), "closed"] and reward.trouble == "down"
+    finally:
+        del type(reward.reward).trouble
 
 
 @pytest.mark.parametrize("method", ["win_rate", "bradley_terry"])

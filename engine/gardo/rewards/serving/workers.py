@@ -13,20 +13,22 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import Field
 
 import gardo
 import gardo_kernels
 from gardo.rewards.serving.client import Address
-from gardo.settings import Strict
+from gardo.settings import VISIBLE, VISIBLE_AT_FIRST, Strict
 
 RESTARTS = 3
 HOST = "127.0.0.1"
@@ -54,67 +56,86 @@ class Worker:
         settings: WorkerSettings,
         rewards: Mapping[str, Mapping[str, Any]],
         say: Callable[[str], object] = lambda text: None,
+        *,
+        bf16_reductions: bool = False,
     ) -> None:
-        """Starts it with rewards (settings as JSON has them); it loads while others work."""
-        self.name, self.settings, self.rewards, self.say = name, settings, dict(rewards), say
+        """Starts it with rewards (settings as JSON has them); it loads while others work.
+
+        What keeps it from starting is said by `address`. `bf16_reductions` is the run's
+        `bf16_reduced_precision_reduction`.
+        """
+        self.name, self.settings, self.say = name, settings, say
+        self._port, self._closing, self._restarts = 0, threading.Event(), 0
         self._token = secrets.token_urlsafe(32)
-        self._port, self._closing, self._restarts = 0, False, 0
-        self._started = threading.Event()
-        self.process = self._start()
+        self._orders = {
+            "rewards": dict(rewards),
+            "device": settings.device,
+            "threads": settings.threads,
+            "bf16_reductions": bf16_reductions,
+            "token": self._token,
+        }
+        self._started, self._starting = threading.Event(), threading.Lock()
+        self._links = Links() if settings.python else None
+        self.process: subprocess.Popen[str] | None = None
+        self._problem = self._start()
+        if self.process is None:
+            self._started.set()
+            return
         self._watch = threading.Thread(target=self._watched, name=f"watch-{name}", daemon=True)
         self._watch.start()
 
     def address(self) -> Address:
         """Where it listens, once its rewards are loaded. ValueError where they do not load."""
-        if not self._started.wait(self.settings.start_seconds) or not self._port:
+        in_time = self._started.wait(self.settings.start_seconds)
+        if not in_time or not self._port:
+            why = self._problem or f"not in {self.settings.start_seconds:g} s"
+            if in_time and self.process:
+                why = _code(self.process.wait())
             self.close()
             raise ValueError(
-                f"scoring.workers.{self.name}: its rewards did not load "
-                f"({self._ended() or f'in {self.settings.start_seconds:g} s'}); see above"
+                f"scoring.workers.{self.name}: its rewards did not load ({why}); see above"
             )
         return Address(f"http://{HOST}:{self._port}", self._token)
 
     def close(self) -> None:
-        self._closing = True
-        if self.process.stdin:
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with self._starting:
+            self._closing.set()
+        if self.process:
+            with suppress(OSError):  # it is gone already
+                _pipe(self.process.stdin).close()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._links:
+            self._links.close()
 
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [self.settings.python or sys.executable, "-m", "gardo.reward_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(),
-        )  # fmt: skip
-        orders = {
-            "rewards": self.rewards,
-            "device": self.settings.device,
-            "threads": self.settings.threads,
-            "token": self._token,
-            "port": self._port,
-        }
-        assert process.stdin
+    def _start(self) -> str:
+        """What keeps it from starting, if anything does."""
+        python = self.settings.python or sys.executable
         try:
-            process.stdin.write(json.dumps(orders) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:  # it is gone already; who watches it says so
-            pass
-        return process
+            self.process = subprocess.Popen(
+                [python, "-m", "gardo.reward_worker"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, text=True, env=_environment(self._links),
+            )  # fmt: skip
+        except OSError as error:
+            return f"{python}: {error.strerror}"
+        with suppress(BrokenPipeError):  # it is gone already; who watches it says so
+            orders = _pipe(self.process.stdin)
+            orders.write(json.dumps({**self._orders, "port": self._port}) + "\n")
+            orders.flush()
+        return ""
 
     def _watched(self) -> None:
         """Reads the port; starts the process again when it dies."""
-        while True:
-            process = self.process
-            assert process.stdout
-            line = process.stdout.readline()
+        while process := self.process:
+            line = _pipe(process.stdout).readline()
             if line.startswith("port "):
                 self._port = int(line.split()[1])
                 self._started.set()
             code = process.wait()
-            if self._closing:
+            if self._closing.is_set():
                 return
             if not self._port or self._restarts == RESTARTS:
                 self._started.set()
@@ -122,22 +143,42 @@ class Worker:
                 return
             self._restarts += 1
             self.say(f"worker {self.name} ended ({_code(code)}); started again")
-            time.sleep(1)
-            self.process = self._start()
+            self._closing.wait(1)
+            with self._starting:
+                if self._closing.is_set():
+                    return
+                if problem := self._start():
+                    self.say(f"worker {self.name} is not started again: {problem}")
+                    return
 
-    def _ended(self) -> str:
-        code = self.process.poll()
-        return "" if code is None else _code(code)
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream
+    return stream
 
 
 def _code(code: int) -> str:
     return f"by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _environment() -> dict[str, str]:
-    """This gardo is the one that the worker imports, in whichever Python."""
+class Links:
+    """A folder with links to our packages and no other's, for another Python to import."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="gardo-worker-"))
+        for package in (gardo, gardo_kernels):
+            (self.folder / package.__name__).symlink_to(package.__path__[0])
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _environment(links: Links | None) -> dict[str, str]:
+    """This gardo is the one that the worker imports, in whichever Python; and it sees the GPUs that
+    the run saw before it gave each rank its own."""
     here = {str(Path(module.__path__[0]).parent) for module in (gardo, gardo_kernels)}
-    paths = [*sorted(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(links.folder)] if links else sorted(here)
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     of_ranks = (
         "RANK",
         "LOCAL_RANK",
@@ -147,4 +188,8 @@ def _environment() -> dict[str, str]:
         "MASTER_PORT",
     )
     kept = {name: value for name, value in os.environ.items() if name not in of_ranks}
+    if VISIBLE_AT_FIRST in kept:
+        kept |= {VISIBLE: kept.pop(VISIBLE_AT_FIRST)}
+        if not kept[VISIBLE]:
+            del kept[VISIBLE]
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
