@@ -6,7 +6,7 @@ Stages, in order: vae, flux, dinov3, judges, sd3. Each is seeded and stands alon
 those before it have run. About half an hour on 2 CPU cores; the results ship with the
 package, so nobody needs to run this.
 
-The weights are stored in bf16 (under 5 MB in all) and used in fp32, so what is stored is exactly
+The weights are stored in bf16 (under 8 MB in all) and used in fp32, so what is stored is exactly
 what is used.
 """
 
