@@ -27,8 +27,9 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from gardo.rewards.base import About, Pending, Reward, RewardSettings
-from gardo.rewards.serving.calls import CallFailed, CallSettings
+from gardo.rewards.serving.calls import CallFailed, CallSettings, first_line
 from gardo.rewards.serving.chat import Chat, Question
+from gardo.rewards.serving.client import checked_url, finite
 from gardo.types import Prompt
 
 SYSTEM = (
@@ -53,13 +54,25 @@ def _one_group(pattern: str) -> str:
     return pattern
 
 
+def _a_template(question: str) -> str:
+    try:
+        question.format(low=0.0, high=1.0)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        raise ValueError(
+            "only {low} and {high} are filled in; write other braces twice: {{ and }}"
+        ) from None
+    return question
+
+
 class VlmSettings(RewardSettings):
     kind: Literal["vlm"] = "vlm"
     where: str = Field(
         pattern=r"^openai:https?://[^\s]+$", description="openai: and the endpoint's URL, .../v1"
     )
     model: str = Field(min_length=1, description="what the endpoint calls it")
-    question: str = Field(QUESTION, description="may have {low} and {high}")
+    question: Annotated[str, AfterValidator(_a_template)] = Field(
+        QUESTION, description="may have {low} and {high}"
+    )
     answer: Annotated[str, AfterValidator(_one_group)] = Field(
         ANSWER, description="a regular expression whose one group is the grade"
     )
@@ -70,10 +83,22 @@ class VlmSettings(RewardSettings):
     calls: CallSettings = CallSettings()
 
     @model_validator(mode="after")
+    def _an_endpoint(self) -> Self:
+        try:
+            checked_url(self.url)
+        except ValueError as error:
+            raise ValueError(f"where: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _a_range(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low: {self.low:g} is not below high: {self.high:g}")
         return self
+
+    @property
+    def url(self) -> str:
+        return self.where.removeprefix("openai:")
 
 
 class Vlm(Reward):
@@ -89,7 +114,7 @@ class Vlm(Reward):
     def __init__(self, settings: VlmSettings, device: torch.device) -> None:
         super().__init__(settings, device)
         self.chat = Chat(
-            settings.where.removeprefix("openai:"),
+            settings.url,
             settings.model,
             settings.calls,
             parallel=settings.parallel,
@@ -103,34 +128,46 @@ class Vlm(Reward):
             raise ValueError(f"where: {said}")
 
     def begin(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Pending:
-        pictures = (images_B3HW.detach() * 255).round().to(torch.uint8).cpu()
-        questions = [self.question(p, t) for p, t in zip(pictures, prompts, strict=True)]
-        wait = self.chat.begin(questions)
-        return lambda: self._values(wait())
+        images = images_B3HW.detach()
+        rows = finite(images).nonzero().flatten().tolist()
+        if len(rows) < len(prompts):
+            self._trouble = f"pictures that are not finite: {len(prompts) - len(rows)}"
+        pictures = (images[rows] * 255).round().to(torch.uint8).cpu()
+        asked = [self.question(p, prompts[row]) for p, row in zip(pictures, rows, strict=True)]
+        wait = self.chat.begin(asked)
+
+        def values() -> Tensor:
+            value_B = torch.full((len(prompts),), torch.nan)
+            value_B[rows] = torch.tensor([self._value(answer) for answer in wait()])
+            return value_B.to(self.device)
+
+        return values
 
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return self.begin(images_B3HW, prompts)()
 
     def question(self, picture_3HW: Tensor, prompt: str) -> Question:
-        said = prompt.encode() + picture_3HW.numpy().tobytes()
+        said = prompt.encode(errors="surrogatepass") + picture_3HW.numpy().tobytes()
         mark = f"=== {hashlib.sha256(said).hexdigest()[:16]} ==="  # which no prompt can hold
         asked = self.settings.question.format(low=self.settings.low, high=self.settings.high)
         shown = f"{mark}\n{prompt}\n{mark}\n{asked}"
         return Question(SYSTEM.format(mark=mark), (picture_3HW, shown))
 
-    def _values(self, answers: Sequence[str | CallFailed]) -> Tensor:
-        return torch.tensor([self._value(a) for a in answers], device=self.device)
-
     def _value(self, answer: str | CallFailed) -> float:
         if isinstance(answer, CallFailed):
-            self._trouble = str(answer)
-            return torch.nan
-        found = re.findall(self.settings.answer, answer)
-        if not found:
-            self._trouble = f"no grade in {answer[:200]!r}"
+            self._trouble = first_line(answer)
             return torch.nan
         low, high = self.settings.low, self.settings.high
-        return (float(found[-1]) - low) / (high - low)
+        found = re.findall(self.settings.answer, answer)
+        try:
+            grade = float(found[-1])
+        except (IndexError, ValueError):
+            self._trouble = f"no grade in {answer[:200]!r}"
+            return torch.nan
+        if not low <= grade <= high:
+            self._trouble = f"a grade of {grade:g}, not in {low:g} to {high:g}"
+            return torch.nan
+        return (grade - low) / (high - low)
 
     @property
     def trouble(self) -> str:

@@ -1,5 +1,8 @@
 """One thread a reward: takes what has been asked, computes it, answers.
 
+One of all rewards computes at a time: in which precision a GPU multiplies is a switch of the whole
+process. A question whose asker has cancelled its answer leaves the queue.
+
 Questions that allow it and are alike (method, size of the pictures) are computed together, whatever
 has queued up while the ones before were computed: nobody waits for company. A question that is
 `exact` is computed alone, because the last bits of a matrix product depend on what stands beside.
@@ -19,9 +22,12 @@ from torch import Tensor
 from gardo.rewards.base import Reward, provides
 from gardo.rewards.serving.wire import Request
 
+COMPUTING = threading.Lock()
+CLOSE_SECONDS = 5.0  # that a closing reward is waited for
+
 
 class QueueFull(Exception):
-    """More images wait than the queue may hold."""
+    """More images or bytes wait than may be held."""
 
 
 class WrongMethod(ValueError):
@@ -78,6 +84,7 @@ class Scorer:
                 raise QueueFull(f"{self.waiting} images wait for {self.name}; {self._most} may")
             self._queue.append(waiting)
             self._changed.notify()
+        waiting.answer.add_done_callback(lambda answer: self._forget(waiting))
         return waiting.answer
 
     @property
@@ -86,14 +93,22 @@ class Scorer:
         return sum(waiting.images for waiting in tuple(self._queue))
 
     def close(self) -> None:
-        """Ends the thread after the batch that it computes; what waits is cancelled."""
+        """Ends the thread after the batch that it computes; what waits is cancelled.
+
+        A reward that hangs is not waited for longer than CLOSE_SECONDS; it ends with the process.
+        """
         with self._changed:
             self._closed = True
             left, self._queue = list(self._queue), deque()
             self._changed.notify()
         for waiting in left:
             waiting.answer.cancel()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _forget(self, waiting: _Waiting) -> None:
+        with self._changed:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
 
     def _run(self) -> None:
         while batch := self._next():
@@ -136,7 +151,7 @@ class Scorer:
         prompts = [prompt for request in requests for prompt in request.prompts]
         columns = zip(*(request.pictures for request in requests), strict=True)
         pictures = [torch.cat(column).to(self.reward.device) for column in columns]
-        with torch.no_grad(), self.reward.precision():
+        with COMPUTING, torch.no_grad(), self.reward.precision():
             if len(pictures) == 1:
                 values = self.reward.score(pictures[0], prompts)
             else:

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2 as httpx
 from PIL import Image
 from torch import Tensor
 
-from gardo.rewards.serving.calls import Breaker, Caller, CallFailed, CallSettings, Transient
-from gardo.rewards.serving.client import TRANSIENT
+from gardo.rewards.serving.calls import (
+    Breaker,
+    Caller,
+    CallFailed,
+    CallSettings,
+    Transient,
+    first_line,
+)
+from gardo.rewards.serving.client import Line
+from gardo.rewards.serving.wire import secret
 
 KEY = "GARDO_OPENAI_KEY"  # the environment variable
 
@@ -48,12 +56,11 @@ class Chat:
     def __init__(
         self, url: str, model: str, settings: CallSettings, *, parallel: int, max_tokens: int
     ) -> None:
-        self.url, self.model, self.max_tokens = url.rstrip("/"), model, max_tokens
+        """ValueError for a URL or a key that cannot be used."""
+        self.model, self.max_tokens = model, max_tokens
         self.caller = Caller(settings, Breaker(settings.breaker, settings.cooldown))
         self._threads = ThreadPoolExecutor(parallel, "gardo-chat")
-        key = os.environ.get(KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(headers=headers, trust_env=False, follow_redirects=False)
+        self._line = Line(url, secret(KEY, os.environ.get(KEY)))
 
     def begin(self, questions: Sequence[Question]) -> Callable[[], list[str | CallFailed]]:
         """Begins to ask; what is returned waits for an answer to each, or why there is none."""
@@ -62,34 +69,32 @@ class Chat:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._http.close()
+        self._line.close()
 
     def _answered(self, question: Question) -> str | CallFailed:
-        body = {
-            "model": self.model,
-            "messages": question.messages(),
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
         try:
-            return self.caller(lambda seconds: self._sent(body, seconds))
+            body = json.dumps({
+                "model": self.model,
+                "messages": question.messages(),
+                "temperature": 0,
+                "max_tokens": self.max_tokens,
+            })  # fmt: skip
+            return self.caller(lambda seconds: self._sent(body.encode(), seconds))
         except CallFailed as error:
             return error
+        except Exception as error:  # whatever it is: other ranks would wait for this one
+            return CallFailed(first_line(error))
 
-    def _sent(self, body: dict[str, Any], seconds: float) -> str:
+    def _sent(self, body: bytes, seconds: float) -> str:
+        line = self._line
+        said = line.ask("POST", "/chat/completions", seconds, body, "application/json")
         try:
-            said = self._http.post(f"{self.url}/chat/completions", json=body, timeout=seconds)
-        except httpx.TransportError as error:
-            raise Transient(f"{self.url}: {type(error).__name__} {error}".rstrip()) from None
-        if said.status_code != 200:
-            why = f"{self.url}: {said.status_code} {said.text[:200]}"
-            raise Transient(why) if said.status_code in TRANSIENT else CallFailed(why)
-        try:
-            answer = said.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise Transient(f"{self.url}: no chat completion: {said.text[:200]}") from None
+            answer = json.loads(said)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            begins = said[:200].decode(errors="replace")
+            raise Transient(f"{line.url}: no chat completion: {begins!r}") from None
         if not isinstance(answer, str):
-            raise CallFailed(f"{self.url}: an answer without text")
+            raise CallFailed(f"{line.url}: an answer without text", answered=True)
         return answer
 
 

@@ -1,34 +1,72 @@
 """A reward that is computed elsewhere: the same protocol, the same values.
 
 A call is cut into questions of the reward's `batch` images, as it would be computed here, and they
-are in flight side by side. What gets no answer within the limits is NaN, which the panel masks and
-counts; nothing here raises while a run trains, because other ranks would wait for this one.
+are in flight side by side. A picture that is not finite is not sent. What gets no answer within the
+limits is NaN, which the panel masks and counts; nothing here raises while a run trains, because
+other ranks would wait for this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import torch
 from torch import Tensor
 
 from gardo.rewards.base import Pending, Reward, RewardSettings
-from gardo.rewards.serving.calls import Breaker, Caller, CallFailed, CallSettings, Transient
+from gardo.rewards.serving.calls import (
+    Breaker,
+    Caller,
+    CallFailed,
+    CallSettings,
+    Transient,
+    first_line,
+)
 from gardo.rewards.serving.wire import (
     CONTENT_TYPE,
+    TOKEN,
     BadBody,
     Pixels,
     Request,
     pack_request,
+    secret,
     unpack_answer,
 )
 from gardo.types import Prompt
 
 TRANSIENT = {408, 429, 502, 503, 504}
+MOST_ANSWER = 64 << 20  # bytes of an answer
+
+
+def checked_url(url: str) -> str:
+    """The URL, if it can be asked. ValueError, without a password, says why not."""
+    shown = re.sub("//.*@", "//...@", url)
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)
+        host, _ = parts.hostname or "", parts.port
+        host.encode("idna")
+    except (ValueError, httpx.InvalidURL):
+        raise ValueError(f"{shown!r} is no URL; give http://HOST:PORT") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"{shown!r} is no URL of a server; give http://HOST:PORT")
+    if "@" in parts.netloc:
+        raise ValueError(f"{shown!r} has a user or a password; leave them out")
+    return url
+
+
+def finite(pictures_B3HW: Tensor) -> Tensor:
+    """Which pictures are finite, bool [B]."""
+    return pictures_B3HW.isfinite().flatten(1).all(1)
 
 
 @dataclass(frozen=True)
@@ -41,73 +79,131 @@ class Address:
     def __repr__(self) -> str:
         return self.url
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+class Line:
+    """HTTP with one server, for many threads. A try ends in its seconds, whatever comes."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        """ValueError for a URL that cannot be asked."""
+        self.url = checked_url(url.rstrip("/"))
+        headers = {"Accept-Encoding": "identity"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        self._http = httpx.AsyncClient(
+            headers=headers, trust_env=False, follow_redirects=False, timeout=None,
+            limits=httpx.Limits(max_connections=None),
+        )  # fmt: skip
+        self._closed, self._lock = False, threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, name="gardo-http", daemon=True).start()
+
+    def ask(self, method: str, path: str, seconds: float, body: bytes = b"",
+            content_type: str = CONTENT_TYPE) -> bytes:  # fmt: skip
+        """The body of an answer 200. Transient, CallFailed."""
+        with self._lock:
+            if self._closed:
+                raise CallFailed(f"{self.url}: the run is over")
+            sent = self._sent(method, path, body, {"Content-Type": content_type})
+            asked = asyncio.run_coroutine_threadsafe(asyncio.wait_for(sent, seconds), self._loop)
+        try:
+            status, headers, content = asked.result()
+        except TimeoutError:
+            raise Transient(f"{self.url}: Timeout, no answer within {seconds:.3g} s") from None
+        except httpx.HTTPError as error:
+            why = f"{self.url}: {type(error).__name__} {first_line(error)}"
+            raise Transient(why) from None
+        if status == 200:
+            return content
+        why = f"{self.url}: {status} {_detail(content)}".rstrip()
+        if status in TRANSIENT:
+            after = headers.get("retry-after", "")
+            seconds_after = float(after) if after.isdecimal() else None
+            raise Transient(why, after=seconds_after, answered=status < 500)
+        raise CallFailed(why, answered=status < 500)
+
+    def close(self) -> None:
+        """Ends what is in flight."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+
+    async def _sent(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the answer, as the body came."""
+        url, content = f"{self.url}{path}", bytearray()
+        async with self._http.stream(method, url, content=body, headers=headers) as said:
+            async for part in said.aiter_raw():
+                content += part
+                if len(content) > MOST_ANSWER:
+                    raise CallFailed(f"{self.url}: an answer of more than {MOST_ANSWER} bytes")
+            return said.status_code, said.headers, bytes(content)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
+        self._loop.stop()
+
+
+def _detail(content: bytes) -> str:
+    """What a server says of an error: `detail` of a JSON object, or how the body begins."""
+    text = content[: 1 << 16].decode(errors="replace")
+    try:
+        said = str(json.loads(text)["detail"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        said = text[:200]
+    return said[:2000].partition("\n")[0]
 
 
 class Server:
     """The connection to one server, for all rewards that ask it."""
 
     def __init__(self, address: Address, settings: CallSettings, *, parallel: int = 4) -> None:
-        self.address, self.settings = address, settings
+        """ValueError for a URL or a token that cannot be used."""
+        self.address = address
         self.caller = Caller(settings, Breaker(settings.breaker, settings.cooldown))
+        self.most_bytes: int | None = None  # of a question, once the server has said
         self._threads = ThreadPoolExecutor(parallel, "gardo-reward")
-        self._http = httpx.Client(
-            base_url=address.url, headers=address.headers, trust_env=False, follow_redirects=False
-        )
+        self._line = Line(address.url, secret(TOKEN, address.token))
 
     def post(self, path: str, body: bytes, count: int) -> Tensor:
         """The answer of `count` values. CallFailed."""
 
         def attempt(seconds: float) -> Tensor:
-            said = self._sent("POST", path, seconds, body)
+            said = self._line.ask("POST", path, seconds, body)
             try:
-                return unpack_answer(said.content, count)
+                return unpack_answer(said, count)
             except BadBody as error:
                 raise Transient(f"{self.address}: {error}") from None
 
         return self.caller(attempt)
 
-    def served(self) -> dict[str, Any]:
+    def served(self) -> dict[str, dict[str, Any]]:
         """What the server says of its rewards. CallFailed."""
-
-        def attempt(seconds: float) -> dict[str, Any]:
-            try:
-                return dict(self._sent("GET", "/rewards", seconds).json()["rewards"])
-            except (ValueError, KeyError, TypeError):
-                raise CallFailed(f"{self.address} is no reward server") from None
-
-        return self.caller(attempt)
+        content = self.caller(lambda seconds: self._line.ask("GET", "/rewards", seconds))
+        try:
+            said = json.loads(content)
+            rewards = {name: dict(about) for name, about in said["rewards"].items()}
+            self.most_bytes = int(said["body_bytes"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            why = "is no reward server of this release"
+            raise CallFailed(f"{self.address} {why}", answered=True) from None
+        return rewards
 
     def begin(self, job: Callable[[], Tensor]) -> Pending:
         return self._threads.submit(job).result
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._http.close()
-
-    def _sent(self, method: str, path: str, seconds: float, body: bytes = b"") -> Any:
-        try:
-            said = self._http.request(
-                method, path, content=body, headers={"Content-Type": CONTENT_TYPE}, timeout=seconds
-            )
-        except httpx.TransportError as error:
-            raise Transient(f"{self.address}: {type(error).__name__} {error}".rstrip()) from None
-        if said.status_code == 200:
-            return said
-        why = f"{self.address}: {said.status_code} {_detail(said)}"
-        if said.status_code in TRANSIENT:
-            after = said.headers.get("retry-after", "")
-            raise Transient(why, after=float(after) if after.isdecimal() else None)
-        raise CallFailed(why)
-
-
-def _detail(said: Any) -> str:
-    try:
-        return str(said.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return str(said.text)[:200]
+        self._line.close()
 
 
 class Remote(Reward):
@@ -129,7 +225,7 @@ class Remote(Reward):
         self.name, self.server, self.pixels, self.exact = name, server, pixels, exact
         self.gives_features = plugin.gives_features
         self.limits = plugin.limits
-        self.width = 0  # of features, once the server has said
+        self._width: int | None = None  # of features, once the server has said
         self._trouble = ""
 
     def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
@@ -143,7 +239,7 @@ class Remote(Reward):
                 raise ValueError(f"where: {address} has no {self.name!r}; it has {names}")
             self._same(served[self.name].get("settings", {}))
             grey = torch.full((1, 3, *size), 0.5)
-            compares = served[self.name]["methods"] == ["compare"]
+            compares = served[self.name].get("methods") == ["compare"]
             value = (
                 self._answer("compare", [grey, grey], [prompt])
                 if compares
@@ -151,7 +247,7 @@ class Remote(Reward):
             )
         except CallFailed as error:
             raise ValueError(f"where: {error}") from None
-        self.width = value.shape[1] if value.dim() == 2 else 0
+        self._width = value.shape[1] if self.gives_features else None
 
     @property
     def trouble(self) -> str:
@@ -184,17 +280,43 @@ class Remote(Reward):
         return lambda: torch.cat([wait() for wait in waiting]).to(self.device)
 
     def _asked(self, method: str, pictures: Sequence[Tensor], prompts: Sequence[Prompt]) -> Tensor:
-        """The values; NaN where there is no answer."""
+        """The values; NaN where a picture is not finite, and everywhere if there is no answer."""
+        good = torch.stack([finite(p) for p in pictures]).all(0)
+        width = (self._width or 0,) if self.gives_features else ()
         try:
-            return self._answer(method, pictures, prompts)
-        except CallFailed as error:
-            self._trouble = str(error)
-            shape = (len(prompts), self.width) if self.gives_features else (len(prompts),)
-            return torch.full(shape, torch.nan)
+            if not good.all():
+                self._trouble = f"pictures that are not finite: {len(good) - int(good.sum())}"
+            if not good.any():
+                return torch.full((len(prompts), *width), torch.nan)
+            sent = [p for p, g in zip(prompts, good.tolist(), strict=True) if g]
+            answer = self._answer(method, [p[good] for p in pictures], sent)
+            value = answer.new_full((len(prompts), *answer.shape[1:]), torch.nan)
+            value[good] = answer
+            return value
+        except Exception as error:  # whatever it is: other ranks would wait for this one
+            self._trouble = first_line(error)
+            return torch.full((len(prompts), *width), torch.nan)
 
     def _answer(self, method: str, pictures: Sequence[Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        """The answer to one question, which is sent in parts where it is too large for the server.
+
+        CallFailed, also for an answer of another shape than `meet` saw.
+        """
         body = pack_request(Request(tuple(pictures), tuple(prompts), self.exact), self.pixels)
-        return self.server.post(f"/{method}/{self.name}", body, len(prompts))
+        most, middle = self.server.most_bytes, len(prompts) // 2
+        if most and len(body) > most and middle:
+            halves = [slice(None, middle), slice(middle, None)]
+            return torch.cat(
+                [self._answer(method, [p[half] for p in pictures], prompts[half])
+                 for half in halves]
+            )  # fmt: skip
+        value = self.server.post(f"/{method}/{self.name}", body, len(prompts))
+        if value.dim() != 1 + self.gives_features or self._width not in (None, value.shape[-1]):
+            wanted = f"[B, {self._width or 'D'}]" if self.gives_features else "[B]"
+            raise CallFailed(
+                f"{self.server.address}: {self.name} gave {list(value.shape)}; {wanted} is expected"
+            )
+        return value
 
     def _same(self, theirs: dict[str, Any]) -> None:
         """ValueError where the recipe says something of the reward that is not so there."""

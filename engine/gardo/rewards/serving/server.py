@@ -2,13 +2,15 @@
 
     GET  /health            {"status": "ok"}; for who watches it, without a token
     GET  /metrics           Prometheus
-    GET  /rewards           what is served: kind, settings, methods
+    GET  /rewards           what is served: settings, methods; and the bytes that a body may have
     POST /score/NAME        wire.py's body -> its answer; so is
     POST /compare/NAME      for judges of pairs
 
-401 without the token, 403 for a name of the host that is not served, 404 for an unknown reward, 408
+400 for a name of the host that is not served, 401 without the token, 404 for an unknown reward, 408
 for a body that does not arrive, 413 for one that is too large, 415 for another type, 422 for one
-that is not understood, 429 with Retry-After where the queue is full, 500 where the reward failed.
+that is not understood or a prompt that the reward cannot score, 429 with Retry-After where the
+queue is full or too many bytes are held, 500 where the reward failed, 503 for too many connections.
+A question whose client has gone is not computed (499 in the metrics).
 
 No pickles, no code, no paths from clients. A server listens on the machine itself unless it has a
 token; it speaks plain HTTP, so between machines that others share put TLS in front of it.
@@ -22,7 +24,8 @@ import hmac
 import ipaddress
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -31,8 +34,10 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import Field
+from pydantic import ConfigDict, Field, field_validator
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+from torch import Tensor
 
 from gardo.rewards.base import Reward, provides
 from gardo.rewards.serving.batching import QueueFull, Scorer, WrongMethod
@@ -41,15 +46,22 @@ from gardo.rewards.serving.wire import (
     TOKEN,
     BadBody,
     pack_answer,
+    secret,
     unpack_request,
 )
 from gardo.settings import Strict
+from gardo.types import Prompt
 
+HELD_BODIES = 8  # so many of the largest bodies are held; one of 8-bit pictures becomes four
+MOST_CONNECTIONS = 1024
+GONE = "the client has gone"
 OF_THE_CLIENT = {"role", "weight", "every", "where"}  # of a reward's settings
 
 
 class ServeSettings(Strict):
     """The limits of a server."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # the token
 
     host: str = "127.0.0.1"
     port: int = Field(8700, ge=0, le=65535, description="0: one that is free")
@@ -58,6 +70,38 @@ class ServeSettings(Strict):
     body_seconds: float = Field(60, gt=0, description="until it has arrived")
     most_waiting: int = Field(1024, ge=1, description="images in a reward's queue")
     most_together: int = Field(64, ge=1, description="images of several requests, computed at once")
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _a_secret(cls, token: str | None) -> str | None:
+        return secret(TOKEN, token)
+
+
+class Budget:
+    """Bytes of all questions together, arriving, waiting and computed."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """One question's share; what is yielded takes bytes for it, which go back at its end.
+
+        QueueFull where there are too few left.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if self.held + count > self.most:
+                raise QueueFull(f"{self.held} bytes are held; {self.most} may")
+            self.held += count
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
 
 
 def check_address(settings: ServeSettings) -> None:
@@ -91,7 +135,7 @@ def described(reward: Reward) -> dict[str, Any]:
 
 def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
     """The FastAPI application that serves the rewards."""
-    registry = CollectorRegistry()
+    registry, budget = CollectorRegistry(), Budget(HELD_BODIES * settings.body_bytes)
     answered = Counter("gardo_reward_requests", "answers", ["reward", "status"], registry=registry)
     images = Counter("gardo_reward_images", "images scored", ["reward"], registry=registry)
     seconds = Histogram(
@@ -134,7 +178,7 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
         if settings.token and not hmac.compare_digest(given.encode(), wanted.encode()):
             raise HTTPException(401, "no such token", {"WWW-Authenticate": "Bearer"})
 
-    async def body_of(request: Request) -> bytes:
+    async def body_of(request: Request, take: Callable[[int], None]) -> bytes:
         if request.headers.get("content-type") != CONTENT_TYPE:
             raise HTTPException(415, f"content-type must be {CONTENT_TYPE}")
         length = request.headers.get("content-length", "0")
@@ -148,18 +192,29 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
                     size += len(part)
                     if size > settings.body_bytes:
                         raise too_large
+                    take(len(part))
                     parts.append(part)
         except TimeoutError:
             late = f"the body had not arrived after {settings.body_seconds:g} s"
             raise HTTPException(408, late) from None
+        except ClientDisconnect:
+            raise HTTPException(499, GONE) from None
         return b"".join(parts)
 
-    async def values_of(method: str, scorer: Scorer, body: bytes) -> bytes:
-        try:
+    async def values_of(request: Request, method: str, scorer: Scorer) -> Tensor:
+        with budget.share() as take:
+            body = await body_of(request, take)
+            size = len(body)
             asked = await run_in_threadpool(unpack_request, body, method)
+            del body  # what it has become is held instead
+            take(sum(picture.nbytes for picture in asked.pictures) - size)
             for prompt in asked.prompts:
-                type(scorer.reward).check_prompt(prompt)
-            values = await asyncio.wrap_future(scorer.ask(asked))
+                _check(scorer.reward, prompt)
+            return await _answered(request, scorer.ask(asked))
+
+    async def answer_to(request: Request, method: str, scorer: Scorer) -> bytes:
+        try:
+            values = await values_of(request, method, scorer)
         except QueueFull as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
         except WrongMethod as error:
@@ -181,6 +236,7 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
     async def served() -> dict[str, Any]:
         return {
             "release": release(),
+            "body_bytes": settings.body_bytes,
             "rewards": {name: described(reward) for name, reward in rewards.items()},
         }
 
@@ -190,8 +246,7 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
             raise HTTPException(404, f"no {method}/{name}; rewards: {', '.join(scorers)}")
         began, status = time.monotonic(), 500
         try:
-            body = await body_of(request)
-            answer = await values_of(method, scorers[name], body)
+            answer = await answer_to(request, method, scorers[name])
             status = 200
             return Response(answer, media_type=CONTENT_TYPE)
         except HTTPException as error:
@@ -205,6 +260,32 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
             seconds.labels(name).observe(time.monotonic() - began)
 
     return app
+
+
+def _check(reward: Reward, prompt: Prompt) -> None:
+    try:
+        type(reward).check_prompt(prompt)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+async def _answered(request: Request, asked: Future[Tensor]) -> Tensor:
+    """The answer, which is not computed once the client has gone."""
+    answer, gone = asyncio.wrap_future(asked), asyncio.ensure_future(_gone(request))
+    either: set[asyncio.Future[Any]] = {answer, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise HTTPException(499, GONE)
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def release() -> str:
@@ -224,10 +305,14 @@ def bound(settings: ServeSettings) -> socket.socket:
     return found
 
 
+def web_server(app: FastAPI, *, most_connections: int = MOST_CONNECTIONS) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app, http="h11", log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=most_connections, timeout_graceful_shutdown=30, timeout_keep_alive=30,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Serves until it is told to end (SIGTERM, SIGINT): what is computed is still answered."""
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=30,
-        timeout_keep_alive=30, server_header=False,
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
+    web_server(app).run(sockets=[listening])

@@ -9,7 +9,8 @@ Shapes: B images, N pairs of images.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,22 @@ class Request:
     @property
     def method(self) -> str:
         return "score" if len(self.pictures) == 1 else "compare"
+
+
+def secret(variable: str, value: str | None) -> str | None:
+    """The secret that an environment variable holds, without ends of lines; None if it is empty.
+
+    ValueError, without the value, where it cannot stand in a header.
+    """
+    if not value:
+        return None
+    found = value.rstrip("\r\n")
+    if not re.fullmatch("[!-~]+", found):
+        raise ValueError(
+            f"{variable}: has a character that a header cannot hold; give printable ASCII without "
+            "blanks"
+        )
+    return found
 
 
 def pack_request(request: Request, pixels: Pixels = "float32") -> bytes:
@@ -131,7 +148,3 @@ def _is_prompt(value: Any) -> bool:
         case [str(), dict()]:
             return True
     return False
-
-
-def texts(prompts: Sequence[Prompt]) -> list[str]:
-    return [str(prompt) for prompt in prompts]

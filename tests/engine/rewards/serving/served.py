@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
-import uvicorn
 
 from gardo.config import reward_sections
 from gardo.rewards.assembly import load_rewards
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.client import Address, Remote, Server
-from gardo.rewards.serving.server import ServeSettings, bound, make_app
+from gardo.rewards.serving.server import (
+    MOST_CONNECTIONS,
+    ServeSettings,
+    bound,
+    make_app,
+    web_server,
+)
 from gardo.types import Prompt
 
 CPU = torch.device("cpu")
@@ -75,10 +81,10 @@ def pictures(count: int, seed: int = 0, side: int = 32) -> torch.Tensor:
 @contextmanager
 def running(rewards: Mapping[str, Reward], *, at: int = 0, **options) -> Iterator[str]:
     """The URL of a server of these rewards, at a port that is free or is said."""
+    connections = options.pop("most_connections", MOST_CONNECTIONS)
     settings = ServeSettings(port=at, token=TOKEN, **options)
     listening = bound(settings)
-    config = uvicorn.Config(make_app(rewards, settings), log_level="error", timeout_keep_alive=5)
-    server = uvicorn.Server(config)
+    server = web_server(make_app(rewards, settings), most_connections=connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -114,3 +120,45 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+@contextmanager
+def speaking(*said: bytes, slow: bytes = b"") -> Iterator[str]:
+    """The URL of a server that says one of these to each question, the last one from then on.
+
+    After each it goes on with `slow`, a byte every 0.1 s, and closes.
+    """
+    left = list(said)
+    listening = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def answer(line: socket.socket) -> None:
+        with line, suppress(OSError):
+            line.settimeout(5)
+            head, _, body = line.recv(1 << 16).partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            while length and len(body) < int(length[1]):
+                body += line.recv(1 << 16)
+            line.sendall(left.pop(0) if len(left) > 1 else left[0])
+            for byte in slow:
+                line.sendall(bytes([byte]))
+                ended.wait(0.1)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=[listening.accept()[0]], daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        ended.set()
+        listening.close()
+
+
+def http(body: bytes, status: int = 200, **headers: object) -> bytes:
+    """An answer as it goes over the line."""
+    said = {"content_length": len(body), "connection": "close", **headers}
+    lines = [f"HTTP/1.1 {status} OK", *(f"{k.replace('_', '-')}: {v}" for k, v in said.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -114,14 +114,57 @@ def test_the_breaker_leaves_a_server_alone_then_lets_one_try():
     assert caller(failing(clock, 0)) == 60  # closed
 
 
-def test_only_one_caller_tries_when_the_time_is_up():
+def test_one_caller_tries_when_the_time_is_up_however_long_it_takes():
     clock = Clock()
     breaker = Breaker(1, 10.0, clock)
     breaker.failed("down")
     clock.now = 11
-    breaker.check()
-    with pytest.raises(CallFailed, match="left alone"):
+    assert breaker.check()
+    clock.now = 99
+    breaker.failed("down")  # a call that began before
+    clock.now = 200
+    with pytest.raises(CallFailed, match="left alone while one call tries, after: down"):
         breaker.check()
+    breaker.failed("down", trial=True)
+    clock.now = 211
+    assert breaker.check()
+
+
+def calls(caller: Caller, error: Exception) -> None:
+    def attempt(seconds: float) -> None:
+        raise error
+
+    with pytest.raises(type(error) if isinstance(error, ValueError) else CallFailed):
+        caller(attempt)
+
+
+@pytest.mark.parametrize("error", [CallFailed("500"), Transient("503"), ValueError("a bug")])
+def test_what_is_no_answer_of_a_working_server_opens_the_breaker(error):
+    caller = calling(Clock(), retries=0, breaker=2)
+    for _ in range(2):
+        calls(caller, error)
+    with pytest.raises(CallFailed, match=f"left alone for 30 s more after: {error}"):
+        caller(lambda seconds: None)
+
+
+@pytest.mark.parametrize(
+    "error", [CallFailed("422", answered=True), Transient("429", answered=True)]
+)
+def test_a_server_that_refuses_or_is_busy_works(error):
+    caller = calling(Clock(), retries=0, breaker=2)
+    for _ in range(9):
+        calls(caller, CallFailed("500"))
+        calls(caller, error)
+    assert caller(lambda seconds: seconds) == 60
+
+
+def test_a_trial_that_ends_with_an_error_of_its_own_lets_another_try():
+    clock = Clock()
+    caller = calling(clock, breaker=1)
+    for _ in range(3):
+        calls(caller, ValueError("a bug"))
+        clock.now += 31
+    assert caller(lambda seconds: seconds) == 60
 
 
 @given(st.floats(1, 100), st.integers(0, 20), st.floats(0.01, 5), st.floats(0, 10), st.floats(0, 1))

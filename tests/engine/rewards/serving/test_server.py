@@ -19,6 +19,7 @@ from tests.engine.rewards.serving.served import (
     TOKEN,
     Pairs,
     RewardSettings,
+    Told,
     pictures,
     running,
     told,
@@ -111,12 +112,105 @@ def test_a_slow_sender_is_not_waited_for(url):
         assert time.monotonic() - began < 10
 
 
-def test_a_slow_reader_keeps_nobody_else_waiting(url):
+class Wide(Told):
+    """Features that no buffer of a socket holds, 16 MiB of a picture."""
+
+    gives_features = True
+
+    def score(self, images_B3HW, prompts):
+        return super().score(images_B3HW, prompts)[:, None].expand(-1, 1 << 22).clone()
+
+
+def sent(url: str, content: bytes, name: str, missing: int = 0) -> socket.socket:
+    """A connection on which a question has been asked, all but some bytes, and nothing been read.
+
+    What it has not read fits 64 KiB here.
+    """
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as slow:
-        head = f"GET /rewards HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}"
-        slow.sendall(f"{head}\r\n\r\n".encode())
-        assert post(url, body()).status_code == 200  # its answer lies unread
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    line.settimeout(30)
+    line.connect((host, int(port)))
+    said = {"Host": host, "Content-Length": len(content) + missing, **HEADERS}
+    head = [f"POST /score/{name} HTTP/1.1", *(f"{k}: {v}" for k, v in said.items())]
+    line.sendall("\r\n".join([*head, "", ""]).encode() + content)
+    return line
+
+
+def test_a_slow_reader_keeps_nobody_else_waiting():
+    wide = Wide(RewardSettings(kind="told", role="features"), CPU)
+    with running({"wide": wide, "told": told()}) as url:
+        with sent(url, body(1), "wide") as slow:
+            begun = slow.recv(100)
+            assert post(url, body()).status_code == 200  # most of the other answer is not taken yet
+            rest = 0
+            while rest < 1 << 24 and (part := slow.recv(1 << 20)):
+                rest += len(part)
+        assert begun.startswith(b"HTTP/1.1 200") and rest >= 1 << 24
+
+
+def test_a_question_whose_client_has_gone_is_not_computed():
+    reward = told()
+    with running({"told": reward}) as url, ThreadPoolExecutor(8) as threads:
+        reward.gate.clear()
+        held = threads.submit(post, url, body(1, hold=True))
+        while not reward.calls:
+            time.sleep(0.01)
+        gone = sent(url, body(3), "told")
+        while httpx_waiting(url) < 3:
+            time.sleep(0.01)
+        gone.close()
+        sent(url, body(3)[:-1], "told", missing=1).close()
+        while 'status="499"} 2.0' not in metrics(url):
+            time.sleep(0.01)
+        assert httpx_waiting(url) == 0
+        reward.gate.set()
+        assert held.result().status_code == post(url, body(2)).status_code == 200
+    assert reward.calls == [1, 2]
+
+
+def test_the_bytes_that_are_held_are_bounded():
+    """The budget is 8 bodies of the most bytes; one of 8-bit pictures becomes 4 times as large."""
+    reward, question = told(), body(1, hold=True)
+    with (
+        running({"told": reward}, body_bytes=len(question)) as url,
+        ThreadPoolExecutor(9) as threads,
+    ):
+        reward.gate.clear()
+        held = [threads.submit(post, url, question) for _ in range(8)]
+        while httpx_waiting(url) < 7:
+            time.sleep(0.01)
+        refused = post(url, question)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert "bytes are held" in refused.json()["detail"]
+        reward.gate.set()
+        assert {f.result().status_code for f in held} == {200}
+        assert post(url, question).status_code == 200  # all of it was given back
+        eight_bits = Request((pictures(3),), PROMPTS)
+        assert post(url, pack_request(eight_bits, "uint8")).status_code == 200
+
+
+def test_more_connections_than_are_served_are_told_so():
+    with running({"told": told()}, most_connections=3) as url:
+        host, port = url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(3)]
+        with httpx2.Client(trust_env=False) as one:
+            assert one.get(url + "/health").status_code == 503
+        for line in silent:
+            line.close()
+        while httpx2.get(url + "/health").status_code != 200:
+            time.sleep(0.01)
+
+
+def test_a_prompt_that_the_reward_cannot_score_is_the_clients_fault():
+    class Choosy(Told):
+        @classmethod
+        def check_prompt(cls, prompt):
+            raise ValueError(f"no circles in {prompt!r}")
+
+    with running({"told": Choosy(RewardSettings(kind="told", role="held_out"), CPU)}) as url:
+        said = post(url, body(1))
+    assert said.status_code == 422 and "no circles" in said.json()["detail"]
 
 
 def test_a_reward_that_fails_says_so_and_goes_on(url):
@@ -127,13 +221,15 @@ def test_a_reward_that_fails_says_so_and_goes_on(url):
 
 def test_metrics_count_what_was_answered(url):
     post(url, body(2))
-    text = httpx2.get(url + "/metrics", headers=HEADERS).text
+    text = metrics(url)
     assert 'gardo_reward_requests_total{reward="told",status="200"}' in text
     assert 'gardo_reward_waiting_images{reward="told"} 0.0' in text
 
 
 def test_what_is_served_is_described(url):
-    said = httpx2.get(url + "/rewards", headers=HEADERS).json()["rewards"]
+    every = httpx2.get(url + "/rewards", headers=HEADERS).json()
+    said = every["rewards"]
+    assert every["body_bytes"] == 1 << 20
     assert said["told"]["methods"] == ["score"] and said["pairs"]["methods"] == ["compare"]
 
 
@@ -167,9 +263,13 @@ def test_questions_that_allow_it_are_computed_together():
     assert sorted(reward.calls) == [1, 2, 2, 8]
 
 
+def metrics(url: str) -> str:
+    return httpx2.get(url + "/metrics", headers=HEADERS).text
+
+
 def httpx_waiting(url: str) -> float:
-    text = httpx2.get(url + "/metrics", headers=HEADERS).text
-    line = next(x for x in text.splitlines() if x.startswith("gardo_reward_waiting_images{"))
+    lines = metrics(url).splitlines()
+    line = next(x for x in lines if x.startswith("gardo_reward_waiting_images{"))
     return float(line.split()[-1])
 
 
@@ -228,3 +328,14 @@ def test_the_machine_itself_needs_none(host):
 
 def test_the_token_is_not_shown():
     assert TOKEN not in repr(ServeSettings(token=TOKEN))
+
+
+@pytest.mark.parametrize("token", ["hunter2", "hunter2 and a blank", "hunter2-and-eol\n"])
+def test_nor_is_one_that_is_refused(token):
+    with pytest.raises(ValueError) as caught:
+        ServeSettings(token=token)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_end_of_line_is_no_part_of_the_token():
+    assert ServeSettings(token=f"{TOKEN}\n").token == TOKEN

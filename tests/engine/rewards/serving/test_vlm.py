@@ -186,9 +186,43 @@ def test_an_endpoint_that_is_not_there_is_known_before_training():
         assemble(asked, ScoringSettings(), CPU, {}, prompt=Prompt("p"), size=SIZE)
 
 
+@pytest.mark.parametrize("says", ["4/5", "none", "inf", "1e9", "0"])
+@pytest.mark.parametrize("answer", [r"^(.*)$", r"^\D+|(\d)/"])
+def test_a_pattern_of_ones_own_that_finds_no_grade_is_masked(endpoint, says, answer):
+    endpoint.says = says
+    asked = judge(endpoint, answer=answer)
+    value = asked.score(pictures(1), prompts(1))
+    if (says, answer) == ("4/5", r"^\D+|(\d)/"):
+        assert value.tolist() == [0.75]
+    else:
+        assert value.isnan().all() and "grade" in asked.trouble
+
+
+def test_pictures_that_are_not_finite_are_not_shown(endpoint):
+    images = pictures(3)
+    images[1, 0, 3, 3] = torch.nan
+    asked = judge(endpoint)
+    assert asked.score(images, prompts(3)).isfinite().tolist() == [True, False, True]
+    assert asked.score(images[1:2], prompts(1)).isnan().all()
+    assert len(endpoint.bodies) == 2 and asked.trouble == "pictures that are not finite: 1"
+
+
+def test_a_prompt_that_is_no_text_of_unicode_is_asked_all_the_same(endpoint):
+    assert judge(endpoint).score(pictures(1), [Prompt("half of a \ud83d")]).isfinite().all()
+
+
+def test_braces_in_a_question_are_written_twice(endpoint):
+    judge(endpoint, question='Answer as {{"grade": N}}, to {high:g}').score(pictures(1), prompts(1))
+    text = endpoint.bodies[0]["messages"][1]["content"][1]["text"]
+    assert text.endswith('Answer as {"grade": N}, to 5')
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"question": 'Answer as {"grade": N}'}, "rewards.vlm.question"),
+        ({"question": "{} of {high}"}, "only {low} and {high} are filled in"),
+        ({"question": "{low.x} {"}, "only {low} and {high} are filled in"),
         ({"where": "here"}, "rewards.vlm.where"),
         ({"where": "http://gpu7/v1"}, "rewards.vlm.where"),
         ({"answer": "Grade"}, "0 groups; one is the grade"),
