@@ -29,8 +29,8 @@ from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
 from gardo.rewards.assembly import ScoringSettings, Workers, assemble
 from gardo.rewards.base import Panel, RewardSettings
-from gardo.rewards.serving.client import Address
-from gardo.rewards.serving.wire import TOKEN
+from gardo.rewards.serving.line import Address
+from gardo.rewards.serving.wire import TOKEN, secret
 from gardo.settings import FieldError
 from gardo.types import Prompt
 
@@ -143,7 +143,7 @@ def panel_of(
             reachable,
             prompt=prompt,
             size=size,
-            token=os.environ.get(TOKEN),
+            token=secret(TOKEN, os.environ.get(TOKEN)),
         )
     except (OSError, ValueError) as error:
         own = error

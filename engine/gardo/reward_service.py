@@ -33,7 +33,7 @@ from gardo.rewards.assembly import (
     load_rewards,
 )
 from gardo.rewards.base import Reward, RewardSettings, provides
-from gardo.rewards.serving.wire import TOKEN
+from gardo.rewards.serving.wire import TOKEN, secret
 from gardo.tiny import world
 from gardo.types import Prompt
 
@@ -69,7 +69,7 @@ def serve_rewards(
     from gardo.rewards.serving.server import ServeSettings, bound, check_address, make_app, serve
 
     quiet_transformers()
-    token = os.environ.get(TOKEN)
+    token = secret(TOKEN, os.environ.get(TOKEN))
     if token is not None and len(token) < 16:
         raise ValueError(f"{TOKEN}: has {len(token)} characters; give it at least 16")
     settings = ServeSettings(host=host, port=port, token=token, **limits)
@@ -218,7 +218,8 @@ def _checked(
     try:
         panel = assemble(
             {name: settings}, scoring, device, workers.addresses(), prompt=prompts[0],
-            size=(pictures.shape[-2], pictures.shape[-1]), token=os.environ.get(TOKEN),
+            size=(pictures.shape[-2], pictures.shape[-1]),
+            token=secret(TOKEN, os.environ.get(TOKEN)),
         )  # fmt: skip
         checked.load_seconds = time.perf_counter() - began
         _measure(checked, panel.rewards[name], prompts, pictures)

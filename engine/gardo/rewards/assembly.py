@@ -13,7 +13,8 @@ from gardo import plugins
 from gardo.rewards._loading import one_copy_each
 from gardo.rewards.base import Panel, Reward, RewardSettings
 from gardo.rewards.serving.calls import CallSettings
-from gardo.rewards.serving.client import Address, Remote, Server
+from gardo.rewards.serving.client import Remote, Server
+from gardo.rewards.serving.line import Address, checked_url
 from gardo.rewards.serving.wire import Pixels
 from gardo.rewards.serving.workers import Worker, WorkerSettings
 from gardo.settings import Strict
@@ -72,6 +73,11 @@ def check_places(rewards: Mapping[str, RewardSettings], scoring: ScoringSettings
     used = set()
     for name, settings in elsewhere(rewards).items():
         worker = worker_name(settings)
+        if not worker:
+            try:
+                checked_url(settings.where)
+            except ValueError as error:
+                raise ValueError(f"rewards.{name}.where: {error}") from None
         used.add(worker)
         if worker and worker not in {WORKER, *scoring.workers}:
             there = ", ".join({WORKER: None, **scoring.workers})

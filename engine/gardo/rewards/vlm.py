@@ -29,7 +29,8 @@ from torch import Tensor
 from gardo.rewards.base import About, Pending, Reward, RewardSettings
 from gardo.rewards.serving.calls import CallFailed, CallSettings, first_line
 from gardo.rewards.serving.chat import Chat, Question
-from gardo.rewards.serving.client import checked_url, finite
+from gardo.rewards.serving.client import finite
+from gardo.rewards.serving.line import checked_url
 from gardo.types import Prompt
 
 SYSTEM = (

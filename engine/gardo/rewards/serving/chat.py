@@ -26,7 +26,7 @@ from gardo.rewards.serving.calls import (
     Transient,
     first_line,
 )
-from gardo.rewards.serving.client import Line
+from gardo.rewards.serving.line import Line
 from gardo.rewards.serving.wire import secret
 
 KEY = "GARDO_OPENAI_KEY"  # the environment variable

@@ -27,7 +27,7 @@ from pydantic import Field
 
 import gardo
 import gardo_kernels
-from gardo.rewards.serving.client import Address
+from gardo.rewards.serving.line import Address
 from gardo.settings import VISIBLE, VISIBLE_AT_FIRST, Strict
 
 RESTARTS = 3

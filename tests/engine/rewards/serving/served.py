@@ -15,7 +15,8 @@ from gardo.config import reward_sections
 from gardo.rewards.assembly import load_rewards
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.serving.calls import CallSettings
-from gardo.rewards.serving.client import Address, Remote, Server
+from gardo.rewards.serving.client import Remote, Server
+from gardo.rewards.serving.line import Address
 from gardo.rewards.serving.server import (
     MOST_CONNECTIONS,
     ServeSettings,

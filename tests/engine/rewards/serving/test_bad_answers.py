@@ -10,10 +10,10 @@ import torch
 
 from gardo.config import reward_sections
 from gardo.recipe_errors import RecipeError
-from gardo.rewards.serving import client
+from gardo.rewards.serving import line
 from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.chat import KEY
-from gardo.rewards.serving.client import checked_url
+from gardo.rewards.serving.line import checked_url
 from gardo.rewards.serving.wire import TOKEN, pack_answer, secret
 from gardo.rewards.vlm import Vlm
 from gardo.types import Prompt
@@ -83,7 +83,7 @@ def test_what_is_no_answer_is_nan_with_one_line_that_says_so(kind, said):
 
 
 def test_an_answer_may_not_be_endless(monkeypatch):
-    monkeypatch.setattr(client, "MOST_ANSWER", 1000)
+    monkeypatch.setattr(line, "MOST_ANSWER", 1000)
     with speaking(http(b"0" * 1001)) as url:
         asked = remote(url, "told", Told)
         assert asked.score(pictures(2), TWO).isnan().all()
