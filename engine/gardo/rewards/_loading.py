@@ -5,6 +5,7 @@ Rewards of one panel that run the same weights have one copy of them: `one_copy_
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,9 @@ _TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", defau
 
 
 def quiet_transformers() -> None:
-    """No loading bars, no notes: what a command prints is ours."""
+    """No loading bars, no notes: what a command prints is ours. A worker may do without it."""
+    if importlib.util.find_spec("transformers") is None:
+        return
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

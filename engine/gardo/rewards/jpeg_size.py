@@ -3,9 +3,9 @@
     compress: true      value = -bytes / 1000       pictures that compress well
     compress: false     value = +bytes / 1000       pictures full of detail
 
-At 512 pixels a side usual sizes are 50 to 250 kB at quality 95. The bytes are those of Pillow's
-encoder (4:2:0 chroma, standard Huffman tables) of the picture in 8 bits; another version of
-libjpeg may differ by some bytes. The prompt is not looked at, and there is no gradient.
+The bytes are those of Pillow's encoder (4:2:0 chroma, standard Huffman tables) of the picture in 8
+bits; another version of libjpeg may differ by some bytes. The prompt is not looked at, and there is
+no gradient.
 
     rewards:
       jpeg_size: {role: proxy, compress: false}
@@ -51,7 +51,7 @@ class JpegSize(Reward):
     Settings = JpegSizeSettings
     about = About(
         "minus the kB of its JPEG; plus with compress: false (DDPO's two)",
-        "50 to 250 at 512 px",
+        "kB; below 0, or above with compress: false",
         verified="in full, with Pillow's encoder",
     )
 
