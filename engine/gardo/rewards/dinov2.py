@@ -1,9 +1,9 @@
 """DINOv2 features (arXiv 2304.07193) for diversity, as those of DINOv3 (_dino.py), at 224 pixels.
 
 The weights are free of DINOv3's licence. The published models' position embeddings are those of 518
-pixels a side; they are resized to 224, 16 x 16 patches of 14 pixels. Models with registers are of another
-class and refused. Not verified against the published weights yet: the tests use a tiny random model
-of the same class.
+pixels a side; they are resized to 224, 16 x 16 patches of 14 pixels. Models with registers are of
+another class and refused. Not verified against the published weights yet: the tests use a tiny
+random model of the same class.
 
     rewards:
       dinov2: {role: features}
