@@ -175,7 +175,7 @@ def test_table_of_a_csv(tmp_path):
     comparison = written(tmp_path / "toy.csv", LEVELS)
     lines = table(comparison, TOY).splitlines()
     assert len(lines) == 2 + 7 + 6
-    assert lines[2].startswith("| pre-trained | 0.51 [0.5")
+    assert lines[2].startswith("| pre-trained | 0.51 [0.49, 0.53]")
     assert lines[2].endswith("| 2 of 8 |"), "0.50, 0.51 and 0.52: two are above a half"
     paired = "+4.25 [+4.25, +4.25]"  # seeds differ, their differences do not
     assert lines[9].startswith(f"| *GARDO − pre-trained* | {paired} | {paired} | ")
