@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from gardo.config import load
 from gardo.phases import sampled, scored
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import step_records
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.serving.wire import TOKEN
 from gardo.session import Session, open_session
 from gardo.train import train
 from gardo.types import Rollout, Scores
 from tests import ROOT
+from tests.engine.rewards.serving import served
 
 SETS = (
     "distributed.engine=local", "run.name=run", "run.steps=2", "data.prompts_per_step=2",
@@ -61,3 +65,35 @@ def test_a_run_overlaps(tmp_path: Path) -> None:
 def test_products_in_tf32_do_not_reach_a_model_in_float32() -> None:
     with pytest.raises(RecipeError, match=r"rollout.overlap: rewards.dinov3 in TF32 would have"):
         load(ROOT / "recipes" / "tiny_flux_gardo.yaml", ["rollout.overlap=true"])
+
+
+QUESTION = 0.1  # seconds
+
+
+class Slow(Reward):
+    """Takes its time for a question, as a large model on another machine does."""
+
+    Settings = RewardSettings
+
+    def score(self, images_B3HW, prompts):
+        time.sleep(QUESTION)
+        return images_B3HW.mean((1, 2, 3))
+
+
+def test_what_is_elsewhere_is_computed_while_images_are_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight questions, one at a time at the server, take their seconds; few are waited for."""
+    monkeypatch.setenv(TOKEN, served.TOKEN)
+    settings = RewardSettings(kind=f"{__name__}:Slow", role="held_out")
+    with served.running({"slow": Slow(settings, served.CPU)}) as url:
+        far = f"rewards.slow={{kind: '{settings.kind}', role: held_out, where: '{url}'}}"
+        more = ["rollout.batch=1", "sampler.steps=24", "rollout.overlap=true", far]
+        recipe = load(
+            ROOT / "recipes" / "tiny_flux_gardo.yaml", [*SETS, *more, f"run.folder={tmp_path}"]
+        )
+        with open_session(recipe, quiet=True) as session:
+            train(session)
+    for step in step_records(tmp_path / "run"):
+        assert step["rows"]["remote"] == 8 and step["rewards"]["slow"]["valid"] == 8
+        assert step["seconds"]["remote"] < 0.5 * 8 * QUESTION
