@@ -111,7 +111,7 @@ def test_table_has_a_row_an_arm_and_a_column_a_look():
     cells = [cell.strip() for cell in lines[2].split("|")]
     assert cells[1:3] == ["0.3", "β = 0"]
     assert cells[3].startswith("0.510 [0.485, 0.535]") and cells[3].endswith(", 3 of 3")
-    assert cells[4].startswith("0.020 [0.0") and cells[4].endswith(", 2 of 3")
+    assert cells[4].startswith("0.020 [-0.005, 0.045]") and cells[4].endswith(", 2 of 3")
     covered = [cell.strip()[-6:] for cell in lines[3].split("|")[4:7]]
     assert covered == ["3 of 3", "1 of 3", "1 of 3"]
 
