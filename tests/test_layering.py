@@ -77,6 +77,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "evaluate":      "* | torch",
     "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
     "reward_worker": "config machine recipe_errors rewards | torch",
+    "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",
     "unscored":      "bad_updates distributed session types |",
     "phases":        "* | torch",

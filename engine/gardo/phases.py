@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from gardo.rollout import (
     teach,
     update_of,
 )
+from gardo.scored import judges, summary
 from gardo.session import Session
 from gardo.types import Batch, Credit, Metrics, Points, Prompt, Rollout, Scores, to_device, together
 from gardo.unscored import too_many_unscored, why_unscored
@@ -310,10 +310,11 @@ def log_step(
         **fields(spent),
         "images_per_second": images / sum(phase.seconds for phase in spent.values()),
         "peak_bytes": peak,  # of the rank with most, since the start
-        "rewards": {name: _summary(s, scores, credit.gate_B, name) for name in scores.rewards},
+        "rewards": {name: summary(s, scores, credit.gate_B, name) for name in scores.rewards},
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
         **_memory(s),
+        **judges(s),
     }
     s.write(record | compiled(s))
     s.progress.step(record)
@@ -340,22 +341,6 @@ def compiled(s: Session) -> dict[str, int]:
         return {}
     s.progress.message(f"compiled {graphs} graphs of blocks in {seconds:.0f} s")
     return {"compiled_graphs": graphs}
-
-
-def _summary(s: Session, scores: Scores, gate_B: Tensor, name: str) -> dict[str, Any]:
-    """Of a reward over the iteration's samples; of the gated ones too, where some are and not all.
-
-    With the paper's gate a judge that nothing optimises should think less of these.
-    """
-    value_B, valid_B = scores.rewards[name], scores.masks[name]
-    valid, gated = value_B[valid_B], value_B[valid_B & gate_B]
-    caught = {"gated": float(gated.mean())} if 0 < len(gated) < len(valid) else {}
-    return caught | {
-        "mean": float(valid.mean()),
-        "std": float(valid.std(correction=0)) if len(valid) else math.nan,
-        "role": s.panel.rewards[name].settings.role,
-        "valid": len(valid),
-    }
 
 
 def commit_checkpoint(s: Session) -> None:

@@ -103,7 +103,7 @@ def check_prompts(
     for line, text in enumerate(texts, start=1):
         for name, settings in rewards.items():
             try:
-                reward_plugin(settings).check_prompt(text)
+                reward_plugin(settings).check_for(settings, text)
             except ValueError as error:
                 raise ValueError(f"{field}: prompt {line}: {error} (rewards.{name})") from None
 

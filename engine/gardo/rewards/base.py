@@ -121,6 +121,7 @@ class Reward:
     gives_features: bool = False
     scores_alone: bool = True  # an image has a score without others to compare with
     limits: tuple[float, float] = (-math.inf, math.inf)  # a value outside of them is a failure
+    at_once: int = 0  # pairs that a judge of pairs is best asked about together, at least
 
     def __init__(self, settings: Any, device: torch.device) -> None:
         self.settings = settings
@@ -147,6 +148,15 @@ class Reward:
     def trouble(self) -> str:
         """Why images had no value, the last time that they had none, as far as it is known."""
         return ""
+
+    @property
+    def exchange(self) -> str:
+        """A question and its answer in full, the last one with a value: `gardo rewards check`."""
+        return ""
+
+    def costs(self) -> dict[str, float] | None:
+        """What its questions to a model have taken since it was asked last. None: it has none."""
+        return None
 
     def close(self) -> None:
         """The run is over."""
@@ -224,6 +234,11 @@ class Reward:
         Called for every prompt before training.
         """
 
+    @classmethod
+    def check_for(cls, settings: Any, prompt: Prompt) -> None:
+        """As `check_prompt`, of a reward with these settings."""
+        cls.check_prompt(prompt)
+
 
 def weights_of(settings: Any, field: str) -> Weights:
     """Which weights the model has that a field names, by what `Holds` says of it."""
@@ -262,6 +277,11 @@ class Panel:
     def close(self) -> None:
         for reward in self.rewards.values():
             reward.close()
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Of the judges: what their questions have taken since this was asked last."""
+        found = {name: reward.costs() for name, reward in self.rewards.items()}
+        return {name: costs for name, costs in found.items() if costs is not None}
 
     def names(self, role: Role) -> tuple[str, ...]:
         return tuple(n for n, r in self.rewards.items() if r.settings.role == role)

@@ -98,7 +98,8 @@ class PairJudge:
         self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[Prompt]
     ) -> Tensor:
         answers = [torch.empty(0, device=seen.device)]
-        for part in torch.arange(len(prompts), device=seen.device).split(self.batch):
+        together = max(self.batch, self.reward.at_once)
+        for part in torch.arange(len(prompts), device=seen.device).split(together):
             texts = [prompts[i] for i in part.tolist()]
             first, second = seen[first_N[part]].float() / 255, seen[second_N[part]].float() / 255
             answers.append(self.reward.compare(first, second, texts).float())
@@ -251,6 +252,13 @@ class Preference(Reward):
     @property
     def trouble(self) -> str:
         return self.reward.trouble
+
+    @property
+    def exchange(self) -> str:
+        return self.reward.exchange
+
+    def costs(self) -> dict[str, float] | None:
+        return self.reward.costs()
 
     def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
         self.reward.meet(prompt, size)

@@ -43,6 +43,9 @@ class Answer:
     chances: Mapping[str, float] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cut: bool = False  # at `max_tokens`, before the model had ended
+    seconds: float = 0.0  # from asking to the answer, all tries together
+    known: bool = False  # the same question had been asked before
 
 
 class Unanswered(Exception):

@@ -264,7 +264,7 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
 
 def _check(reward: Reward, prompt: Prompt) -> None:
     try:
-        type(reward).check_prompt(prompt)
+        type(reward).check_for(reward.settings, prompt)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
 

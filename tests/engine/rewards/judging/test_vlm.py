@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gardo.config import reward_sections
 from gardo.recipe_errors import RecipeError
@@ -21,75 +13,12 @@ from gardo.rewards.assembly import ScoringSettings, assemble
 from gardo.rewards.serving.chat import KEY
 from gardo.rewards.vlm import Vlm
 from gardo.types import Prompt
+from tests.engine.rewards.judging.endpoint import QUICK, Endpoint, pictures_of
 from tests.engine.rewards.serving.served import CPU, SIZE, free_port, pictures
-
-QUICK = {"deadline": 3.0, "attempt": 1.0, "retries": 2, "first_pause": 0.05}
-
-
-class Endpoint(ThreadingHTTPServer):
-    """Speaks the protocol: grades by brightness, 1 to 5, unless `says` has another answer."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.says: object = None  # a text, or a status
-        self.hangs = 0.0
-        self.bodies: list[dict] = []
-        self.keys: list[str | None] = []
-        self.most = self.now = 0
-        self.lock = threading.Lock()
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        server = self.server
-        with server.lock:
-            server.now += 1
-            server.most = max(server.most, server.now)
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        server.bodies.append(body)
-        server.keys.append(self.headers.get("authorization"))
-        time.sleep(server.hangs)
-        with server.lock:
-            server.now -= 1
-        says = server.says
-        if isinstance(says, int):
-            self.send_response(says)
-            self.end_headers()
-            return
-        if says is None:
-            says = f"It is fine.\nGrade: {1 + 4 * picture_of(body).mean() / 255:.4f}"
-        content = json.dumps({"choices": [{"message": {"content": says}}]}).encode()
-        if isinstance(says, bytes):
-            content = says
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def picture_of(body: dict) -> np.ndarray:
-    url = body["messages"][1]["content"][0]["image_url"]["url"]
-    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    with Endpoint() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def judge(endpoint: Endpoint, **settings) -> Vlm:
-    where = f"openai:http://127.0.0.1:{endpoint.server_port}/v1"
-    section = {"where": where, "model": "m", "calls": QUICK, **settings}
+    section = {"where": endpoint.where, "model": "m", "calls": QUICK, **settings}
     return Vlm(reward_sections({"vlm": section}, "a test")["vlm"], CPU)
 
 
@@ -108,7 +37,7 @@ def test_pictures_travel_without_a_loss_and_at_temperature_0(endpoint):
     images = pictures(1)
     judge(endpoint, max_tokens=7).score(images, prompts(1))
     (body,) = endpoint.bodies
-    sent = torch.from_numpy(picture_of(body).copy()).permute(2, 0, 1)
+    sent = torch.from_numpy(pictures_of(body)[0].copy()).permute(2, 0, 1)
     assert torch.equal(sent, (images[0] * 255).round().byte())
     assert body["temperature"] == 0 and body["max_tokens"] == 7 and body["model"] == "m"
 
@@ -174,7 +103,7 @@ def test_the_key_is_of_the_environment_and_never_shown(endpoint, monkeypatch):
     asked = judge(endpoint)
     asked.score(pictures(1), prompts(1))
     endpoint.says = 401
-    asked.score(pictures(1), prompts(1))
+    asked.score(pictures(1, seed=1), prompts(1))
     assert endpoint.keys[0] == "Bearer sk-of-the-tests"
     assert "401" in asked.trouble and "sk-of" not in asked.trouble
 
@@ -195,7 +124,7 @@ def test_a_pattern_of_ones_own_that_finds_no_grade_is_masked(endpoint, says, ans
     if (says, answer) == ("4/5", r"^\D+|(\d)/"):
         assert value.tolist() == [0.75]
     else:
-        assert value.isnan().all() and "grade" in asked.trouble
+        assert value.isnan().all() and "score" in asked.trouble
 
 
 def test_pictures_that_are_not_finite_are_not_shown(endpoint):
@@ -223,8 +152,10 @@ def test_braces_in_a_question_are_written_twice(endpoint):
         ({"question": 'Answer as {"grade": N}'}, "rewards.vlm.question"),
         ({"question": "{} of {high}"}, "only {low} and {high} are filled in"),
         ({"question": "{low.x} {"}, "only {low} and {high} are filled in"),
-        ({"where": "here"}, "rewards.vlm.where"),
-        ({"where": "http://gpu7/v1"}, "rewards.vlm.where"),
+        ({"where": "here"}, "rewards.vlm.path: is missing; give a Qwen2-VL"),
+        ({"where": "openai:gpu7/v1"}, "rewards.vlm.where"),
+        ({"where": "openai:http://me:secret@gpu7/v1"}, "has a user or a password"),
+        ({"model": None}, "rewards.vlm.model: is missing; give the name"),
         ({"answer": "Grade"}, "0 groups; one is the grade"),
         ({"answer": "("}, "is no regular expression"),
         ({"low": 5.0}, "low: 5 is not below high: 5"),
