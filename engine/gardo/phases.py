@@ -271,6 +271,7 @@ def evaluate(s: Session, step: int) -> None:
             record = s.evaluator(step, between=partial(heed, s))
     spent = s.progress.take()
     record |= {"seconds": sum(phase.seconds for phase in spent.values()), **_memory(s)}
+    record |= judges(s)
     s.write(record)
     s.evaluated = step
     s.progress.evaluation(record)

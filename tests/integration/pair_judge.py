@@ -19,3 +19,15 @@ class Brighter(Reward):
 
     def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return torch.sigmoid(50 * (first_N3HW - second_N3HW).mean((1, 2, 3)))
+
+
+class Brightest(Reward):
+    """The verdict of the stand-in endpoint: 1 for the brighter one, and the second where equal."""
+
+    Settings = RewardSettings
+
+    def compare(self, first_N3HW: Tensor, second_N3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        first, second = (
+            (p * 255).round().double().sum((1, 2, 3)) for p in (first_N3HW, second_N3HW)
+        )
+        return (first > second).float()

@@ -14,7 +14,7 @@ Two kinds of record:
 
 `gated` is the mean of the samples under the gated KL, where these are some and not all.
 
-Where a reward asks a model (rewards/judging), a step also has what that took, over all ranks:
+Where a reward asks a model (rewards/judging), both also have what that took, over all ranks:
 `"judges": {"better": {"questions": 552, "known": 0, "unanswered": 0, "unreadable": 3,
 "prompt_tokens": 711000, "completion_tokens": 90000, "seconds": 1320.5, "longest": 9.1}}`. `known`
 were answered before; the seconds are those of all the others, each from asking to its answer.

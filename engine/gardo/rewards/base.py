@@ -121,7 +121,6 @@ class Reward:
     gives_features: bool = False
     scores_alone: bool = True  # an image has a score without others to compare with
     limits: tuple[float, float] = (-math.inf, math.inf)  # a value outside of them is a failure
-    at_once: int = 0  # pairs that a judge of pairs is best asked about together, at least
 
     def __init__(self, settings: Any, device: torch.device) -> None:
         self.settings = settings
@@ -148,6 +147,11 @@ class Reward:
     def trouble(self) -> str:
         """Why images had no value, the last time that they had none, as far as it is known."""
         return ""
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that a judge of pairs is best asked about together, at least."""
+        return 0
 
     @property
     def exchange(self) -> str:

@@ -37,6 +37,7 @@ class Endpoint(ThreadingHTTPServer):
         self.says: object = None
         self.hangs = 0.0
         self.logprobs = True
+        self.every = 0  # so many questions make one with a foolish answer
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
         self.most = self.now = 0
@@ -62,6 +63,8 @@ class Connection(BaseHTTPRequestHandler):
         with server.lock:
             server.now -= 1
         says = server.says
+        if server.every and len(server.bodies) % server.every == 0:
+            says = foolish()
         if isinstance(says, int):
             self.send_response(says)
             self.end_headers()
@@ -83,6 +86,11 @@ def completion(body: dict, says: object, logprobs: bool) -> bytes:
         choice.pop("logprobs", None)
     usage = {"prompt_tokens": 100, "completion_tokens": 10}
     return json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
+def foolish() -> dict[str, Any]:
+    """What answers no question of any judge."""
+    return with_logprobs({"The": 0.9, "A": 0.1}) | {"finish_reason": "stop"}
 
 
 def judged(body: dict) -> dict[str, Any]:
