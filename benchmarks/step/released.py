@@ -47,7 +47,8 @@ from gardo.planner import geometry
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.report.phase_clock import PhaseClock, fields
-from gardo.rewards.base import Gathering, Panel
+from gardo.rewards.base import Gathering
+from gardo.rewards.panel import Panel
 from gardo.types import Prompt
 from step.executed import Executed
 from step.released_credit import Controller, gated, group_advantages, rows_kept, zero_std_ratio

@@ -23,7 +23,7 @@ from gardo.machine import ranks, use_device
 from gardo.policies.lora_files import lora_config
 from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.settings import model_path
 from step.released_families import FAMILIES, Family
 

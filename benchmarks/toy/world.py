@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from gardo.algorithms.base import SamplerSettings
 from gardo.distributed.optimizers import OptimizerSettings
-from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.panel import Panel
 from gardo.settings import Pair, Strict
 from gardo.types import Prompt
 

@@ -50,7 +50,7 @@ from gardo.recipe_errors import RankError, RecipeError
 from gardo.report.pictures import save_image
 from gardo.report.progress import format_duration
 from gardo.rewards.assembly import HERE, Workers
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.run_lock import RunLock, Taken
 from gardo.suite import Suite, load_suite
 

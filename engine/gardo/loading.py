@@ -28,7 +28,8 @@ from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
 from gardo.rewards.assembly import ScoringSettings, Workers, assemble
-from gardo.rewards.base import Panel, RewardSettings
+from gardo.rewards.base import RewardSettings
+from gardo.rewards.panel import Panel
 from gardo.rewards.serving.line import Address
 from gardo.rewards.serving.wire import TOKEN, secret
 from gardo.settings import FieldError

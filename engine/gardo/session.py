@@ -44,7 +44,7 @@ from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
 from gardo.rewards.assembly import Workers
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.rollout import LossContext
 from gardo.run_folder import check_changes, keep_id, open_log, own_folder, run_id
 from gardo.run_lock import RunLock

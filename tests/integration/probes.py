@@ -18,7 +18,7 @@ from gardo.export import export_universal
 from gardo.loading import build_policy
 from gardo.phases import sampled, scored, taught
 from gardo.report.progress import Progress
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.session import Session
 from gardo_kernels import random_normal
 from tests.integration.faults import AllGathers, Around

@@ -19,7 +19,7 @@ from gardo import phases
 from gardo.config import check
 from gardo.distributed.local import LocalEngine
 from gardo.report.metrics_log import read_metrics
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.rollout import LossContext
 from gardo.session import open_session
 from gardo.train import train

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gardo.evaluation import attributes
 from gardo.policies.base import Policy
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.rollout import rows_of
 from gardo.streams import Stream
 from gardo.types import Prompt

@@ -36,7 +36,7 @@ from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change, 
 from gardo.hf_prompts import is_dataset
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.settings import Strict
 from gardo.types import Prompt
 from gardo_kernels import Backend

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from gardo import plugins
 from gardo.rewards._loading import one_copy_each
-from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.panel import Panel
 from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.client import Remote, Server
 from gardo.rewards.serving.line import Address, checked_url

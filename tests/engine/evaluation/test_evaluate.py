@@ -20,7 +20,7 @@ from gardo.evaluation import results
 from gardo.evaluation.statistics import bootstrap_mean, paired_change
 from gardo.export import export_run
 from gardo.report.evaluation import as_html, as_markdown
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.session import open_session
 from gardo.suite import load_suite
 from gardo.train import train

@@ -19,7 +19,8 @@ from gardo.evaluation.attributes import attribute_labels
 from gardo.evaluation.evaluate import EvaluateSettings, Evaluator, due
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change
 from gardo.policies.flux import FluxPolicy, FluxSettings
-from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.panel import Panel
 from gardo.tiny import world
 from gardo.types import Prompt
 

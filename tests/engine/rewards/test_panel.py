@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gardo.rewards import dinov3
-from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.panel import Panel
 from gardo.types import Prompt
 from tests.engine.rewards.tiny_pictures import build, clean, score
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gardo.rewards.base import Panel, Reward, RewardSettings
+from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.panel import Panel
 from tests.engine.rewards.clip_models import PROMPTS, build, pictures
 
 TF32 = torch.backends.cuda.matmul

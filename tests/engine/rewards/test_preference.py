@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gardo.algorithms.advantage import AdvantageSettings, group_credit
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.types import Prompt
 from tests.engine.rewards.pair_judges import (
     place,

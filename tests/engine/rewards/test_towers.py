@@ -16,7 +16,8 @@ from torch import nn
 from gardo import plugins
 from gardo.planner.scorers import own_weights, scorer
 from gardo.rewards.assembly import load_rewards
-from gardo.rewards.base import Panel, RewardSettings
+from gardo.rewards.base import RewardSettings
+from gardo.rewards.panel import Panel
 from tests.engine.rewards.clip_models import CPU, PROMPTS, pictures
 
 

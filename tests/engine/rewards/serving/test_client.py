@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gardo.rewards.base import Panel
+from gardo.rewards.panel import Panel
 from gardo.rewards.serving.calls import CallSettings
 from gardo.types import Prompt
 from tests.engine.rewards.serving.served import (
