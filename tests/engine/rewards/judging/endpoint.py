@@ -79,9 +79,10 @@ class Connection(BaseHTTPRequestHandler):
 
 
 def completion(body: dict, says: object, logprobs: bool) -> bytes:
-    choice = says if isinstance(says, dict) else judged(body)
     if isinstance(says, str):
-        choice = {"message": {"content": says}, "finish_reason": "stop"}
+        choice: dict[str, Any] = {"message": {"content": says}, "finish_reason": "stop"}
+    else:
+        choice = says if isinstance(says, dict) else judged(body)
     if not logprobs:
         choice.pop("logprobs", None)
     usage = {"prompt_tokens": 100, "completion_tokens": 10}

@@ -13,6 +13,7 @@ from PIL import Image
 from gardo import plugins
 from gardo.config import reward_sections
 from gardo.recipe_errors import RecipeError
+from gardo.rewards.assembly import load_rewards
 from gardo.rewards.base import provides
 from gardo.rewards.judging.base import Judge, added_up
 from gardo.rewards.judging.questions import as_data, choice_of
@@ -20,13 +21,16 @@ from gardo.rewards.yes_no import YesNo
 from gardo.types import Prompt
 from tests.engine.rewards.judging.endpoint import (
     LEVELS,
+    QUICK,
     asked_at,
+    completion,
     marks_of,
     pictures_of,
     shades,
     text_of,
     with_logprobs,
 )
+from tests.engine.rewards.serving.served import CPU, http, speaking
 
 PROMPT = Prompt("a red cat")
 SCORING = [  # kind, settings, value of a picture with this brightness
@@ -301,3 +305,25 @@ def test_what_compares_is_a_judge_of_preference(kind):
 
 def drop_role(section: dict) -> dict:
     return {name: value for name, value in section.items() if name != "role"}
+
+
+def test_a_slow_endpoint_is_waited_for_and_a_dead_one_masked(endpoint):
+    endpoint.hangs = 0.4
+    judge = asked_at(endpoint, parallel=4)
+    assert judge.score(shades(0.2, 0.4, 0.6, 0.8), [PROMPT] * 4).isfinite().all()
+    endpoint.shutdown()
+    endpoint.server_close()
+    value = judge.score(shades(0.2, 0.3, 0.5), [PROMPT] * 3)
+    assert value.isfinite().tolist() == [True, False, False], "what is known needs nobody"
+    assert judge.trouble and judge.costs()["unanswered"] == 2
+    with pytest.raises(ValueError, match=r"^where: http://127.0.0.1:\d+/v1: "):
+        judge.meet(Prompt("another"), (32, 32))
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again():
+    whole = http(completion({}, "Grade: 4", True))
+    with speaking(whole[:-20], whole) as url:
+        section = {"kind": "vlm", "role": "held_out", "where": f"openai:{url}", "model": "m",
+                   "calls": QUICK}  # fmt: skip
+        judge = load_rewards(reward_sections({"judge": section}, "a test"), CPU)["judge"]
+        assert judge.score(shades(0.5), [PROMPT]).tolist() == [0.75]
