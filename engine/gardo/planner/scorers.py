@@ -1,19 +1,20 @@
 """What a reward's models take, by their configurations alone: weights, and activations of images.
 
 The models are those that its settings mark with `Holds`; each sees `batch` images on fake tensors,
-as in shadow.py. Texts are left out: they are shorter than pictures, and a prompt is encoded once.
+as in shadow.py. Texts are left out where they have a tower of their own: they are shorter than
+pictures, and a prompt is encoded once.
 Weights are counted tower by tower, for rewards that run the same ones have one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gardo.planner.live import LiveBytes, forget_fakes, make_fake
@@ -21,6 +22,7 @@ from gardo.recipe import reward_plugin
 from gardo.rewards.base import Held, Tower, tower_of, weights_dtype
 from gardo.settings import config_folder
 
+See = Callable[[Any, Tensor], Tensor]  # a model and images -> what it gives of them
 BATCH = 16  # assumed of a reward that has no `batch`
 
 
@@ -72,7 +74,7 @@ def _model(held: Held, settings: Any, trained: int) -> Scorer | None:
     folder = config_folder(held.path)
     if folder is None:
         return None
-    model_class = getattr(transformers, held.class_name)
+    model_class = getattr(transformers, held.mark.class_name)
     precision = getattr(settings, "dtype", "float32")
     dtype = weights_dtype(precision)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -84,12 +86,12 @@ def _model(held: Held, settings: Any, trained: int) -> Scorer | None:
     make_fake(model.requires_grad_(False), mode, dtype)
     towers = _towers(model, held, precision)
     vision = getattr(model.config, "vision_config", None)
-    side = vision.image_size if vision else getattr(settings, "size", None)
-    images = getattr(settings, "batch", BATCH)
+    side = held.mark.side or (vision.image_size if vision else getattr(settings, "size", None))
+    images, see = getattr(settings, "batch", BATCH), held.mark.see or _features
     shape = (3, *2 * [side or model.config.image_size])
     with mode:
-        activations = _peak(model, (images, *shape), dtype, graph=False)
-        graph = _peak(model, (trained, *shape), dtype, graph=True) if trained else 0
+        activations = _peak(model, see, (images, *shape), dtype, graph=False)
+        graph = _peak(model, see, (trained, *shape), dtype, graph=True) if trained else 0
     forget_fakes(model)
     return Scorer(towers, activations, graph)
 
@@ -106,11 +108,18 @@ def _towers(model: nn.Module, held: Held, precision: str) -> dict[Tower, int]:
     return found | {tower_of(held.weights, precision, "", model): width * beside}
 
 
-def _peak(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, graph: bool) -> int:
-    see: Any = getattr(model, "get_image_features", model)
+def _features(model: Any, pixels: Tensor) -> Tensor:
+    said = getattr(model, "get_image_features", model)(pixel_values=pixels)
+    first: Tensor = next(value for value in said.values() if value is not None)
+    return first
+
+
+def _peak(
+    model: nn.Module, see: See, shape: tuple[int, ...], dtype: torch.dtype, graph: bool
+) -> int:
     with LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.set_grad_enabled(graph):
         pixels = torch.zeros(shape, dtype=dtype, requires_grad=graph)
-        said = see(pixel_values=pixels)
+        said = see(model, pixels)
         if graph:
-            next(v for v in said.values() if v is not None).float().sum().backward()
+            said.float().sum().backward()
     return live.peak

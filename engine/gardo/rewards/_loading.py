@@ -63,8 +63,9 @@ def load_model(
     field: str = "path",
     also: str | None = None,
     exact: bool = False,
+    dtype: str = "float32",
 ) -> Any:
-    """A `model_class` from a folder or hub id, in float32 on the CPU.
+    """A `model_class` from a folder or hub id, in `dtype` on the CPU.
 
     Its config.json must be of the class's own type, or of type `also`. ValueError, opening with
     the `field` that names it, where that is not so or as `filled_model` says.
@@ -77,6 +78,7 @@ def load_model(
             where,
             model_path(path),
             exact=exact,
+            dtype=dtype,
             revision=revision,
             use_safetensors=True,
         )
@@ -86,20 +88,26 @@ def load_model(
 
 def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
     """ValueError unless the config.json is of one of the types of models."""
+    found = type_of(where, path, revision)
+    if found not in kinds:
+        wanted = " or ".join(filter(None, kinds))
+        raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
+
+
+def type_of(where: str, path: str, revision: str | None) -> str | None:
+    """The type of model that the config.json says. ValueError where there is none."""
     from transformers import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} holds no model: {error}") from error
-    found = config.get("model_type")
-    if found not in kinds:
-        wanted = " or ".join(filter(None, kinds))
-        raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
+    found: str | None = config.get("model_type")
+    return found
 
 
 def model_of(model_class: Any, where: str, config: Any, state: Any, **options: Any) -> Any:
-    """A `model_class` with exactly the weights `state`, in float32 on the CPU.
+    """A `model_class` with exactly the weights `state`, in float32 (or `dtype`) on the CPU.
 
     ValueError, opening with `where`, unless their names and shapes are its own.
     """
@@ -108,16 +116,23 @@ def model_of(model_class: Any, where: str, config: Any, state: Any, **options: A
 
 
 def filled_model(
-    model_class: Any, where: str, name: str | None, *, exact: bool = False, **options: Any
+    model_class: Any,
+    where: str,
+    name: str | None,
+    *,
+    exact: bool = False,
+    dtype: str = "float32",
+    **options: Any,
 ) -> Any:
-    """`from_pretrained` in float32 on the CPU, but an error for what it would draw at random.
+    """`from_pretrained` in `dtype` on the CPU, but an error for what it would draw at random.
 
+    A model of billions is read in the `dtype` that it runs in: in float32 it might not fit.
     `options` are its own. ValueError, opening with `where`, names a weight that is missing or has
     another shape; with `exact` also one that the class does not have.
     """
     model, report = model_class.from_pretrained(
         name,
-        dtype=torch.float32,
+        dtype=weights_dtype(dtype),
         ignore_mismatched_sizes=True,  # the report names them
         output_loading_info=True,
         **options,

@@ -70,17 +70,19 @@ class Holds:
     """Of a field: the class, one of transformers', of the model that it names (`gardo plan`).
 
     `weights`: the fields that say which weights it has; the field itself, and that of its revision,
-    if left out.
+    if left out. `side`, `see`: of images if no image_size says so; how it sees them if not called.
     """
 
     class_name: str
     weights: tuple[str, ...] = ()
+    side: int | None = None
+    see: Callable[[Any, Tensor], Tensor] | None = None
 
 
 class Held(NamedTuple):
-    """A model of a reward: its class, the folder or hub id of its configuration, its weights."""
+    """A model of a reward: what its mark says, its configuration's folder or hub id, its weights"""
 
-    class_name: str
+    mark: Holds
     path: str
     weights: Weights
 
@@ -224,7 +226,7 @@ class Reward:
         if ":" in settings.kind:
             return None
         return [
-            Held(mark.class_name, getattr(settings, field), weights_of(settings, field))
+            Held(mark, getattr(settings, field), weights_of(settings, field))
             for field, about in type(settings).model_fields.items()
             for mark in about.metadata
             if isinstance(mark, Holds)
