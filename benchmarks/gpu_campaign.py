@@ -92,6 +92,8 @@ STEPS = (
     Step("ways", "the same, each way to run the model: compiled, LoRA folded, our kernels",
          ("benchmarks/bench_step.py", "--case", "flux_wide_ways", "--launches", "2",
           "--iterations", "3", "--out", f"{FOLDER}/ways.csv"), 540, 240),
+    Step("judges", "HPSv3 and a Qwen2.5-VL judge of 7 B, random weights: questions a second, bytes",
+         ("-m", "campaign.judges", "--out", FOLDER, "--seconds", SECONDS), 300, 90),
     Step("kernels", "every case of every op, and the targets",
          ("benchmarks/bench_kernels.py", "--resume", "--out", FOLDER, "--budget-seconds", SECONDS),
          540, 120),

@@ -155,7 +155,10 @@ class Models:
         ids = {f"{name}_token_id": id_of(f"<|{name}|>") for name in ("vision_start", "vision_end")}
         text = {**self.shape.text, "eos_token_id": None, "bos_token_id": None}
         config = config_class(
-            text_config=text, vision_config=self.shape.vision[kind], image_token_id=id_of(PAD), **ids
+            text_config=text,
+            vision_config=self.shape.vision[kind],
+            image_token_id=id_of(PAD),
+            **ids,
         )
         config.save_pretrained(self.folder)
         return config

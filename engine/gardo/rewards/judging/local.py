@@ -16,8 +16,9 @@ Shapes: B questions, L tokens, K tokens of the vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class LocalVoice:
                 "others behind an endpoint: where: openai:URL"
             )
         self.words = load_words(path, revision, field="path")
-        model = load_model(getattr(transformers, CLASSES[kind]), path, revision, dtype=dtype)
+        model = self._load(kind, path, revision, dtype)
         config, rows = model.config, model.config.text_config.vocab_size
         if config.image_token_id != self.words.id[PAD] or len(self.words.tokenizer) > rows:
             raise ValueError(f"path: {path!r} holds another model's tokenizer; get it again")
@@ -88,6 +89,11 @@ class LocalVoice:
         self.batch, self.device = batch, device
         self._spelled: list[str] = []  # each token of the vocabulary, once it is needed
         self._starts: dict[tuple[str, ...], list[Tensor]] = {}  # of choices, the tokens of each
+
+    def _load(self, kind: str, path: str, revision: str | None, dtype: str) -> Any:
+        import transformers
+
+        return load_model(getattr(transformers, CLASSES[kind]), path, revision, dtype=dtype)
 
     @torch.no_grad()
     def begin(self, questions: Sequence[Question]) -> Answers:
@@ -109,9 +115,12 @@ class LocalVoice:
         """Nothing to end."""
 
     def _asked(self, questions: Sequence[Question], ask: Callable[[list[Row]], Said]) -> Said:
+        began = time.monotonic()
         rows = [self._row(question) for question in questions]
         good = [row for row in rows if isinstance(row, Row)]
-        answers = iter(ask(good) if good else [])
+        said = ask(good) if good else []
+        share = (time.monotonic() - began) / max(1, len(good))  # they are computed together
+        answers = iter(replace(a, seconds=share) if isinstance(a, Answer) else a for a in said)
         return [next(answers) if isinstance(row, Row) else row for row in rows]
 
     def _row(self, question: Question) -> Row | Unanswered:
@@ -195,7 +204,8 @@ class LocalVoice:
         ids = ids[: row.question.max_tokens]
         end = next((n for n, token in enumerate(ids, 1) if token in self.stops), len(ids))
         text: str = self.words.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Answer(text, None, len(row.ids), end)
+        cut = not ids or ids[end - 1] not in self.stops
+        return Answer(text, None, len(row.ids), end, cut=cut)
 
 
 def stops_of(model: Any) -> list[int]:
