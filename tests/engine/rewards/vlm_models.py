@@ -30,7 +30,6 @@ SPECIAL = [
 CORPUS = [
     "You are a helpful assistant. system user assistant",
     "one red square, two blue circles, yes no Yes No yes, no. better worse",
-    "excellent good fair poor bad, excellent good fair poor bad",
     "first second tie. Is the picture what the prompt asks for? the the the",
 ]
 HOSTILE = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -44,7 +44,7 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cut: bool = False  # at `max_tokens`, before the model had ended
-    seconds: float = 0.0  # from asking to the answer, all tries together
+    seconds: float = field(default=0.0, compare=False)  # from asking to the answer, all tries together
     known: bool = False  # the same question had been asked before
 
 

@@ -19,7 +19,11 @@ EXACT = {"dtype": "float32", "least": 0.0}
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
 def folder(request, tmp_path_factory):
-    return vlm_models.save(tmp_path_factory.mktemp("judge"), request.param)
+    """Whose vocabulary has the words that are asked for."""
+    levels = "excellent good fair poor bad, excellent good fair poor bad"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm_models, "CORPUS", [levels, *vlm_models.CORPUS])
+        return vlm_models.save(tmp_path_factory.mktemp("judge"), request.param)
 
 
 def judge(kind: str, path: str, **settings):
