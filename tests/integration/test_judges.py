@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 
 from gardo.config import load
 from gardo.report.metrics_log import step_records
 from gardo.session import open_session
 from gardo.train import train
+from tests import ROOT
+from tests.engine.rewards import vlm_models
 from tests.engine.rewards.judging.endpoint import Endpoint, serving
 from tests.integration.cases import Case
-from tests.integration.launch import Launched
+from tests.integration.launch import Launched, type_command
 from tests.integration.recipes import recipe
 
 CASE = Case("gardo", "lora", "stage3")
-STEPS, IMAGES, GROUP = 4, 8, 4
+STEPS, IMAGES, GROUP = 2, 8, 4
 QUESTIONS = IMAGES * (GROUP - 1)  # each image is shown first against each other of its group
 CALLS = {"deadline": 20.0, "attempt": 5.0, "retries": 1, "first_pause": 0.05, "breaker": 1000}
 
@@ -112,3 +115,28 @@ def test_foolish_answers_are_masked_and_counted(runs: dict[str, list[dict[str, A
         assert judges["preferred"]["questions"] == QUESTIONS
         assert "skipped_updates" not in record["metrics"]
     assert all(total.values())
+
+
+def test_hpsv3_in_the_ranks_and_a_live_judge_through_the_launcher(tmp_path: Path) -> None:
+    """As a user types it: deepspeed, two ranks, the tiny Flux, Pref-GRPO inside GARDO."""
+    folder = tmp_path / "hpsv3"
+    vlm_models.save(folder, "qwen2_vl")
+    save_file(vlm_models.hpsv3_weights(folder), folder / "HPSv3.safetensors")
+    its = f"path: {folder}, base: {folder}, dtype: float32"
+    with serving() as endpoint:
+        judge = f"{{kind: unifiedreward_pair, where: '{endpoint.where}', model: m}}"
+        done = type_command(
+            2, tmp_path,
+            f"rewards.count={{kind: preference, role: proxy, judge: {judge}}}",
+            f"rewards.hpsv3={{role: auxiliary, {its}}}",
+            "rewards.tiny_shape=null", "rewards.tiny_fidelity=null", "run.steps=2",
+            recipe=ROOT / "recipes" / "tiny_flux_pref.yaml",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert len(endpoint.bodies) > 2 * QUESTIONS
+    records = list(step_records(tmp_path / "tiny-flux-pref"))
+    assert len(records) == 2
+    for record in records:
+        assert record["rewards"]["count"]["valid"] == record["rewards"]["hpsv3"]["valid"] == 8
+        assert record["rewards"]["hpsv3"]["std"] > 0
+        assert record["judges"]["count"]["questions"] == QUESTIONS

@@ -44,7 +44,7 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cut: bool = False  # at `max_tokens`, before the model had ended
-    seconds: float = field(default=0.0, compare=False)  # from asking to the answer, all tries together
+    seconds: float = field(default=0.0, compare=False)  # from asking to it, all tries together
     known: bool = False  # the same question had been asked before
 
 
