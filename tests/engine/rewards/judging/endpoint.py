@@ -50,6 +50,11 @@ class Endpoint(ThreadingHTTPServer):
 class Connection(BaseHTTPRequestHandler):
     server: Endpoint
 
+    def do_GET(self) -> None:
+        """No list of models; it is there."""
+        self.send_response(404)
+        self.end_headers()
+
     def do_POST(self) -> None:
         server = self.server
         with server.lock:
