@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -168,10 +169,15 @@ def reach(url: str, model: str, calls: CallSettings) -> None:
     line = Line(url, secret(KEY, os.environ.get(KEY)))
     seconds = {"deadline": min(SOON.deadline, calls.deadline), "attempt": SOON.attempt}
     tried = Caller(SOON.model_copy(update=seconds), Breaker(1, 0.0))
+
+    def ask(seconds: float) -> None:
+        with suppress(CallFailed):  # no list of models, or a key is wanted: somebody is there
+            line.ask("GET", "/models", seconds)
+
     try:
-        tried(lambda seconds: line.ask("GET", "/models", seconds))
+        tried(ask)
     except CallFailed as error:
-        if not error.answered:  # one that has no list of models, or wants a key, is there
+        if not error.answered:
             port = f" --port {number}" if (number := urlsplit(url).port) else ""
             raise Unanswered(
                 f"{error}; start what serves {model} there, e.g. `vllm serve {model}{port}`, or "

@@ -51,8 +51,8 @@ class Connection(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_GET(self) -> None:
-        """No list of models; it is there."""
-        self.send_response(404)
+        """No list of models, as some have none; it is there."""
+        self.send_response(500)
         self.end_headers()
 
     def do_POST(self) -> None:
