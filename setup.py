@@ -25,6 +25,7 @@ EXTRAS = {
         "onnxruntime",
         "rapidfuzz",
         *SERVER,
+        "openai>=1.98",  # of `transformers serve`, in tests/integration/test_live_endpoint.py
         "datasets>=4",  # data.prompts: hf:FOLDER, in tests/engine/test_hf_prompts.py
         "ruff",
         "mypy",

@@ -78,7 +78,9 @@ def train(
     from gardo.config import load
     from gardo.machine import check_accelerator
     from gardo.planner import geometry
+    from gardo.recipe import reward_settings
     from gardo.recipe_errors import RecipeError
+    from gardo.rewards.assembly import reach_endpoints
 
     overrides = set_ or []
     here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
@@ -92,6 +94,7 @@ def train(
         geometry(checked, rank=0, world=where.ranks, source=str(recipe))
         if not hostfile:  # a login node may start what runs elsewhere
             check_accelerator(checked, str(recipe))
+            reach_endpoints(reward_settings(checked), f"{recipe}: rewards.")
         zero = checked.distributed.engine == "zero"
         if not zero and where.ranks > 1:
             raise RecipeError(

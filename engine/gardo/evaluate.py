@@ -35,7 +35,7 @@ from gardo.evaluation.images_log import ImagesLog, Row, rows_of_batch
 from gardo.evaluation.results import against_of, read_baseline, result_of, write_result
 from gardo.evaluation.values import values_of
 from gardo.files import made_folder
-from gardo.loading import find_files_of, panel_of, quiet_libraries
+from gardo.loading import find_files_of, meet_endpoints_of, panel_of, quiet_libraries
 from gardo.machine import (
     check_device,
     ranks,
@@ -117,17 +117,13 @@ def evaluate(t: Task, group: Group, say: Callable[[str], object]) -> None:
         log, missing = _begun(t, policy, group)
         total = len(suite.texts) * suite.images_per_prompt
         if missing:
+            asked: dict[str, Any] = {"prompt": suite.texts[0], "size": suite.size}
+            with refused(ValueError):
+                meet_endpoints_of(suite.reward_settings, group, **asked)
             t.contender.load(policy)
             say(f"{total} images of {len(suite.texts)} prompts, {len(missing)} batches to go")
             with refused(ValueError):
-                panel = panel_of(
-                    suite.reward_settings,
-                    suite.scoring,
-                    workers,
-                    group,
-                    prompt=suite.texts[0],
-                    size=suite.size,
-                )
+                panel = panel_of(suite.reward_settings, suite.scoring, workers, group, **asked)
             try:
                 _measure(t, policy, panel, group, log, missing, say)
             finally:

@@ -27,7 +27,13 @@ from gardo.policies.lora_files import open_lora
 from gardo.recipe import Recipe, policy_plugin, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
-from gardo.rewards.assembly import ScoringSettings, Workers, assemble
+from gardo.rewards.assembly import (
+    ScoringSettings,
+    Workers,
+    assemble,
+    at_endpoints,
+    meet_endpoints,
+)
 from gardo.rewards.base import RewardSettings
 from gardo.rewards.panel import Panel
 from gardo.rewards.serving.line import Address
@@ -101,6 +107,25 @@ def find_files_of(rewards: Mapping[str, RewardSettings]) -> None:
     """As `find_rewards`, of rewards by name."""
     for name, settings in rewards.items():
         find_files(settings, f"rewards.{name}")
+
+
+def meet_endpoints_of(
+    rewards: Mapping[str, RewardSettings], group: Group, *, prompt: Prompt, size: tuple[int, int]
+) -> None:
+    """ValueError on all ranks, opening with its field, for an endpoint that does not answer.
+
+    The first rank of each machine asks: what is not there is known before anything loads.
+    """
+    if not at_endpoints(rewards):
+        return
+    problem = ""
+    if ranks()[1] == 0:
+        try:
+            meet_endpoints(rewards, prompt=prompt, size=size)
+        except ValueError as error:
+            problem = str(error)
+    for said in filter(None, gather_text(group, problem)):
+        raise FieldError(said)
 
 
 def start_workers(recipe: Recipe, say: Callable[[str], object] = print) -> Workers:

@@ -13,7 +13,7 @@ from gardo.policies.lora_files import open_lora
 from gardo.policies.quantised import check_base
 from gardo.policies.settings import check_parts
 from gardo.recipe import Recipe, policy_plugin, reward_plugin, reward_settings
-from gardo.rewards.assembly import check_places
+from gardo.rewards.assembly import check_places, with_judges
 from gardo.rewards.base import RewardSettings
 from gardo.settings import FieldError
 from gardo.types import Prompt
@@ -92,8 +92,7 @@ def check_prompts(
 ) -> None:
     """ValueError, opening with the field, where prompts cannot be read or a reward could never
     score one of them."""
-    judges = {f"{name}.judge": getattr(s, "judge", None) for name, s in rewards.items()}
-    rewards = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
+    rewards = with_judges(rewards)
     try:
         texts = prompts()
     except FieldError:

@@ -127,6 +127,8 @@ class Checked:
     ms: float
     memory_mb: float
     trouble: str = ""
+    pairs: bool = False  # values are verdicts on each picture against the one at the other end
+    exchange: str = ""  # with a judge
 
 
 def check_rewards(
@@ -234,12 +236,14 @@ def _checked(
 
 def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt], pictures: Tensor) -> None:
     pictures = pictures.to(reward.device)
+    checked.pairs = not (reward.scores_alone and provides(type(reward), "score"))
+    comparer: Reward = getattr(reward, "reward", reward)  # a preference's judge
 
     def said() -> Tensor:
         with torch.no_grad(), reward.precision():
-            if provides(type(reward), "score"):
-                return reward.score(pictures, prompts).float().cpu()
-            return reward.compare(pictures, pictures.flip(0), prompts).float().cpu()
+            if checked.pairs:
+                return comparer.compare(pictures, pictures.flip(0), prompts).float().cpu()
+            return reward.score(pictures, prompts).float().cpu()
 
     began = time.perf_counter()
     value = said()
@@ -252,6 +256,8 @@ def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt], pictur
     bad = [v for v in checked.values if not (low <= v <= high and math.isfinite(v))]
     if bad:
         checked.trouble = f"values that are not finite, or outside of [{low:g}, {high:g}]: {bad}"
+        checked.trouble += f"; {reward.trouble}" if reward.trouble else ""
+    checked.exchange = reward.exchange
 
 
 def _memory(device: torch.device) -> int:
@@ -267,6 +273,7 @@ def _block(checked: Checked, settings: RewardSettings, wrong: list[str], known: 
     lines += [f"        {text}" for text in wrong]
     if checked.values:
         what = "lengths" if settings.role == "features" else "values"
+        what = "verdicts on 1 and 4, 2 and 3, 3 and 2, 4 and 1:" if checked.pairs else what
         lines.append(f"        {what} {' '.join(f'{v:.6g}' for v in checked.values)}")
         lines.append(
             f"        {checked.ms:.1f} ms an image (the first call {checked.first_ms:.1f}), "
@@ -274,9 +281,10 @@ def _block(checked: Checked, settings: RewardSettings, wrong: list[str], known: 
         )
         if known and not wrong:
             lines.append("        as in the golden file")
+        lines += [f"        {line}".rstrip() for line in checked.exchange.splitlines()]
     about = _about(settings)
     if about:
-        weights = getattr(settings, "path", "none")
+        weights = getattr(settings, "model", None) or getattr(settings, "path", "none")
         lines.append(f"        weights {weights}; licence: {about.licence}")
         lines.append(f"        verified: {about.verified}")
     return "\n".join(lines)

@@ -19,7 +19,13 @@ from gardo.distributed.nodes import check_folder
 from gardo.distributed.saved import Unusable, committed
 from gardo.ending import Stop
 from gardo.evaluation.evaluate import Evaluator
-from gardo.loading import join_ranks, load_models, quiet_libraries, start_workers
+from gardo.loading import (
+    join_ranks,
+    load_models,
+    meet_endpoints_of,
+    quiet_libraries,
+    start_workers,
+)
 from gardo.machine import (
     as_it_runs,
     blocks_trouble,
@@ -37,7 +43,7 @@ from gardo.machine import (
 from gardo.meeting import meeting
 from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
-from gardo.recipe import Recipe
+from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
@@ -208,6 +214,9 @@ def prepare(recipe: Recipe, source: str) -> tuple[Recipe, torch.device, Geometry
         group = join_ranks(recipe, device)
     try:
         check_folder(Path(recipe.run.folder), group)
+        meet_endpoints_of(
+            reward_settings(recipe), group, prompt=recipe.prompts()[0], size=recipe.model.size
+        )
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from error
     runs, notes = as_it_runs(recipe, group, kernels=kernels, blocks=blocks)

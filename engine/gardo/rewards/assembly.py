@@ -12,8 +12,10 @@ from pydantic import Field
 from gardo import plugins
 from gardo.rewards._loading import one_copy_each
 from gardo.rewards.base import Reward, RewardSettings
+from gardo.rewards.judging.questions import Unanswered
 from gardo.rewards.panel import Panel
 from gardo.rewards.serving.calls import CallSettings
+from gardo.rewards.serving.chat import reach
 from gardo.rewards.serving.client import Remote, Server
 from gardo.rewards.serving.line import Address, checked_url
 from gardo.rewards.serving.wire import Pixels
@@ -55,12 +57,48 @@ def elsewhere(rewards: Mapping[str, RewardSettings]) -> Elsewhere:
 
     Those of an OpenAI-compatible endpoint ask it themselves.
     """
-    judges = {
-        f"{name}.judge": getattr(settings, "judge", None) for name, settings in rewards.items()
-    }
-    every = {**rewards, **{name: judge for name, judge in judges.items() if judge}}
+    every = with_judges(rewards)
     own = {name for name, its in every.items() if its.where == HERE or its.where.startswith(OPENAI)}
     return {name: settings for name, settings in every.items() if name not in own}
+
+
+def with_judges(rewards: Mapping[str, RewardSettings]) -> dict[str, RewardSettings]:
+    """The rewards, and the judges inside them as REWARD.judge."""
+    judges = {name: getattr(settings, "judge", None) for name, settings in rewards.items()}
+    return {**rewards, **{f"{name}.judge": judge for name, judge in judges.items() if judge}}
+
+
+def at_endpoints(rewards: Mapping[str, RewardSettings]) -> dict[str, RewardSettings]:
+    """The rewards and judges that ask an OpenAI-compatible endpoint."""
+    every = with_judges(rewards)
+    return {name: its for name, its in every.items() if its.where.startswith(OPENAI)}
+
+
+def reach_endpoints(rewards: Mapping[str, RewardSettings], where: str = "rewards.") -> None:
+    """ValueError, opening with its field, for the first endpoint where nobody answers."""
+    for name, settings in at_endpoints(rewards).items():
+        its: Any = settings
+        try:
+            reach(its.url, its.model, its.calls)
+        except Unanswered as error:
+            raise ValueError(f"{where}{name}.where: {error}") from None
+
+
+def meet_endpoints(
+    rewards: Mapping[str, RewardSettings], *, prompt: Prompt, size: tuple[int, int]
+) -> None:
+    """Asks each endpoint what `assemble` asks it when all is loaded; nothing loads for it.
+
+    ValueError, opening with its field.
+    """
+    for name, settings in at_endpoints(rewards).items():
+        (judge,) = load_rewards({name: settings}, torch.device("cpu")).values()
+        try:
+            judge.meet(prompt, size)
+        except ValueError as error:
+            raise settings.error_at(f"rewards.{name}", error) from None
+        finally:
+            judge.close()
 
 
 def worker_name(settings: RewardSettings) -> str | None:

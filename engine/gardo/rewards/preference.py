@@ -261,7 +261,10 @@ class Preference(Reward):
         return self.reward.costs()
 
     def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
-        self.reward.meet(prompt, size)
+        try:
+            self.reward.meet(prompt, size)
+        except ValueError as error:
+            raise self.settings.judge.error_at("judge", error) from None
 
     def close(self) -> None:
         self.reward.close()

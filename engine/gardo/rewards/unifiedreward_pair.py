@@ -5,7 +5,7 @@
         kind: preference
         role: proxy
         judge: {kind: unifiedreward_pair, form: think, where: "openai:http://gpu7:8000/v1",
-                model: CodeGoat24/UnifiedReward-2.0-qwen-7b}
+                model: CodeGoat24/UnifiedReward-Think-qwen-7b}
 
     1.5, think, flex    1 where the first is better, 0 where the second is, 0.5 for a tie
     2.0                 the first one's share, mean of alignment, coherence and style

@@ -182,6 +182,12 @@ class Judge(Reward):
         grey = torch.full((3, *size), 128, dtype=torch.uint8)
         if not self.remote:
             return
+        from gardo.rewards.serving.chat import reach
+
+        try:
+            reach(self.settings.url, self.settings.model, self.settings.calls)
+        except Unanswered as error:
+            raise ValueError(f"where: {error}") from None
         try:
             (said,) = self.voice.begin([self.question([grey] * self.asks, prompt)])()
         except Unanswered as error:

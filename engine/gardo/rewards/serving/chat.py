@@ -23,7 +23,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
@@ -42,6 +44,7 @@ from gardo.rewards.serving.wire import secret
 
 KEY = "GARDO_OPENAI_KEY"  # the environment variable
 TOP = 20  # most that endpoints give
+SOON = CallSettings(deadline=10, attempt=5, retries=2)  # to hear whether anybody is there
 
 
 class Chat:
@@ -156,6 +159,32 @@ class Chat:
             completion_tokens=_count(usage, "completion_tokens"),
             cut=not question.choices and choice.get("finish_reason") == "length",
         )
+
+
+def reach(url: str, model: str, calls: CallSettings) -> None:
+    """Unanswered, in seconds, where nobody answers at an endpoint: it is not running.
+
+    `calls` are for the patience of a run, which others wait for; here a user does.
+    """
+    line = Line(url, secret(KEY, os.environ.get(KEY)))
+    seconds = {"deadline": min(SOON.deadline, calls.deadline), "attempt": SOON.attempt}
+    tried = Caller(SOON.model_copy(update=seconds), Breaker(1, 0.0))
+
+    def ask(seconds: float) -> None:
+        with suppress(CallFailed):  # no list of models, or a key is wanted: somebody is there
+            line.ask("GET", "/models", seconds)
+
+    try:
+        tried(ask)
+    except CallFailed as error:
+        if not error.answered:
+            port = f" --port {number}" if (number := urlsplit(url).port) else ""
+            raise Unanswered(
+                f"{error}; start what serves {model} there, e.g. `vllm serve {model}{port}`, or "
+                "give another URL"
+            ) from None
+    finally:
+        line.close()
 
 
 def chances_of(choice: Any, choices: Sequence[str]) -> Mapping[str, float] | None:

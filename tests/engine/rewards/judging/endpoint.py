@@ -51,6 +51,11 @@ class Endpoint(ThreadingHTTPServer):
 class Connection(BaseHTTPRequestHandler):
     server: Endpoint
 
+    def do_GET(self) -> None:
+        """No list of models, as some have none; it is there."""
+        self.send_response(500)
+        self.end_headers()
+
     def do_POST(self) -> None:
         server = self.server
         with server.lock:
