@@ -10,10 +10,11 @@ is preferred with probability sigmoid(1). The training pictures' mean is 0.
 
 Which as an auxiliary of GARDO's gate: `lower`. The gate looks for images that the proxy ranks
 higher than the auxiliaries do. Beside a proxy `mean` of the same fit, `lower` ranks alike wherever
-the heads agree, so U is 0 there, and lower exactly where the heads disagree on what the proxy
-likes: far from the pictures of the fit, where a high score is a guess. `spread` knows nothing of
-the score: beside the proxy its U is high for every image that the proxy likes, sure or not. It is
-for reports (role: held_out), and as one auxiliary among others.
+the heads agree, so U is 0 there, and lower where they disagree on what the proxy likes: far from
+the pictures of the fit, where a high score is a guess. Only ranks count: a picture that stays on
+top with `pessimism` deviations taken off is not gated, so that is 3 by default. `spread` knows
+nothing of the score: beside the proxy its U is high for every image that the proxy likes, sure or
+not. It is for reports (role: held_out), or one auxiliary among others.
 
 A folder has `fitted.json` and `heads.safetensors`; the first names the model of the features.
 Verified: what the fit computed is what the reward gives, on tiny random models of the real classes.
@@ -108,7 +109,9 @@ class FittedSettings(ModelRewardSettings):
     statistic: Literal["mean", "lower", "spread"] = Field(
         "mean", description="of the heads: their mean; mean - pessimism * std, for the gate; -std"
     )
-    pessimism: float = Field(1.0, ge=0, le=100, description="of statistic lower")
+    pessimism: float = Field(
+        3.0, ge=0, le=100, description="of lower: standard deviations that are taken off"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
