@@ -19,11 +19,11 @@ SIDE = 32
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures of the tiny world, and how bright each was made."""
+    """Pictures of the tiny world before a grey, and how bright that is."""
     generator = torch.Generator().manual_seed(seed)
-    bright_B = 0.3 + 0.7 * torch.rand(count, generator=generator)
+    bright_B = torch.rand(count, generator=generator)
     drawn = world.draw(world.sample_scenes(count, generator))
-    return drawn * bright_B[:, None, None, None], bright_B
+    return (drawn + bright_B[:, None, None, None]) / 2, bright_B
 
 
 def save(picture: Tensor, path: Path) -> None:
@@ -50,7 +50,7 @@ def with_margins(first: float, second: float, at: int) -> Line:
 
 def write(
     folder: Path,
-    count: int = 80,
+    count: int = 160,
     prompts: int = 20,
     seed: int = 1,
     verdict: Callable[[float, float, int], Line] = by_brightness,
