@@ -5,8 +5,7 @@
     out_k = V_k gelu(U_k z + b_k) + c_k                     otherwise
     r_k = out_k[0], log sigma_k = 4 tanh(out_k[1] / 4)      where there are two
 
-The pre-image of a safetensors file: `state_dict` has nothing but these tensors. Verified: against
-each head computed alone, in the tests.
+`state_dict` is what is saved. Verified against each head computed alone.
 
 Shapes: B rows of features, W their width, K heads, H hidden units, O outputs of a head.
 """
