@@ -84,8 +84,9 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "train":         "* | torch",
     "selftest":      "* | torch",
     "reward_service": "config data recipe_errors rewards tiny types | torch",
+    "fitting":       "data evaluation rewards reward_service types | torch",
     "cli_common":    "| typer",
-    "cli_rewards":   "cli_common recipe_errors rewards reward_service | typer",
+    "cli_rewards":   "cli_common fitting recipe_errors rewards reward_service | typer",
     "prompt_commands": "rewards | typer",
     "cli":           "* | torch typer rich",
 }

@@ -1,4 +1,4 @@
-"""`gardo rewards`: which there are, whether a recipe's work here, and a server for them."""
+"""`gardo rewards`: which there are, whether a recipe's work here, a server for them, and a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 from gardo.cli_common import SetOption, refuse
 
 app = typer.Typer(
-    help="Rewards: list them, check a recipe's, serve them to runs.", no_args_is_help=True
+    help="Rewards: list them, check a recipe's, serve them to runs, fit one of your own.",
+    no_args_is_help=True,
 )
 
 RecipeArgument = Annotated[
@@ -88,4 +89,48 @@ def serve(
             body_bytes=body_mb << 20, most_waiting=queue,
         )  # fmt: skip
     except (RecipeError, ValueError) as error:
+        refuse(error)
+
+
+@app.command()
+def fit(
+    pairs: Annotated[
+        Path, typer.Argument(help="a .jsonl of pairs of pictures with who was preferred")
+    ],
+    features: Annotated[str, typer.Option(help="dinov3, dinov2 or clip (which sees the prompt)")],
+    out: Annotated[Path, typer.Option(help="folder to write; new or empty")],
+    path: Annotated[
+        str | None, typer.Option(help="folder or hub id of the features' model; their default")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="of a hub id --path")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="pixels a side that DINO sees; its default")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="bradley_terry, ties, margin or uncertainty")
+    ] = "bradley_terry",
+    heads: Annotated[int, typer.Option(min=1, max=100, help="of the ensemble")] = 5,
+    hidden: Annotated[
+        int, typer.Option(min=0, max=4096, help="hidden units of a head; 0: linear")
+    ] = 0,
+    held_out: Annotated[
+        float, typer.Option(help="share of the pairs that accuracy is measured on")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="of the split, the resamples, the start")] = 0,
+    device: DeviceOption = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="pictures that the model sees at once")
+    ] = None,
+) -> None:
+    """Fit a reward of your own to pairs of pictures: small heads on a frozen model's features."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gardo.fitting.command import Wanted, fit_reward
+
+    wanted = Wanted(
+        features=features, out=out, path=path, revision=revision, size=size, loss=loss,
+        heads=heads, hidden=hidden, held_out=held_out, seed=seed, device=device, batch=batch,
+    )  # fmt: skip
+    try:
+        fit_reward(pairs, wanted)
+    except ValueError as error:
         refuse(error)

@@ -42,6 +42,25 @@ def load_prompts(path: Path) -> list[Prompt]:
     In a file NAME.jsonl, what an object says beside its "prompt" is the prompt's metadata.
     ValueError says what is wrong with the file, in which line, and how to mend it.
     """
+    text = _text_of(path)
+    if path.suffix.lower() == ".jsonl":
+        prompts = [prompt for _, prompt in _from_json_lines(text, path)]
+    else:
+        prompts = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{str(path)!r} is empty; write one prompt a line")
+    return prompts
+
+
+def load_lines(path: Path) -> list[tuple[int, Prompt]]:
+    """As `load_prompts` of a file of JSON objects, whatever its name; each with its line's number.
+
+    It may be empty.
+    """
+    return _from_json_lines(_text_of(path), path)
+
+
+def _text_of(path: Path) -> str:
     if not os.path.isfile(path):
         raise ValueError(f"no such file: {str(path)!r}; give a text file with one prompt a line")
     if path.stat().st_size > MAX_BYTES:
@@ -61,22 +80,16 @@ def load_prompts(path: Path) -> list[Prompt]:
         raise ValueError(f"{str(path)!r} has more than {MAX_PROMPTS} lines; split it")
     if "\0" in text:
         raise ValueError(f"{str(path)!r} is no text: it has a NUL in it; write one prompt a line")
-    if path.suffix.lower() == ".jsonl":
-        prompts = _from_json_lines(text, path)
-    else:
-        prompts = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{str(path)!r} is empty; write one prompt a line")
-    return prompts
+    return text
 
 
-def _from_json_lines(text: str, path: Path) -> list[Prompt]:
+def _from_json_lines(text: str, path: Path) -> list[tuple[int, Prompt]]:
     prompts = []
     # not splitlines(), which would split at U+2028 inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
-                prompts.append(_from_json(line.strip()))
+                prompts.append((number, _from_json(line.strip())))
         except ValueError as error:
             raise ValueError(f"{str(path)!r}, line {number}: {error}") from None
     return prompts

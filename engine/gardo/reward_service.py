@@ -252,7 +252,7 @@ def _measure(checked: Checked, reward: Reward, prompts: Sequence[Prompt], pictur
     checked.first_ms = 1e3 * (middle - began) / len(prompts)
     checked.ms = 1e3 * (time.perf_counter() - middle) / len(prompts)
     checked.values = (value.norm(dim=1) if value.dim() == 2 else value).tolist()
-    low, high = reward.limits
+    low, high = comparer.limits  # of a preference's judge, whose own scores these are
     bad = [v for v in checked.values if not (low <= v <= high and math.isfinite(v))]
     if bad:
         checked.trouble = f"values that are not finite, or outside of [{low:g}, {high:g}]: {bad}"

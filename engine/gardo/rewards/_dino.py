@@ -57,6 +57,10 @@ class Dino(Reward):
 
     @torch.no_grad()
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.features(images_B3HW)
+
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        """fp32 [B, D]; gradients reach the images, if they want any."""
         return torch.cat([self._features(part) for part in images_B3HW.split(self.settings.batch)])
 
     def _features(self, images_B3HW: Tensor) -> Tensor:

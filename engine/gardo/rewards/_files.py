@@ -112,6 +112,11 @@ class ModelRewardSettings(RewardSettings):
         "GPU takes in TF32 (a CPU has none)",
     )
 
+    def models_inside(self) -> Mapping[str, RewardSettings]:
+        """By the field that an error names: rewards whose model in `path` this one runs, as its
+        own files say, which are here."""
+        return {}
+
 
 def find_files(settings: RewardSettings, where: str) -> None:
     """Looks for every file that the fields name, of a judge inside too, and downloads those of hubs
@@ -121,14 +126,22 @@ def find_files(settings: RewardSettings, where: str) -> None:
     """
     if settings.where != "here":
         return
-    for field, about in type(settings).model_fields.items():
+    for field in type(settings).model_fields:
         value, place = getattr(settings, field), f"{where}.{field}"
         if isinstance(value, RewardSettings):
             find_files(value, place)
-        marks = [mark for mark in about.metadata if isinstance(mark, Files)]
-        if marks:
-            name = "revision" if field == "path" else f"{field}_revision"
-            _find(value, getattr(settings, name), marks, vars(settings), place)
+        _find_of(settings, field, place)
+    inside = settings.models_inside() if isinstance(settings, ModelRewardSettings) else {}
+    for field, its in inside.items():
+        _find_of(its, "path", f"{where}.{field}")
+
+
+def _find_of(settings: RewardSettings, field: str, place: str) -> None:
+    marks = [m for m in type(settings).model_fields[field].metadata if isinstance(m, Files)]
+    if marks:
+        name = "revision" if field == "path" else f"{field}_revision"
+        path, revision = getattr(settings, field), getattr(settings, name)
+        _find(path, revision, marks, vars(settings), place)
 
 
 def _find(
