@@ -22,9 +22,9 @@ from gardo.planner.scorers import scorer
 from gardo.rewards._files import find_files
 from gardo.rewards._head_features import FEATURES
 from gardo.rewards.assembly import load_rewards
-from gardo.rewards.base import Panel
 from gardo.rewards.dinov3 import Dinov3Settings
 from gardo.rewards.fitted import Fitted, FittedSettings, read_fit
+from gardo.rewards.panel import Panel
 from gardo.types import Prompt
 from tests.engine.config.recipe import refusal, written
 from tests.engine.fitting import drawn
