@@ -4,7 +4,7 @@
 
 Each recipe as it stands on 8 GPUs of 80 GB; those that train a LoRA also on 1 of 80 GB and on 1 of
 24 GB, with the settings that the plan advises there. Nothing is measured and nothing is downloaded.
-Writes benchmarks/results/plan.csv and the table.
+Writes benchmarks/results/plan.csv and the table; of recipes that are named, their rows alone.
 """
 
 from __future__ import annotations
@@ -92,8 +92,11 @@ def main() -> None:
         for row in rows_of(path):
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    if options.recipes:
-        return
+    if options.recipes:  # the rows of the others stay
+        with open(RESULTS, newline="", encoding="utf-8") as file:
+            measured = {row["recipe"] for row in rows}
+            rows += [row for row in csv.DictReader(file) if row["recipe"] not in measured]
+        rows.sort(key=lambda row: row["recipe"])
     with open(RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
