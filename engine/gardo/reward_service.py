@@ -25,7 +25,6 @@ from gardo.recipe_errors import RecipeError
 from gardo.rewards._files import find_files
 from gardo.rewards._loading import quiet_transformers
 from gardo.rewards.assembly import (
-    OPENAI,
     ScoringSettings,
     Workers,
     assemble,
@@ -33,6 +32,7 @@ from gardo.rewards.assembly import (
     load_rewards,
 )
 from gardo.rewards.base import Reward, RewardSettings, provides
+from gardo.rewards.serving.chat import OPENAI
 from gardo.rewards.serving.wire import TOKEN, secret
 from gardo.tiny import world
 from gardo.types import Prompt

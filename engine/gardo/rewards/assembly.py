@@ -15,7 +15,7 @@ from gardo.rewards.base import Reward, RewardSettings
 from gardo.rewards.judging.questions import Unanswered
 from gardo.rewards.panel import Panel
 from gardo.rewards.serving.calls import CallSettings
-from gardo.rewards.serving.chat import reach
+from gardo.rewards.serving.chat import OPENAI, reach
 from gardo.rewards.serving.client import Remote, Server
 from gardo.rewards.serving.line import Address, checked_url
 from gardo.rewards.serving.wire import Pixels
@@ -23,7 +23,7 @@ from gardo.rewards.serving.workers import Worker, WorkerSettings
 from gardo.settings import Strict
 from gardo.types import Prompt
 
-HERE, WORKER, OPENAI = "here", "worker", "openai:"
+HERE, WORKER = "here", "worker"
 
 
 class ScoringSettings(Strict):

@@ -50,7 +50,7 @@ class UnifiedReward(Grader):
         asked = UNIFIED_POINT[self.settings.version]
         if self.settings.aspect == "mean":
             return asked.reader, asked.max_tokens
-        return Scores((self.settings.aspect.capitalize(),), 1.0, 5.0), asked.max_tokens
+        return Scores((f"{self.settings.aspect} Score",), 1.0, 5.0), asked.max_tokens
 
     def text(self, prompt: str) -> str:
         return UNIFIED_POINT[self.settings.version].text.format(prompt=prompt)

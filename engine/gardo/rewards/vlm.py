@@ -3,10 +3,11 @@
     rewards:
       grade: {kind: vlm, role: auxiliary, where: "openai:http://gpu7:8000/v1", model: Qwen/...}
 
-    value = (grade - low) / (high - low)       the grade: the last number that `answer` finds
+    value = (grade - low) / (high - low)       the grade: the number behind the last `Grade:`
 
 The model is shown the picture and the prompt, between marks and as data to be judged, and asked
-for a grade; `question` and `answer` (a regular expression with one group) may be others. An answer
+for a grade; `question` may be another, and `answer` a regular expression, whose one group finds the
+grade; the last that it finds counts. An answer
 without a grade, or with one out of range, is NaN: the image is masked. An endpoint's key, if it
 wants one, is the environment variable GARDO_OPENAI_KEY.
 
@@ -22,11 +23,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gardo.rewards.base import About
 from gardo.rewards.judging.base import Grader, JudgeSettings, template
-from gardo.rewards.judging.readers import Number
-from gardo.rewards.judging.templates import GRADE, GRADE_ANSWER
+from gardo.rewards.judging.readers import Pattern, Reader, Scores
+from gardo.rewards.judging.templates import GRADE
 
 
-def _one_group(pattern: str) -> str:
+def _one_group(pattern: str | None) -> str | None:
+    if pattern is None:
+        return None
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -38,11 +41,11 @@ def _one_group(pattern: str) -> str:
 
 class VlmSettings(JudgeSettings):
     kind: Literal["vlm"] = "vlm"
-    question: Annotated[str, template("low", "high")] = Field(
+    question: Annotated[str, template(low=1.0, high=1.0)] = Field(
         GRADE, description="after the prompt; may have {low} and {high}"
     )
-    answer: Annotated[str, AfterValidator(_one_group)] = Field(
-        GRADE_ANSWER, description="a regular expression whose one group is the grade"
+    answer: Annotated[str | None, AfterValidator(_one_group)] = Field(
+        None, description="a regular expression whose one group is the grade, if not `Grade: N`"
     )
     low: float = 1.0
     high: float = 5.0
@@ -63,9 +66,11 @@ class Vlm(Grader):
         "protocol and parsing; no published model",
     )
 
-    def reading(self) -> tuple[Number, int]:
+    def reading(self) -> tuple[Reader, int]:
         its = self.settings
-        return Number(its.answer, its.low, its.high, unit=True), 256
+        if its.answer is None:
+            return Scores(("Grade",), its.low, its.high, unit=True), 256
+        return Pattern(its.answer, its.low, its.high), 256
 
     def text(self, prompt: str) -> str:
         its = self.settings

@@ -36,7 +36,7 @@ from gardo.rewards.judging.templates import ALIGNED, ASPECT, REFERENCE, YES_NO
 from gardo.settings import model_path
 from gardo.types import Prompt
 
-Question = Annotated[str, template("prompt", "aspect")]
+Question = Annotated[str, template(prompt="a", aspect="a")]
 
 
 class YesNoSettings(JudgeSettings):
@@ -100,8 +100,11 @@ class YesNo(Grader):
         if settings.references is None or settings.where.startswith("http"):
             return  # of a server, the folder is there
         file = Path(model_path(settings.references)) / reference_of(prompt)
-        if not file.is_file():
-            raise ValueError(f"{prompt!r}: no reference picture {str(file)!r}")
+        try:
+            with _opened(file):
+                pass
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{prompt!r}: no reference picture {str(file)!r}: {error}") from None
 
 
 def yes_or_no(settings: Any) -> Choices:
@@ -119,9 +122,20 @@ def reference_of(prompt: Prompt) -> str:
     return name
 
 
+def _opened(file: Path) -> Image.Image:
+    """A picture of 8 bits, its header read. OSError, ValueError."""
+    try:
+        picture = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    if picture.mode[0] in "IF":  # 16 bits and more: converting would clip them
+        raise ValueError(f"mode {picture.mode}; it must have 8 bits")
+    return picture
+
+
 def _picture(file: Path) -> Tensor:
     """uint8 [3, H, W]. OSError, ValueError."""
-    with Image.open(file) as picture:
+    with _opened(file) as picture:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 

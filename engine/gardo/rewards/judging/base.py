@@ -23,27 +23,27 @@ from torch import Tensor
 from gardo.rewards._files import MODEL_WEIGHTS, TOKENIZER_FILES, ConfigFolder, ModelRewardSettings
 from gardo.rewards.base import Held, Pending, Reward
 from gardo.rewards.judging.questions import Answer, Question, Unanswered, Voice, as_data, mark_of
-from gardo.rewards.judging.readers import Reader, Unreadable
+from gardo.rewards.judging.readers import Reader
 from gardo.rewards.judging.templates import SYSTEM
 from gardo.rewards.serving.calls import CallSettings, first_line
+from gardo.rewards.serving.chat import OPENAI, Chat, reach
 from gardo.rewards.serving.line import checked_url
 from gardo.types import Prompt
 
-OPENAI = "openai:"
 COSTS = (
     "questions", "known", "unanswered", "unreadable", "prompt_tokens", "completion_tokens",
     "seconds", "longest",
 )  # fmt: skip
 
 
-def template(*names: str) -> AfterValidator:
-    """Of a field: a text that is filled in with these names, as str.format does."""
+def template(**samples: str | float) -> AfterValidator:
+    """Of a field: a text that is filled in with values like these, as str.format does."""
 
     def check(text: str) -> str:
         try:
-            text.format(**dict.fromkeys(names, 1.0))
+            text.format(**samples)
         except (ValueError, LookupError, AttributeError, TypeError):
-            shown = " and ".join(f"{{{name}}}" for name in names)
+            shown = " and ".join(f"{{{name}}}" for name in samples)
             raise ValueError(
                 f"only {shown} are filled in; write other braces twice: {{{{ and }}}}"
             ) from None
@@ -74,11 +74,13 @@ class JudgeSettings(ModelRewardSettings):
     max_tokens: int | None = Field(
         None, ge=1, description="of an answer; what the question needs if left out"
     )
-    parallel: int = Field(16, ge=1, le=1024, description="questions at a time, of an endpoint")
+    parallel: int = Field(
+        16, ge=1, le=1024, description="questions at a time that each rank asks an endpoint"
+    )
     cache: int = Field(
         4096, ge=0, description="answers of an endpoint that are kept, for the same question again"
     )
-    calls: CallSettings = CallSettings()
+    calls: CallSettings = CallSettings(deadline=300, attempt=240)  # reasoning takes minutes
 
     @model_validator(mode="after")
     def _someone_answers(self) -> Self:
@@ -89,6 +91,12 @@ class JudgeSettings(ModelRewardSettings):
                 raise ValueError(f"where: {error}") from None
             if self.model is None:
                 raise ValueError("model: is missing; give the name that the endpoint has for it")
+            if self.path:
+                raise ValueError(f"path: {self.path!r}: the endpoint has the model; leave it out")
+        elif self.model is not None:
+            raise ValueError(
+                f"model: {self.model!r} is an endpoint's; give path, or where: openai:URL"
+            )
         elif not self.path and not self.where.startswith("http"):  # a server knows its own
             raise ValueError(
                 "path: is missing; give a Qwen2-VL or Qwen2.5-VL, or where: openai:URL and model"
@@ -134,10 +142,12 @@ class Judge(Reward):
         self.reader, needed = self.reading()
         self.max_tokens = settings.max_tokens or needed
         self.limits = self.reader.limits
+        if settings.max_tokens and self.reader.choices:
+            raise ValueError("max_tokens: the first token of the answer is read; leave it out")
         self.voice = _voice(settings, device)
         self._trouble = ""
         self._exchange: Exchange | None = None
-        self._costs = dict.fromkeys(COSTS, 0.0)
+        self._costs: dict[str, float] = dict.fromkeys(COSTS, 0)
 
     def reading(self) -> tuple[Reader, int]:
         """How answers are read, and how many tokens they may need."""
@@ -152,18 +162,13 @@ class Judge(Reward):
         return shown
 
     @property
-    def choices(self) -> tuple[str, ...]:
-        """Words whose probabilities are read; none, where the answer's text is."""
-        return tuple(getattr(self.reader, "values", ()))
-
-    @property
     def remote(self) -> bool:
         return bool(self.settings.where.startswith(OPENAI))
 
     @property
     def at_once(self) -> int:
         """Pairs that are worth asking together."""
-        return 4 * self.settings.parallel if self.remote else self.settings.batch
+        return min(64, 4 * self.settings.parallel) if self.remote else 0
 
     @property
     def trouble(self) -> str:
@@ -174,16 +179,14 @@ class Judge(Reward):
         return str(self._exchange or "")
 
     def costs(self) -> dict[str, float] | None:
-        said, self._costs = self._costs, dict.fromkeys(COSTS, 0.0)
+        said, self._costs = self._costs, dict.fromkeys(COSTS, 0)
         return said
 
     def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
         """ValueError, where the endpoint does not answer as this judge needs it."""
-        grey = torch.full((3, *size), 128, dtype=torch.uint8)
         if not self.remote:
             return
-        from gardo.rewards.serving.chat import reach
-
+        grey = torch.full((3, *size), 128, dtype=torch.uint8)
         try:
             reach(self.settings.url, self.settings.model, self.settings.calls)
         except Unanswered as error:
@@ -205,10 +208,10 @@ class Judge(Reward):
     def question(self, shown: Sequence[Tensor], prompt: Prompt) -> Question:
         """Unanswered, where something that it shows cannot be had."""
         pictures = self.pictures(shown, prompt)
-        mark = mark_of(prompt.encode(errors="replace"), *(p.numpy().tobytes() for p in pictures))
+        mark = mark_of(prompt)
         text = self.text(f"{mark}\n{as_data(prompt)}\n{mark}")
-        system = SYSTEM.format(mark=mark)
-        return Question(system, (*pictures, text), self.choices, self.max_tokens)
+        system = SYSTEM.format(mark=mark) if mark in text else ""
+        return Question(system, (*pictures, text), self.reader.choices, self.max_tokens)
 
     def begin_questions(self, shown: Sequence[Tensor], prompts: Sequence[Prompt]) -> Pending:
         """Asks about rows of float pictures [B, 3, H, W], `asks` of them; waits for values [B]."""
@@ -220,7 +223,7 @@ class Judge(Reward):
         for row in (i for i, ok in enumerate(good) if ok):
             try:
                 asked[row] = self.question([p[row] for p in bytes_], prompts[row])
-            except Unanswered as error:
+            except Exception as error:  # whatever it is: other ranks would wait for this one
                 self._trouble = first_line(error)
         wait = self.voice.begin(list(asked.values()))
 
@@ -235,17 +238,19 @@ class Judge(Reward):
     def _value(self, question: Question, answer: Answer | Unanswered) -> float:
         value, why, costs = torch.nan, "", self._costs
         costs["questions"] += 1
+        known = isinstance(answer, Answer) and answer.known
+        costs["known"] += known
+        if not known:
+            costs["seconds"] += answer.seconds
+            costs["longest"] = max(costs["longest"], answer.seconds)
         try:
             if isinstance(answer, Unanswered):
                 raise answer
-            costs["known"] += answer.known
-            if not answer.known:
+            if not known:
                 costs["prompt_tokens"] += answer.prompt_tokens
                 costs["completion_tokens"] += answer.completion_tokens
-                costs["seconds"] += answer.seconds
-                costs["longest"] = max(costs["longest"], answer.seconds)
             value = self.reader(answer)
-        except (Unanswered, Unreadable) as error:
+        except Exception as error:  # of a reader too: other ranks would wait for this one
             costs["unanswered" if isinstance(error, Unanswered) else "unreadable"] += 1
             why = self._trouble = first_line(error)
         if self._exchange is None or not why:
@@ -281,17 +286,16 @@ class Comparer(Judge):
 def _voice(settings: JudgeSettings, device: torch.device) -> Voice:
     """ValueError, opening with the field."""
     if settings.where.startswith(OPENAI):
-        from gardo.rewards.serving.chat import Chat
-
         return Chat(
             settings.url, settings.model or "", settings.calls,
             parallel=settings.parallel, cache=settings.cache,
         )  # fmt: skip
     from gardo.rewards.judging.local import LocalVoice
 
+    most = settings.most_pixels
     return LocalVoice(
         settings.path, settings.revision, settings.dtype, device,
-        batch=settings.batch, min_pixels=56 * 56, max_pixels=settings.most_pixels,
+        batch=settings.batch, min_pixels=min(56 * 56, most), max_pixels=most,
     )  # fmt: skip
 
 

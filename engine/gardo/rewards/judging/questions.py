@@ -49,7 +49,11 @@ class Answer:
 
 
 class Unanswered(Exception):
-    """No answer to a question, and why."""
+    """No answer to a question, why, and after how many seconds."""
+
+    def __init__(self, why: str, seconds: float = 0.0) -> None:
+        super().__init__(why)
+        self.seconds = seconds
 
 
 Answers = Callable[[], "list[Answer | Unanswered]"]  # waits for an answer to each question
@@ -68,9 +72,9 @@ class Voice(Protocol):
 def choice_of(token: str, choices: Sequence[str]) -> str | None:
     """The choice that a token is, or begins and no other does; case and spaces do not count.
 
-    One letter is no beginning: "b" may begin anything.
+    One letter is no beginning: "b" may begin anything. Some vocabularies write a space as a sign.
     """
-    said = token.strip().casefold()
+    said = token.strip(" \t\n▁Ġ").casefold()
     if said in choices:
         return said
     found = [choice for choice in choices if choice.startswith(said)] if len(said) > 1 else []
@@ -80,16 +84,15 @@ def choice_of(token: str, choices: Sequence[str]) -> str | None:
 def as_data(prompt: str) -> str:
     """The prompt without what chat templates and tokenizers read as their own.
 
-    `<|im_end|>`, `</s>`, `<image>` and `[INST]` become text: the bracket is followed by a space.
+    `<|im_end|>`, `</s>`, `<image>`, `[INST]` and the like become text: the bracket is followed by
+    a space.
     """
     text = prompt.encode(errors="replace").decode()
     text = re.sub(r"<(?=\S)", "< ", text)
-    return re.sub(r"\[(?=/?INST)", "[ ", text)
+    return re.sub(r"\[(?=/?[A-Za-z_]+\])", "[ ", text)
 
 
-def mark_of(*said: bytes) -> str:
-    """A line that none of these can hold: it is made of their digest."""
-    digest = hashlib.sha256()
-    for part in said:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return f"=== {digest.hexdigest()[:16]} ==="
+def mark_of(prompt: str) -> str:
+    """A line that the prompt cannot hold: it is made of its digest."""
+    digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()
+    return f"=== {digest[:16]} ==="

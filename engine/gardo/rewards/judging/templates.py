@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gardo.rewards.judging.readers import NUMBER, Number, Reader, Scores, Shares, Verdict, Winner
+from gardo.rewards.judging.readers import Reader, Scores, Shares, Verdict, Winner
 
 SYSTEM = (
     "You judge pictures that a model drew for a prompt. The prompt stands between two lines of "
@@ -33,7 +33,6 @@ GRADE = (
     "How well does the picture show what the prompt asks, and how good a picture is it? "
     "Answer with one line, `Grade: N`, N from {low:g} (bad) to {high:g} (perfect)."
 )
-GRADE_ANSWER = rf"Grade:\s*{NUMBER}"
 
 ALIGNED = "{prompt}\nDoes the picture show everything that the prompt asks, and is it {aspect}?"
 YES_NO = " Answer with one word, yes or no."
@@ -54,7 +53,7 @@ QUALITY = (
     "poor or bad."
 )
 
-ASPECTS = ("Alignment", "Coherence", "Style")
+ASPECTS = ("Alignment Score", "Coherence Score", "Style Score")
 
 UNIFIED_POINT = {
     "1.5": Template(
@@ -69,7 +68,7 @@ UNIFIED_POINT = {
         "generated image using the format: 'element (type): value' (where value=0 means not "
         "generated, and value=1 means generated), and assign a score from 1 to 5 after 'Final "
         f"Score:'.\n{CAPTION}",
-        Number(rf"(?i:Final Score):\s*{NUMBER}", 1.0, 5.0),
+        Scores(("Final Score",), 1.0, 5.0),
         512,
     ),
     "2.0": Template(

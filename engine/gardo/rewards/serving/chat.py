@@ -5,8 +5,9 @@ Pictures travel as PNG, which loses nothing. Probabilities of words are those am
 likely tokens that the endpoint reports: one that ignores `logprobs` cannot answer such a question,
 and says nothing of it, so that has an error here.
 
-The same question is asked once: its answer is kept, by the digest of its bytes, and one that is on
-its way is waited for.
+The same question is asked once: its answer is kept, by the digest of its texts and pictures, and
+one that is on its way is waited for. A picture of several questions is made a PNG once, as long as
+the last PNG_BYTES hold it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,8 +43,10 @@ from gardo.rewards.serving.calls import (
 from gardo.rewards.serving.line import Line
 from gardo.rewards.serving.wire import secret
 
+OPENAI = "openai:"  # how `where` begins
 KEY = "GARDO_OPENAI_KEY"  # the environment variable
 TOP = 20  # most that endpoints give
+PNG_BYTES = 128 << 20
 SOON = CallSettings(deadline=10, attempt=5, retries=2)  # to hear whether anybody is there
 
 
@@ -60,32 +63,43 @@ class Chat:
         self._line = Line(url, secret(KEY, os.environ.get(KEY)))
         self._known: OrderedDict[bytes, Future[Answer]] = OrderedDict()
         self._most, self._lock = cache, threading.Lock()
+        self._pngs = Pngs(PNG_BYTES)
 
     def begin(self, questions: Sequence[Question]) -> Answers:
-        asked = [self._threads.submit(self._answered, question) for question in questions]
-        return lambda: [one.result() for one in asked]
+        try:
+            asked = [self._threads.submit(self._answered, question) for question in questions]
+        except RuntimeError:
+            over: list[Answer | Unanswered] = [Unanswered("the run is over")] * len(questions)
+            return lambda: over
+        return lambda: [_result(one) for one in asked]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._line.close()
 
     def _answered(self, question: Question) -> Answer | Unanswered:
+        began = time.monotonic()
         try:
-            body = json.dumps(self._asks(question)).encode()
-            digest = hashlib.sha256(body).digest()
+            digest = digest_of(question)
             mine, answer = self._place(digest)
             if not mine:
                 return dataclasses.replace(answer.result(), known=True)
             try:
-                answer.set_result(self._asked(question, body))
+                said = self._asked(question)
+                answer.set_result(dataclasses.replace(said, seconds=time.monotonic() - began))
             except BaseException as error:
                 self._forget(digest)
                 answer.set_exception(error)
             return answer.result()
-        except Unanswered as error:
-            return error
         except Exception as error:  # whatever it is: other ranks would wait for this one
-            return Unanswered(first_line(error))
+            return Unanswered(first_line(error), time.monotonic() - began)
+
+    def _said(self, body: bytes, seconds: float) -> bytes:
+        """The body of the answer. A refusal, and a failure that comes again, are the question's."""
+        try:
+            return self._line.ask("POST", "/chat/completions", seconds, body, "application/json")
+        except CallFailed as error:
+            raise CallFailed(str(error), answered=True) from None
 
     def _place(self, digest: bytes) -> tuple[bool, Future[Answer]]:
         """Where the answer to a question is or will be, and whether it is the caller's to get."""
@@ -108,7 +122,7 @@ class Chat:
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": as_png(part)}}
+            else {"type": "image_url", "image_url": {"url": self._pngs(part)}}
             for part in question.parts
         ]
         system = [{"role": "system", "content": question.system}] if question.system else []
@@ -121,26 +135,26 @@ class Chat:
             **chances,
         }
 
-    def _asked(self, question: Question, body: bytes) -> Answer:
-        began = time.monotonic()
-        try:
-            answer = self.caller(lambda seconds: self._sent(question, body, seconds))
-        except CallFailed as error:
-            raise Unanswered(str(error)) from None
-        return dataclasses.replace(answer, seconds=time.monotonic() - began)
+    def _asked(self, question: Question) -> Answer:
+        """CallFailed."""
+        body = json.dumps(self._asks(question)).encode()
+        return self.caller(lambda seconds: self._sent(question, body, seconds))
 
     def _sent(self, question: Question, body: bytes, seconds: float) -> Answer:
         line = self._line
-        said = line.ask("POST", "/chat/completions", seconds, body, "application/json")
+        said = self._said(body, seconds)
         try:
             answer = json.loads(said)
-            (choice, *_) = answer["choices"]
-            text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             begins = said[:200].decode(errors="replace")
             raise Transient(f"{line.url}: no chat completion: {begins!r}") from None
-        if not isinstance(text, str):
-            raise CallFailed(f"{line.url}: an answer without text", answered=True)
+        try:  # what is whole and no completion is so the next time too
+            (choice, *_) = answer["choices"]
+            text = text_of(choice["message"]["content"])
+        except (ValueError, LookupError, TypeError):
+            begins = said[:200].decode(errors="replace")
+            why = f"{line.url}: an answer without text: {begins!r}"
+            raise CallFailed(why, answered=True) from None
         usage = answer.get("usage")
         chances = None
         if question.choices:
@@ -194,20 +208,76 @@ def chances_of(choice: Any, choices: Sequence[str]) -> Mapping[str, float] | Non
         said = [(str(one["token"]), float(one["logprob"])) for one in top]
     except (LookupError, TypeError, ValueError):
         return None
-    if not said or not all(logprob <= 1e-6 for _, logprob in said):  # NaN too
+    if not said or not all(logprob <= 1e-3 for _, logprob in said):  # NaN too
         return None
     found = dict.fromkeys(choices, 0.0)
-    for token, logprob in said:
+    for token, logprob in dict(said).items():  # some list the token that was taken twice
         name = choice_of(token, choices)
         if name is not None:
-            found[name] += math.exp(logprob)
+            found[name] += math.exp(min(logprob, 0.0))
     return found
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which may come in parts. TypeError where there is none."""
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content if part.get("type") == "text"]
+    if not texts:
+        raise TypeError("no text")
+    return "".join(texts)
+
+
+def digest_of(question: Question) -> bytes:
+    """Of all that decides its answer, but the model."""
+    digest = hashlib.sha256(
+        repr((question.system, question.choices, question.max_tokens)).encode(errors="replace")
+    )
+    for part in question.parts:
+        data = part.encode(errors="replace") if isinstance(part, str) else raw(part)
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def raw(picture_3HW: Tensor) -> bytes:
+    return repr(picture_3HW.shape).encode() + picture_3HW.contiguous().numpy().tobytes()
+
+
+class Pngs:
+    """Data URLs of pictures, the last ones kept up to so many bytes; for many threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._known: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, picture_3HW: Tensor) -> str:
+        digest = hashlib.sha256(raw(picture_3HW)).digest()
+        with self._lock:
+            if found := self._known.get(digest):
+                self._known.move_to_end(digest)
+                return found
+        made = as_png(picture_3HW)
+        with self._lock:
+            if digest not in self._known:
+                self._known[digest] = made
+                self._bytes += len(made)
+            while self._bytes > self._most:
+                self._bytes -= len(self._known.popitem(last=False)[1])
+        return made
+
+
+def _result(asked: Future[Answer | Unanswered]) -> Answer | Unanswered:
+    try:
+        return asked.result()
+    except CancelledError:
+        return Unanswered("the run is over")
 
 
 def as_png(picture_3HW: Tensor) -> str:
     """A data URL of a picture, uint8 [3, H, W]."""
     file = io.BytesIO()
-    Image.fromarray(picture_3HW.permute(1, 2, 0).numpy()).save(file, "PNG")
+    Image.fromarray(picture_3HW.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

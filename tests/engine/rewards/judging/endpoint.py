@@ -37,6 +37,7 @@ class Endpoint(ThreadingHTTPServer):
         self.says: object = None
         self.hangs = 0.0
         self.logprobs = True
+        self.fails = ""  # what a prompt has that makes it fail
         self.every = 0  # so many questions make one with a foolish answer
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
@@ -70,6 +71,8 @@ class Connection(BaseHTTPRequestHandler):
         says = server.says
         if server.every and len(server.bodies) % server.every == 0:
             says = foolish()
+        if server.fails and server.fails in text_of(body):
+            says = 500
         if isinstance(says, int):
             self.send_response(says)
             self.end_headers()

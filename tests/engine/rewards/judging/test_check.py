@@ -66,7 +66,7 @@ def test_an_answer_that_cannot_be_read_is_shown_with_why(
 ) -> None:
     endpoint.says = "It is a fine picture."
     code, lines = checked(tmp_path, section(endpoint.where))
-    why = "no score in 'It is a fine picture.'"
+    why = "no Grade in 'It is a fine picture.'"
     assert code == 1 and lines[0].startswith("FAILED  it ") and lines[1].endswith(f"; {why}")
     assert "            It is a fine picture." in lines and f"        value: {why}" in lines
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from gardo.rewards.judging.questions import Answer
 from gardo.rewards.judging.readers import (
+    LONGEST,
     Choices,
-    Number,
+    Pattern,
     Scores,
     Shares,
     Unreadable,
@@ -50,48 +53,102 @@ GOOD = [
     (VERDICT, "The first has more detail. Image 1 is better.", 1.0),
     (VERDICT, "Image 2 is the better one? image 2 IS BETTER", 0.0),
     (VERDICT, "Both images are equally good.", 0.5),
-    (VERDICT, "Image 1 is better in colour, but in all Image 2 is better.", 0.0),
+    (VERDICT, "Image 1 has more colour. Overall, **Image 2** is slightly better.", 0.0),
+    (VERDICT, "Conclusion: Image 1 is better than Image 2.\nThat is all.", 1.0),
+    (VERDICT, "So I think that image 2 is the better image", 0.0),
     (THINK, "<think>Image 2 is better so far</think>\n<answer>Image 1 is better</answer>", 1.0),
     (THINK, "<think>...</think><answer> Image 2 is better. </answer>", 0.0),
+    (THINK, "<THINK>Image 2</THINK><Answer>'**Image 1 is better than Image 2**'</Answer>", 1.0),
+    (
+        THINK,
+        "<thinking><answer>Image 1 is better</answer></thinking><answer>image 2 is better</answer>",
+        0.0,
+    ),
+    *(
+        (FINAL, text, 4.0)
+        for text in (
+            "**Final Score:** 4",
+            "Final Score: **4**",
+            r"Final Score: $\boxed{4}$",
+            "Final score = 4.0",
+            "Final Score (1-5): 4",
+            "Final Score: [4]",
+            "Final Score: +4",
+            "Final Score: 4 / 5",
+            "Final Score: 4 out of 5, for the hat",
+            "Final Score: 4 - a good one",
+            "Final Score:\n4",
+            "Misfinal Score: 1\nFinal Score: 4, as said",
+        )
+    ),
+    (ACS, "**Alignment Score (1-5):** 3\n**Coherence Score (1-5):** **4**\nStyle Score: 5", 4.0),
+    (ACS, AXES.format(4, 4, 4) + "\nMisalignment Score: 1\nIncoherence Score: 1", 4.0),
+    (
+        SHARES,
+        "\n".join(
+            f"**{n} Score (0-1):** - **Image 1:** 60%, - Image 2: 40%"
+            for n in ("Alignment", "Coherence", "Style")
+        ),
+        0.6,
+    ),
+    (SHARES, PAIRS.format(".6", ".4", 0.6, 0.4, "0.6,", 0.4), 0.6),
+    (FLEX, 'Here {as asked}: {"winner": "Image 1."} {}', 1.0),
+    (FLEX, '{"winner": "Image 2 is better"}', 0.0),
     (FLEX, json.dumps(FLEXED), 0.0),
     (FLEX, f"```json\n{json.dumps(FLEXED, indent=2)}\n```", 0.0),
     (FLEX, '<think>{"winner": "Image 1"}</think>{"winner": " image 2"}', 0.0),
 ]
 
 BAD = [
-    (FINAL, "", "no score"),
-    (FINAL, "Score: 3", "no score"),
-    (FINAL, "Final Score: three", "no score"),
+    (FINAL, "", "no Final Score"),
+    (FINAL, "Score: 3", "no Final Score"),
+    (FINAL, "Final Score: three", "no number behind"),
+    (FINAL, "Final Score: 2. On reflection I raise it. Final Score: very high", "no number"),
+    *((FINAL, f"Final Score: 2\nFinal Score: {text}", "no number behind") for text in (
+        "3,5", "4/10", "4 out of 10", "3/4", "3⁄5", "4-5", "4 - 5", "2 to 3", "2 or 3", "5%",
+        "4 1/2", "1e9", "4.5.6", "nan", "5x", "four")),
     (FINAL, "Final Score: 0.5", "not in 1 to 5"),
     (FINAL, "Final Score: 50", "not in 1 to 5"),
     (FINAL, "Final Score: -3", "not in 1 to 5"),
-    (FINAL, "Final Score: 1e9", "no score"),
-    (FINAL, "Final Score: 4.5.6", "no score"),
-    (FINAL, "Final Score: nan", "no score"),
     (FINAL, "<think>Final Score: 5", "without an end"),
-    (FINAL, "<think>Final Score: 5</think> I cannot say.", "no score"),
+    (FINAL, "<think>Final Score: 5</think> I cannot say.", "no Final Score"),
+    (FINAL, "<think>a</think><think> Final Score: 1", "without an end"),
+    (FINAL, "<Thinking> Final Score: 1", "without an end"),
+    (FINAL, "Final Score: 4" + " " * LONGEST, "an answer of"),
     (ACS, "Alignment Score (1-5): 3\nStyle Score (1-5): 4", "no Coherence Score"),
     (ACS, AXES.format(3, 6, 3), "not in 1 to 5"),
     (SHARES, PAIRS.format(0.9, 0.9, 0.5, 0.5, 0.5, 0.5), "no shares of 1"),
+    (SHARES, PAIRS.format("60%", 0.4, 0.5, 0.5, 0.5, 0.5), "not in 0 to 1"),
+    (SHARES, PAIRS.format("0,6", "0,4", 0.5, 0.5, 0.5, 0.5), "no numbers of two images"),
     (SHARES, PAIRS.format(1.2, -0.2, 0.5, 0.5, 0.5, 0.5), "not in 0 to 1"),
     (SHARES, PAIRS.split("Style")[0].format(0.5, 0.5, 0.5, 0.5), "no Style Score"),
     (VERDICT, "I cannot compare them.", "no verdict"),
     (VERDICT, "Image 3 is better", "no verdict"),
     (VERDICT, "Image 1 is not better", "no verdict"),
     (VERDICT, "Image 12 is better", "no verdict"),
+    *((VERDICT, text, "no verdict") for text in (
+        "In alignment Image 1 is better, but overall Image 2 is slightly better.",
+        "I do not think that Image 1 is better.",
+        "It would be wrong to say Image 1 is better; the second wins.",
+        "Image 1 is better aligned, Image 2 has better quality. Overall Image 2 wins.",
+        "Image 1 is better.\nConclusion: Both images are equally bad.",
+        "Image 1 is better\nFinal answer: Image 2")),
+    (THINK, "<answer>Image 1 is better", "without its end"),
+    (THINK, "<answer>Image 2 is bad. Image 1 is better</answer>", "no verdict"),
     (THINK, "Image 1 is better", "0 <answer>, not one"),
-    (THINK, "<think>x</think><answer>Image 1</answer>", "no verdict in <answer>"),
+    (THINK, "<think>x</think><answer>Image 1</answer>", "no verdict in"),
     (THINK, "<answer>Image 1 is better</answer><answer>Image 2 is better</answer>", "2 <answer>"),
     (THINK, "<answer>Image 1 is better, or Image 2 is better</answer>", "no verdict in"),
     (THINK, "<think><answer>Image 1 is better</answer>", "without an end"),
     (FLEX, "Image 1 wins", "0 JSON objects"),
+    (FLEX, '{"winner": "Image 1", "n": ' + "1" * 5000 + "}", "no JSON object"),
     (FLEX, '{"winner": "Image 1"', "no JSON object"),
     (FLEX, '{"winner": 1}', "neither Image 1 nor"),
     (FLEX, '{"winner": "Image 1/2"}', "neither Image 1 nor"),
     (FLEX, '{"winner": "Image 1", "winner": "Image 2"}', "a key twice"),
     (FLEX, '{"winner": "Image 1"} {"winner": "Image 2"}', "2 JSON objects"),
-    (FLEX, '{"categories": [{"winner": "Image 1"}]}', "neither Image 1 nor"),
-    (FLEX, '{"a":' * 100_000, "no JSON object"),
+    (FLEX, '{"categories": [{"winner": "Image 1"}]}', "0 JSON objects"),
+    (FLEX, '{"a":' * 10_000, "no JSON object"),
 ]  # fmt: skip
 
 HOSTILE = (
@@ -134,7 +191,7 @@ def test_an_answer_that_was_cut_off_is_not_read(reader, text, _):
 
 
 @pytest.mark.parametrize(
-    "reader", [FINAL, ACS, SHARES, VERDICT, THINK, FLEX, Number(r"(.*)", 0, 1), YES_NO]
+    "reader", [FINAL, ACS, SHARES, VERDICT, THINK, FLEX, Pattern(r"(.*)", 0, 1), YES_NO]
 )
 @given(text=st.text())
 def test_any_text_is_read_or_unreadable(reader, text):
@@ -181,13 +238,24 @@ def test_messages_are_short():
     assert len(str(caught.value)) < 300
 
 
-def test_a_grade_may_be_a_share_of_its_range():
-    reader = Number(r"Grade: (\d+)", 1, 5, unit=True)
-    assert reader(Answer("Grade: 4")) == 0.75 and reader.limits == (0.0, 1.0)
+def test_a_grade_is_a_share_of_its_range():
+    assert Pattern(r"Grade: (\d+)", 1, 5)(Answer("Grade: 4")) == 0.75
+    assert Scores(("Grade",), 1, 5, unit=True)(Answer("grade: 4")) == 0.75
 
 
 def test_one_of_three_scores():
     text = AXES.format(1, 2, 3)
-    assert Scores(("Coherence",), 1, 5)(Answer(text)) == 2.0
-    assert Shares(("Style",))(Answer(PAIRS.format(0, 1, 0, 1, 0.75, 0.25))) == 0.75
+    assert Scores(("coherence Score",), 1, 5)(Answer(text)) == 2.0
+    assert Shares(("Style Score",))(Answer(PAIRS.format(0, 1, 0, 1, 0.75, 0.25))) == 0.75
     assert Verdict()(Answer("Image 1 is better")) == 1.0 and Winner().limits == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("reader", [FINAL, ACS, SHARES, VERDICT, THINK, FLEX])
+@pytest.mark.parametrize("unit", ["1", "<answer>", "Image 1 ", "{", '{"', "Final Score: ", "so "])
+def test_no_answer_takes_long_to_read(reader, unit):
+    """A rank that reads for minutes holds up the others."""
+    began = time.process_time()
+    text = "Final Score: Alignment Score: " + unit * (LONGEST // len(unit) - 10)
+    with suppress(Unreadable):
+        reader(Answer(text))
+    assert time.process_time() - began < 2
