@@ -190,7 +190,7 @@ class Engine(Ranks, Protocol):
 
 def gather_text(ranks: Ranks, text: str) -> list[str]:
     """What every rank says, in rank order; as bytes in a tensor, never pickled."""
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")  # a message may end in half of a pair
     size = ranks.agree_max(len(data))
     padded = torch.frombuffer(bytearray(data.ljust(size, b" ") or b" "), dtype=torch.uint8)
     rows = ranks.all_gather(padded.to(ranks.device)[None]).cpu()

@@ -92,18 +92,26 @@ class PairJudge:
         self.reward, self.batch = reward, batch
 
     def see(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return (images_B3HW.clamp(0, 1) * 255).round().to(torch.uint8)
+        """In 8 bits, which know no NaN: a row below says whether the picture was finite."""
+        good_B = images_B3HW.isfinite().flatten(1).all(1)
+        bytes_B3HW = (images_B3HW.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+        row = good_B.to(torch.uint8)[:, None, None, None].expand_as(bytes_B3HW[:, :, :1])
+        return torch.cat([bytes_B3HW, row], dim=2)
 
     def compare(
         self, seen: Tensor, first_N: Tensor, second_N: Tensor, prompts: Sequence[Prompt]
     ) -> Tensor:
+        seen, good_B = seen[:, :, :-1], seen[:, 0, -1, 0] > 0
         answers = [torch.empty(0, device=seen.device)]
         together = max(self.batch, self.reward.at_once)
         for part in torch.arange(len(prompts), device=seen.device).split(together):
+            if not len(part):  # a rank may have nothing to ask
+                continue
             texts = [prompts[i] for i in part.tolist()]
             first, second = seen[first_N[part]].float() / 255, seen[second_N[part]].float() / 255
             answers.append(self.reward.compare(first, second, texts).float())
         answer_N = torch.cat(answers)
+        answer_N = answer_N.where(good_B[first_N] & good_B[second_N], torch.nan)
         return within(answer_N, (0.0, 1.0))
 
 

@@ -197,3 +197,23 @@ def test_alone_it_scores_what_its_judge_scores() -> None:
     alone, failed = reward.score(squares([3, 255]), ["", ""]).tolist()
     assert alone == 3 and math.isnan(failed)
     assert not preference("Duel").scores_alone
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_picture_that_is_not_finite_meets_nobody(both):
+    """It has no value, and nobody gets one for having been shown beside it."""
+    reward = preference("Chess", both_orders=both)
+    images = squares([9, 255, 4, 6])
+    whole = preference("Chess", both_orders=both).score_together(
+        images[[0, 2, 3]], ["p"] * 3, place(3, 3)
+    )
+    images[1] = torch.nan
+    value = reward.score_together(images, ["p"] * 4, place(4, 4))
+    assert value[1].isnan() and torch.equal(value[[0, 2, 3]], whole)
+
+
+def test_a_rank_that_asks_nothing_asks_nothing():
+    judge = preference("Chess").judge
+    none = torch.zeros(0, dtype=torch.int64)
+    seen = judge.see(squares([1, 2]), ["p"] * 2)
+    assert judge.compare(seen, none, none, []).shape == (0,)

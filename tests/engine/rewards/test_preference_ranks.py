@@ -76,8 +76,9 @@ def test_ranks_change_no_bit(world: int, settings: dict[str, Any], judge: str) -
         assert sorted(asked) == sorted(alone.reward.asked)
         if settings.get("both_orders", True):
             assert len({len(r[1]) for r in ranks}) == 1
-        # images of 3 x 2 x 2 bytes, of the largest number that any rank has in a split group
+        # images of 3 x 2 x 2 bytes and a row that says whether they are finite, of the largest
+        # number that any rank has in a split group
         travelling = {2: 2, 3: 0, 6: 2}[world]
-        assert ranks[0][-1] == [travelling * 12] * world
+        assert ranks[0][-1] == [travelling * 18] * world
     else:
         assert ranks[0][-1] == [0] * world

@@ -147,6 +147,8 @@ class Remote(Reward):
         return self._begun("compare", [first_N3HW, second_N3HW], prompts)()
 
     def _begun(self, method: str, pictures: Sequence[Tensor], prompts: Sequence[Prompt]) -> Pending:
+        if not prompts:
+            return lambda: torch.empty(0, device=self.device)
         size = getattr(self.settings, "batch", len(prompts))
         pictures = [p.detach().cpu() for p in pictures]  # the copy waits for what made them
 
@@ -202,8 +204,15 @@ class Remote(Reward):
         """ValueError where the recipe says something of the reward that is not so there."""
         said = self.settings.model_dump(mode="json", exclude_unset=True)
         for field in sorted(said.keys() & theirs.keys()):
-            if said[field] != theirs[field]:
+            if not _as_said(said[field], theirs[field]):
                 raise ValueError(
                     f"{field}: {said[field]!r}, but {self.server.address} serves {self.name} with "
                     f"{theirs[field]!r}; say the same, or leave it out here"
                 )
+
+
+def _as_said(said: Any, theirs: Any) -> bool:
+    """Whether theirs is what is said, as far as something is said: of a section some fields are."""
+    if isinstance(said, dict) and isinstance(theirs, dict):
+        return all(_as_said(value, theirs.get(name)) for name, value in said.items())
+    return bool(said == theirs)

@@ -43,6 +43,7 @@ from gardo.rewards.base import Reward, provides
 from gardo.rewards.serving.batching import QueueFull, Scorer, WrongMethod
 from gardo.rewards.serving.wire import (
     CONTENT_TYPE,
+    OF_THE_CLIENT,
     TOKEN,
     BadBody,
     pack_answer,
@@ -55,7 +56,6 @@ from gardo.types import Prompt
 HELD_BODIES = 8  # so many of the largest bodies are held; one of 8-bit pictures becomes four
 MOST_CONNECTIONS = 1024
 GONE = "the client has gone"
-OF_THE_CLIENT = {"role", "weight", "every", "where"}  # of a reward's settings
 
 
 class ServeSettings(Strict):

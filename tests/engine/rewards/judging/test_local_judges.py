@@ -95,7 +95,7 @@ def test_in_a_worker_it_says_the_same_bits(folder):
     here = judge("yes_no", folder)
     images = pictures(3)
     sections = {"judge": {"kind": "yes_no", "role": "held_out", "path": folder, "where": "worker",
-                          **EXACT}}  # fmt: skip
+                          "calls": {"deadline": 60}, **EXACT}}  # fmt: skip
     settings, scoring = reward_sections(sections, "a test"), ScoringSettings()
     workers = Workers.start(settings, scoring)
     try:
