@@ -18,7 +18,7 @@ from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.chat import OPENAI, reach
 from gardo.rewards.serving.client import Remote, Server
 from gardo.rewards.serving.line import Address, checked_url
-from gardo.rewards.serving.wire import OF_THE_CLIENT, Pixels
+from gardo.rewards.serving.wire import Pixels
 from gardo.rewards.serving.workers import Worker, WorkerSettings
 from gardo.settings import Strict
 from gardo.types import Prompt
@@ -170,7 +170,7 @@ class Workers:
 
 def served_settings(settings: RewardSettings) -> dict[str, Any]:
     """What a server is told of a reward: as JSON, without what is the client's."""
-    said = settings.model_dump(mode="json", exclude=OF_THE_CLIENT)
+    said = settings.model_dump(mode="json", exclude=settings.of_the_client)
     judge = getattr(settings, "judge", None)
     return said if judge is None else {**said, "judge": served_settings(judge)}
 

@@ -33,6 +33,7 @@ Role = Literal["proxy", "auxiliary", "held_out", "features"]
 class RewardSettings(Strict):
     """What every reward may be told; a reward's own file adds its fields."""
 
+    of_the_client: ClassVar[set[str]] = {"role", "weight", "every", "where"}  # no server's matter
     kind: str
     role: Role
     weight: float = Field(1.0, description="share in the sum of the proxies")

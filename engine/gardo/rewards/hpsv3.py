@@ -245,7 +245,7 @@ class Hpsv3(Reward):
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         tokens = self.pixels.tokens(*images_B3HW.shape[-2:])
         turns = {prompt: self.turn(str(prompt), tokens) for prompt in dict.fromkeys(prompts)}
-        values, size = [], self.settings.batch
+        values, size = [torch.empty(0, device=self.device)], self.settings.batch
         for at in range(0, len(prompts), size):
             part = [turns[prompt] for prompt in prompts[at : at + size]]
             values.append(self._values(images_B3HW[at : at + size], part))

@@ -280,6 +280,8 @@ class Preference(Reward):
     @classmethod
     def holds(cls, settings: PreferenceSettings) -> list[Held] | None:
         judge: Any = settings.judge
+        if judge.where != "here":
+            return []
         found: list[Held] | None = plugins.resolve("gardo.rewards", judge.kind).holds(judge)
         return found
 

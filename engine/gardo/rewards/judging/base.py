@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from gardo.rewards._files import MODEL_WEIGHTS, TOKENIZER_FILES, ConfigFolder, ModelRewardSettings
-from gardo.rewards.base import Held, Pending, Reward
+from gardo.rewards.base import Held, Pending, Reward, RewardSettings
 from gardo.rewards.judging.questions import Answer, Question, Unanswered, Voice, as_data, mark_of
 from gardo.rewards.judging.readers import Reader
 from gardo.rewards.judging.templates import SYSTEM
@@ -55,6 +55,12 @@ def template(**samples: str | float) -> AfterValidator:
 class JudgeSettings(ModelRewardSettings):
     """`kind`, and what is asked, are each judge's own."""
 
+    of_the_client: ClassVar[set[str]] = RewardSettings.of_the_client | {
+        "model",
+        "parallel",
+        "cache",
+        "calls",
+    }
     where: str = Field(
         "here",
         pattern=r"^(here|worker|worker:[A-Za-z][A-Za-z0-9_-]*|(openai:)?https?://[^\s]+)$",

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from gardo.rewards.base import Pending, Reward, RewardSettings
@@ -148,7 +149,8 @@ class Remote(Reward):
 
     def _begun(self, method: str, pictures: Sequence[Tensor], prompts: Sequence[Prompt]) -> Pending:
         if not prompts:
-            return lambda: torch.empty(0, device=self.device)
+            width = (self._width or 0,) if self.gives_features else ()
+            return lambda: torch.empty(0, *width, device=self.device)
         size = getattr(self.settings, "batch", len(prompts))
         pictures = [p.detach().cpu() for p in pictures]  # the copy waits for what made them
 
@@ -202,17 +204,19 @@ class Remote(Reward):
 
     def _same(self, theirs: dict[str, Any]) -> None:
         """ValueError where the recipe says something of the reward that is not so there."""
-        said = self.settings.model_dump(mode="json", exclude_unset=True)
+        its = self.settings
+        said = its.model_dump(mode="json", exclude_unset=True, exclude=its.of_the_client)
         for field in sorted(said.keys() & theirs.keys()):
-            if not _as_said(said[field], theirs[field]):
+            whole = not isinstance(getattr(its, field), BaseModel)
+            if not _as_said(said[field], theirs[field], whole):
                 raise ValueError(
                     f"{field}: {said[field]!r}, but {self.server.address} serves {self.name} with "
                     f"{theirs[field]!r}; say the same, or leave it out here"
                 )
 
 
-def _as_said(said: Any, theirs: Any) -> bool:
-    """Whether theirs is what is said, as far as something is said: of a section some fields are."""
-    if isinstance(said, dict) and isinstance(theirs, dict):
-        return all(_as_said(value, theirs.get(name)) for name, value in said.items())
-    return bool(said == theirs)
+def _as_said(said: Any, theirs: Any, whole: bool) -> bool:
+    """Whether theirs is what is said; of settings inside, unless `whole`, as far as it goes."""
+    if whole or not (isinstance(said, dict) and isinstance(theirs, dict)):
+        return bool(said == theirs)
+    return all(_as_said(value, theirs.get(name), False) for name, value in said.items())

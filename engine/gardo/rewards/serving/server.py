@@ -43,7 +43,6 @@ from gardo.rewards.base import Reward, provides
 from gardo.rewards.serving.batching import QueueFull, Scorer, WrongMethod
 from gardo.rewards.serving.wire import (
     CONTENT_TYPE,
-    OF_THE_CLIENT,
     TOKEN,
     BadBody,
     pack_answer,
@@ -123,7 +122,7 @@ def _loopback(host: str) -> bool:
 
 def described(reward: Reward) -> dict[str, Any]:
     """What a client may know of a served reward; JSON."""
-    settings = reward.settings.model_dump(mode="json", exclude=OF_THE_CLIENT)
+    settings = reward.settings.model_dump(mode="json", exclude=reward.settings.of_the_client)
     methods = [m for m in ("score", "compare") if provides(type(reward), m)]
     return {
         "settings": settings,

@@ -23,8 +23,6 @@ from gardo.types import Prompt
 
 VERSION = 1
 TOKEN = "GARDO_REWARD_TOKEN"  # the environment variable, at both ends
-# Of a reward's settings; the last four are of one that asks an endpoint.
-OF_THE_CLIENT = {"role", "weight", "every", "where", "model", "parallel", "cache", "calls"}
 CONTENT_TYPE = "application/vnd.gardo.safetensors"
 Pixels = Literal["float32", "uint8"]
 PICTURES = {"score": ("images",), "compare": ("first", "second")}

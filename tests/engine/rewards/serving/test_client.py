@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gardo.rewards.assembly import served_settings
 from gardo.rewards.panel import Panel
 from gardo.rewards.serving.calls import CallSettings
+from gardo.rewards.serving.client import Remote
 from gardo.types import Prompt
 from tests.engine.rewards.serving.served import (
     CPU,
@@ -179,3 +183,34 @@ def test_a_value_outside_of_its_limits_is_a_failure():
     images = torch.stack([torch.full((3, 8, 8), 0.3), torch.full((3, 8, 8), 0.6)])
     scores = Panel({"loud": reward})(images, [Prompt("a")] * 2, **place)
     assert scores.valid_B.tolist() == [True, False]
+
+
+class Named(RewardSettings):
+    model: str = "a"  # a field of its own, though judges have one of that name
+    table: dict[str, int] = {}
+    calls: CallSettings = CallSettings()
+
+
+def test_what_is_the_clients_own_is_not_compared_and_the_rest_is():
+    """Of settings inside what is said, of a table all of it."""
+    of = partial(Named, kind="mine", role="held_out")
+    served = of().model_dump(mode="json")
+
+    def check(settings):
+        asked = Remote.__new__(Remote)
+        asked.settings, asked.name = settings, "mine"
+        asked.server = SimpleNamespace(address="there")
+        asked._same(served)
+
+    check(of(weight=3.0, calls={"deadline": CallSettings().deadline}))
+    served["table"] = {"x": 1, "y": 2}
+    for wrong in ({"model": "b"}, {"calls": {"deadline": 7}}, {"table": {"x": 1}}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: .* serves mine with"):
+            check(of(**wrong))
+    assert "model" in served_settings(of()) and "weight" not in served_settings(of())
+
+
+def test_no_images_are_no_question():
+    asked = Remote.__new__(Remote)
+    asked.device, asked.gives_features, asked._width = CPU, False, None
+    assert asked.compare(pictures(0), pictures(0), []).shape == (0,)
