@@ -151,7 +151,8 @@ def test_encoders_of_a_gpu_are_pages_of_their_files(tmp_path, monkeypatch):
         assert all(t.isfinite().all() for t in there)  # every page is read
         grown[device.type] = anonymous() - before
         assert {t.dtype for t in there} == {torch.float32 if device == CPU else torch.bfloat16}
-    assert grown["cuda"] < size / 2 < 2 * size < grown["cpu"] * 1.1
+    # in float32 it has twice the size; what the heap had free already does not count as grown
+    assert grown["cuda"] < size / 2 < size < grown["cpu"]
 
 
 @pytest.mark.parametrize(
