@@ -85,9 +85,6 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "selftest":      "* | torch",
     "reward_service": "config data recipe_errors rewards tiny types | torch",
     "fitting":       "data evaluation rewards reward_service types | torch",
-    "cli_common":    "| typer",
-    "cli_rewards":   "cli_common fitting recipe_errors rewards reward_service | typer",
-    "prompt_commands": "rewards | typer",
     "cli":           "* | torch typer rich",
 }
 AT_START = {  # when the module is imported, as opposed to when a function of it runs
@@ -97,10 +94,7 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "streams":       "|",
     "files":         "|",
     "policies":      "types flow gardo_kernels tiny | torch",  # a recipe is checked without a model
-    "cli_common":    "| typer",
-    "cli_rewards":   "cli_common | typer",
-    "prompt_commands": "| typer",
-    "cli":           "cli_common cli_rewards prompt_commands | typer rich",
+    "cli":           "| typer rich",
 }
 # fmt: on
 FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gardo.cli_common import SetOption, refuse
+from gardo.cli.common import SetOption, refuse
 
 app = typer.Typer(
     help="Rewards: list them, check a recipe's, serve them to runs, fit one of your own.",

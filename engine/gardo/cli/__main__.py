@@ -1,0 +1,5 @@
+"""`python -m gardo.cli`."""
+
+from gardo.cli import main
+
+main()

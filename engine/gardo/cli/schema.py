@@ -1,0 +1,12 @@
+"""`gardo schema`: what a recipe may say, for editors."""
+
+from __future__ import annotations
+
+import json
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from gardo.config import full_schema
+
+    print(json.dumps(full_schema(), indent=2))
