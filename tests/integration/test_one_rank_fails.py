@@ -16,7 +16,7 @@ from gardo.config import load
 from gardo.report.metrics_log import step_records
 from gardo.rewards.serving.calls import CallFailed, Transient
 from gardo.rewards.serving.line import Line
-from gardo.rewards.serving.wire import TOKEN, pack_answer
+from gardo.rewards.serving.wire import TOKEN, Scored, pack_answer
 from gardo.session import open_session
 from gardo.train import train
 from tests.engine.rewards.serving import served
@@ -46,10 +46,10 @@ FLAWS: dict[str, Callable[[], bytes]] = {  # one in each iteration
     "a bug": failing(ZeroDivisionError("a bug")),
     "late": late,
     "no answer": lambda: b"rubbish",
-    "too few values": lambda: pack_answer(torch.zeros(1)),
-    "features": lambda: pack_answer(torch.zeros(2, 3)),
-    "NaN": lambda: pack_answer(torch.full((2,), torch.nan)),
-    "infinite": lambda: pack_answer(torch.full((2,), torch.inf)),
+    "too few values": lambda: pack_answer(Scored(torch.zeros(1))),
+    "features": lambda: pack_answer(Scored(torch.zeros(2, 3))),
+    "NaN": lambda: pack_answer(Scored(torch.full((2,), torch.nan))),
+    "infinite": lambda: pack_answer(Scored(torch.full((2,), torch.inf))),
 }
 
 

@@ -17,8 +17,7 @@ Two kinds of record:
 Where a reward asks a model (rewards/judging), both also have what that took, over all ranks:
 `"judges": {"better": {"questions": 552, "known": 0, "unanswered": 0, "unreadable": 3,
 "prompt_tokens": 711000, "completion_tokens": 90000, "seconds": 1320.5, "longest": 9.1}}`. `known`
-were answered before; the seconds are those of all the others, each from asking to its answer. Of a
-judge in a worker or behind a server nothing is counted.
+were answered before; the seconds are those of all the others, each from asking to its answer.
 
 `seconds`, `calls` (of models) and `rows` (that these took) are of the first rank's phases; the
 seconds add up to the step's wall clock (phase_clock.py). Images are those of all ranks; the peak is

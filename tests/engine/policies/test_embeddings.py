@@ -1,5 +1,6 @@
 """A prompt's conditioning is computed once, alone, and lasts longer than the text encoders."""
 
+import ctypes
 import gc
 import shutil
 import weakref
@@ -123,7 +124,9 @@ def test_encoders_wait_as_their_files_have_them(policy):
 
 
 def anonymous():
-    """Bytes of this process that are no pages of files."""
+    """Bytes in use of this process that are no pages of files, nor what its heap has free."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s]
     return int(line.split()[1]) * 1024
 
@@ -142,7 +145,6 @@ def test_encoders_of_a_gpu_are_pages_of_their_files(tmp_path, monkeypatch):
     read = load(ROOT / "recipes" / "tiny_flux_gardo.yaml", [f"model.path={folder}"])
     grown = {}
     for device in (CPU, torch.device("cuda")):
-        gc.collect()
         before = anonymous()
         policy = policy_plugin(read.model)(
             read.model, dtype=torch.float32, device=device, defer=True
@@ -151,8 +153,8 @@ def test_encoders_of_a_gpu_are_pages_of_their_files(tmp_path, monkeypatch):
         assert all(t.isfinite().all() for t in there)  # every page is read
         grown[device.type] = anonymous() - before
         assert {t.dtype for t in there} == {torch.float32 if device == CPU else torch.bfloat16}
-    # in float32 it has twice the size; what the heap had free already does not count as grown
-    assert grown["cuda"] < size / 2 < size < grown["cpu"]
+    # in float32 it has twice the size
+    assert grown["cuda"] < size / 2 < 2 * size < grown["cpu"] * 1.1
 
 
 @pytest.mark.parametrize(

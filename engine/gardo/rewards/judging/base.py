@@ -265,9 +265,9 @@ class Judge(Reward):
 
 
 def added_up(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several ranks; of the longest the longest."""
-    total = {name: sum(one[name] for one in costs) for name in COSTS}
-    return total | {"longest": max(one["longest"] for one in costs)}
+    """Of several ranks, or answers; of the longest the longest."""
+    total = {name: sum(one.get(name, 0) for one in costs) for name in COSTS}
+    return total | {"longest": max(one.get("longest", 0) for one in costs)}
 
 
 class Grader(Judge):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward, provides
-from gardo.rewards.serving.wire import Request
+from gardo.rewards.serving.wire import Request, Scored
 
 COMPUTING = threading.Lock()
 CLOSE_SECONDS = 5.0  # that a closing reward is waited for
@@ -37,7 +37,7 @@ class WrongMethod(ValueError):
 @dataclass(eq=False)
 class _Waiting:
     request: Request
-    answer: Future[Tensor] = field(default_factory=Future)
+    answer: Future[Scored] = field(default_factory=Future)
 
     @property
     def images(self) -> int:
@@ -72,8 +72,8 @@ class Scorer:
         self._thread = threading.Thread(target=self._run, name=f"score-{name}", daemon=True)
         self._thread.start()
 
-    def ask(self, request: Request) -> Future[Tensor]:
-        """The values of the images, on the CPU. QueueFull, WrongMethod."""
+    def ask(self, request: Request) -> Future[Scored]:
+        """The answer, on the CPU. QueueFull, WrongMethod."""
         if not provides(type(self.reward), request.method):
             raise WrongMethod(f"{self.name} has no {request.method}")
         waiting = _Waiting(request)
@@ -143,8 +143,11 @@ class Scorer:
             for waiting in asked:  # one of them may be to blame
                 self._answer([waiting])
             return
+        costs, trouble = self.reward.costs(), self.reward.trouble
         for waiting, value in zip(asked, values, strict=True):
-            waiting.answer.set_result(value)
+            why = "" if value.isfinite().all() else trouble
+            waiting.answer.set_result(Scored(value, costs, why))
+            costs = None  # of all together: they are counted once
 
     def _values(self, requests: Sequence[Request]) -> tuple[Tensor, ...]:
         sizes = [len(request.prompts) for request in requests]

@@ -9,6 +9,7 @@ other ranks would wait for this one.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from gardo.rewards.base import Pending, Reward, RewardSettings
+from gardo.rewards.base import Pending, Reward, RewardSettings, provides
+from gardo.rewards.judging.base import COSTS, added_up
 from gardo.rewards.serving.calls import (
     Breaker,
     Caller,
@@ -32,6 +34,7 @@ from gardo.rewards.serving.wire import (
     BadBody,
     Pixels,
     Request,
+    Scored,
     pack_request,
     secret,
     unpack_answer,
@@ -55,10 +58,10 @@ class Server:
         self._threads = ThreadPoolExecutor(parallel, "gardo-reward")
         self._line = Line(address.url, secret(TOKEN, address.token))
 
-    def post(self, path: str, body: bytes, count: int) -> Tensor:
-        """The answer of `count` values. CallFailed."""
+    def post(self, path: str, body: bytes, count: int) -> Scored:
+        """The answer, of `count` values. CallFailed."""
 
-        def attempt(seconds: float) -> Tensor:
+        def attempt(seconds: float) -> Scored:
             said = self._line.ask("POST", path, seconds, body)
             try:
                 return unpack_answer(said, count)
@@ -108,6 +111,9 @@ class Remote(Reward):
         self.limits = plugin.limits
         self._width: int | None = None  # of features, once the server has said
         self._trouble = ""
+        self._judges = provides(plugin, "costs")
+        self._costs = dict.fromkeys(COSTS, 0.0)
+        self._counting = threading.Lock()  # answers come in several threads
 
     def meet(self, prompt: Prompt, size: tuple[int, int]) -> None:
         """ValueError unless the server has this reward, with the settings that the recipe says, and
@@ -129,10 +135,16 @@ class Remote(Reward):
         except CallFailed as error:
             raise ValueError(f"where: {error}") from None
         self._width = value.shape[1] if self.gives_features else None
+        self.costs()  # of this question nothing is said
 
     @property
     def trouble(self) -> str:
         return self._trouble
+
+    def costs(self) -> dict[str, float] | None:
+        with self._counting:
+            said, self._costs = self._costs, dict.fromkeys(COSTS, 0.0)
+        return said if self._judges else None
 
     def close(self) -> None:
         self.server.close()
@@ -194,13 +206,21 @@ class Remote(Reward):
                 [self._answer(method, [p[half] for p in pictures], prompts[half])
                  for half in halves]
             )  # fmt: skip
-        value = self.server.post(f"/{method}/{self.name}", body, len(prompts))
+        said = self.server.post(f"/{method}/{self.name}", body, len(prompts))
+        self._count(said)
+        value = said.values
         if value.dim() != 1 + self.gives_features or self._width not in (None, value.shape[-1]):
             wanted = f"[B, {self._width or 'D'}]" if self.gives_features else "[B]"
             raise CallFailed(
                 f"{self.server.address}: {self.name} gave {list(value.shape)}; {wanted} is expected"
             )
         return value
+
+    def _count(self, said: Scored) -> None:
+        self._trouble = said.trouble or self._trouble
+        if said.costs is not None:
+            with self._counting:
+                self._costs = added_up([self._costs, said.costs])
 
     def _same(self, theirs: dict[str, Any]) -> None:
         """ValueError where the recipe says something of the reward that is not so there."""

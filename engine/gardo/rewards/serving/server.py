@@ -37,7 +37,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import ConfigDict, Field, field_validator
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from torch import Tensor
 
 from gardo.rewards.base import Reward, provides
 from gardo.rewards.serving.batching import QueueFull, Scorer, WrongMethod
@@ -45,6 +44,7 @@ from gardo.rewards.serving.wire import (
     CONTENT_TYPE,
     TOKEN,
     BadBody,
+    Scored,
     pack_answer,
     secret,
     unpack_request,
@@ -200,7 +200,7 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
             raise HTTPException(499, GONE) from None
         return b"".join(parts)
 
-    async def values_of(request: Request, method: str, scorer: Scorer) -> Tensor:
+    async def scored_by(request: Request, method: str, scorer: Scorer) -> Scored:
         with budget.share() as take:
             body = await body_of(request, take)
             size = len(body)
@@ -213,15 +213,15 @@ def make_app(rewards: Mapping[str, Reward], settings: ServeSettings) -> FastAPI:
 
     async def answer_to(request: Request, method: str, scorer: Scorer) -> bytes:
         try:
-            values = await values_of(request, method, scorer)
+            scored = await scored_by(request, method, scorer)
         except QueueFull as error:
             raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
         except WrongMethod as error:
             raise HTTPException(404, str(error)) from None
         except BadBody as error:
             raise HTTPException(422, str(error)) from None
-        images.labels(scorer.name).inc(len(values))
-        return pack_answer(values)
+        images.labels(scorer.name).inc(len(scored.values))
+        return pack_answer(scored)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -268,7 +268,7 @@ def _check(reward: Reward, prompt: Prompt) -> None:
         raise HTTPException(422, str(error)) from None
 
 
-async def _answered(request: Request, asked: Future[Tensor]) -> Tensor:
+async def _answered(request: Request, asked: Future[Scored]) -> Scored:
     """The answer, which is not computed once the client has gone."""
     answer, gone = asyncio.wrap_future(asked), asyncio.ensure_future(_gone(request))
     either: set[asyncio.Future[Any]] = {answer, gone}

@@ -9,6 +9,7 @@ Shapes: B images, N pairs of images.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ class Request:
     @property
     def method(self) -> str:
         return "score" if len(self.pictures) == 1 else "compare"
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """An answer: values of images, fp32 [B], or features [B, D]; NaN where an image has none."""
+
+    values: Tensor
+    costs: Mapping[str, float] | None = None  # what a judge's questions took: judging/base.COSTS
+    trouble: str = ""  # why images have none
 
 
 def secret(variable: str, value: str | None) -> str | None:
@@ -89,20 +99,23 @@ def unpack_request(body: bytes, method: str) -> Request:
     return Request(pictures, tuple(Prompt(text, about) for text, about in prompts), exact)
 
 
-def pack_answer(values: Tensor) -> bytes:
-    """Values of images, fp32 [B], or features [B, D]; NaN where an image has none."""
-    return _pack({"values": values.detach().float().cpu()}, {})
+def pack_answer(answer: Scored) -> bytes:
+    values = answer.values.detach().float().cpu()
+    return _pack({"values": values}, {"costs": answer.costs, "trouble": answer.trouble})
 
 
-def unpack_answer(body: bytes, count: int) -> Tensor:
+def unpack_answer(body: bytes, count: int) -> Scored:
     """Of `count` images; BadBody where it is no such answer."""
-    tensors, _ = _unpack(body)
+    tensors, said = _unpack(body)
     values = tensors.get("values")
     if values is None or values.dtype != torch.float32 or values.dim() not in (1, 2):
         raise BadBody("no values of type float32, [B] or [B, D]")
     if len(values) != count:
         raise BadBody(f"{len(values)} values for {count} images")
-    return values
+    costs, trouble = said.get("costs"), said.get("trouble", "")
+    if not (costs is None or _are_costs(costs)) or not isinstance(trouble, str):
+        raise BadBody("costs: numbers by name, and trouble: a text are expected")
+    return Scored(values, costs, trouble)
 
 
 def _pack(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
@@ -141,6 +154,12 @@ def _pictures(name: str, given: Tensor) -> Tensor:
     if not bool(((given >= 0) & (given <= 1)).all()):
         raise BadBody(f"{name}: values outside of [0, 1]")
     return given
+
+
+def _are_costs(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in value.values()
+    )
 
 
 def _is_prompt(value: Any) -> bool:

@@ -11,7 +11,7 @@ from gardo.rewards.assembly import ScoringSettings, Workers, assemble, load_rewa
 from gardo.rewards.base import provides
 from gardo.types import Prompt
 from tests.engine.rewards import vlm_models
-from tests.engine.rewards.serving.served import CPU, SIZE, pictures
+from tests.engine.rewards.serving.served import CPU, SIZE, pictures, remote, running
 
 PROMPTS = [Prompt("one red square"), Prompt("two blue circles"), Prompt("one red square")]
 EXACT = {"dtype": "float32", "least": 0.0}
@@ -102,11 +102,25 @@ def test_in_a_worker_it_says_the_same_bits(folder):
         panel = assemble(
             settings, scoring, CPU, workers.addresses(), prompt=PROMPTS[0], size=SIZE
         )  # fmt: skip
+        assert set(panel.costs()["judge"].values()) == {0}, "meeting it is not counted"
         value = panel.rewards["judge"].score(images, PROMPTS)
+        costs = panel.costs()["judge"]
         panel.close()
     finally:
         workers.close()
     assert torch.equal(value, here.score(images, PROMPTS))
+    same = here.costs()
+    for name in ("questions", "prompt_tokens", "completion_tokens", "unreadable"):
+        assert costs[name] == same[name]
+    assert costs["seconds"] > 0 and costs["longest"] > 0
+
+
+def test_behind_a_server_it_says_why_it_has_no_value(folder):
+    with running({"judge": judge("yes_no", folder, least=0.9)}) as url:
+        its = remote(url, "judge", section={"kind": "yes_no", "path": folder})
+        assert its.score(pictures(3, side=56), PROMPTS).isnan().all() and "together" in its.trouble
+        assert its.costs()["unreadable"] == 3 and its.costs()["unreadable"] == 0
+        its.close()
 
 
 def test_another_model_is_refused_with_what_to_do(tmp_path):

@@ -14,7 +14,7 @@ from gardo.rewards.serving import line
 from gardo.rewards.serving.calls import CallSettings
 from gardo.rewards.serving.chat import KEY
 from gardo.rewards.serving.line import checked_url
-from gardo.rewards.serving.wire import TOKEN, pack_answer, secret
+from gardo.rewards.serving.wire import TOKEN, Scored, pack_answer, secret
 from gardo.rewards.vlm import Vlm
 from gardo.types import Prompt
 from tests.engine.rewards.serving.served import (
@@ -31,7 +31,7 @@ from tests.engine.rewards.serving.served import (
 
 ONCE = CallSettings(deadline=1.0, attempt=1.0, retries=0)
 TWICE = CallSettings(deadline=9.0, retries=1, first_pause=0.01)
-GOOD = http(pack_answer(torch.tensor([0.5, 0.25])))
+GOOD = http(pack_answer(Scored(torch.tensor([0.5, 0.25]))))
 GRADE = http(b'{"choices": [{"message": {"content": "Grade: 3"}}]}')
 TWO = [Prompt("a"), Prompt("b")]
 
@@ -69,7 +69,7 @@ def test_an_answer_byte_by_byte_is_not_waited_for(kind, head):
         http(b"[" * 100_000),
         http(b"\xff\xfe", 500),
         http(gzip.compress(GOOD), content_encoding="gzip"),
-        http(pack_answer(torch.zeros(2, 5))),
+        http(pack_answer(Scored(torch.zeros(2, 5)))),
         b"what is this\r\n\r\n",
         b"",
     ],
@@ -93,9 +93,9 @@ def test_an_answer_may_not_be_endless(monkeypatch):
 def test_features_of_another_width_than_at_first_are_no_features():
     said = (
         b'{"body_bytes": 100000, "rewards": {"told": {"methods": ["score"]}}}',
-        pack_answer(torch.ones(1, 4)),
-        pack_answer(torch.ones(2, 5)),
-        pack_answer(torch.ones(2, 4)),
+        pack_answer(Scored(torch.ones(1, 4))),
+        pack_answer(Scored(torch.ones(2, 5))),
+        pack_answer(Scored(torch.ones(2, 4))),
     )
     with speaking(*map(http, said)) as url:
         asked = remote(url, "told", Features)
@@ -115,7 +115,7 @@ def test_who_is_no_reward_server_is_known_before_training(rewards):
 
 @pytest.mark.parametrize("kind", ["remote", "vlm"])
 def test_a_server_may_say_when_to_ask_again(kind):
-    good = GRADE if kind == "vlm" else http(pack_answer(torch.tensor([0.5])))
+    good = GRADE if kind == "vlm" else http(pack_answer(Scored(torch.tensor([0.5]))))
     with speaking(http(b"busy", 429, retry_after=1), good) as url:
         began = time.monotonic()
         assert asker(kind, url, TWICE).score(pictures(1), TWO[:1]).tolist() == [0.5]

@@ -44,7 +44,7 @@ def test_rewards_of_one_process_compute_in_their_own_precision():
         for dtype, scorer in scorers.items()
     ]
     for dtype, answer in asked:
-        assert answer.result(20).tolist() == [float(dtype == "tf32")] * 2
+        assert answer.result(20).values.tolist() == [float(dtype == "tf32")] * 2
     for scorer in scorers.values():
         scorer.close()
 

@@ -49,14 +49,14 @@ def url():
 def test_it_answers_with_the_rewards_values(url):
     said = post(url, body(3))
     assert said.status_code == 200 and said.headers["content-type"] == CONTENT_TYPE
-    assert torch.equal(unpack_answer(said.content, 3), pictures(3).mean((1, 2, 3)))
+    assert torch.equal(unpack_answer(said.content, 3).values, pictures(3).mean((1, 2, 3)))
 
 
 def test_pairs_are_compared(url):
     first, second = pictures(2), pictures(2, seed=1)
     said = post(url, pack_request(Request((first, second), PROMPTS[:2])), "/compare/pairs")
     wanted = (first.mean((1, 2, 3)) > second.mean((1, 2, 3))).float()
-    assert torch.equal(unpack_answer(said.content, 2), wanted)
+    assert torch.equal(unpack_answer(said.content, 2).values, wanted)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_64_clients_get_their_own_answers():
         def ask(seed: int) -> bool:
             mine = pictures(3, seed)
             content = pack_request(Request((mine,), PROMPTS, exact=bool(seed % 2)))
-            got = unpack_answer(post(url, content).content, 3)
+            got = unpack_answer(post(url, content).content, 3).values
             return bool(torch.allclose(got, mine.mean((1, 2, 3)), atol=1e-6))
 
         assert all(threads.map(ask, range(192)))

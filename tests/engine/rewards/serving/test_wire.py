@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gardo.rewards.serving.wire import (
     BadBody,
     Request,
+    Scored,
     pack_answer,
     pack_request,
     unpack_answer,
@@ -58,13 +59,25 @@ def test_eight_bits_are_a_quarter_and_off_by_half_a_step():
 def test_answers_keep_every_bit_nan_too(shape):
     value = torch.randn(shape)
     value[1] = torch.nan
-    got = unpack_answer(pack_answer(value), 4)
-    assert torch.equal(got.view(torch.int32), value.view(torch.int32))
+    got = unpack_answer(pack_answer(Scored(value, {"questions": 4, "seconds": 0.5}, "why")), 4)
+    assert torch.equal(got.values.view(torch.int32), value.view(torch.int32))
+    assert got.costs == {"questions": 4, "seconds": 0.5} and got.trouble == "why"
+    assert unpack_answer(pack_answer(Scored(value)), 4).costs is None
+
+
+@pytest.mark.parametrize(
+    "said", [{"costs": [1]}, {"costs": {"a": "1"}}, {"costs": {"a": -1}}, {"costs": {"a": True}},
+             {"trouble": None}], ids=str,
+)  # fmt: skip
+def test_costs_that_are_none_are_refused(said):
+    body = body_of({"values": torch.zeros(2)}, {"version": 1, **said})
+    with pytest.raises(BadBody, match="costs: numbers by name"):
+        unpack_answer(body, 2)
 
 
 def test_an_answer_for_others_is_refused():
     with pytest.raises(BadBody, match="4 values for 3 images"):
-        unpack_answer(pack_answer(torch.zeros(4)), 3)
+        unpack_answer(pack_answer(Scored(torch.zeros(4))), 3)
 
 
 def body_of(tensors: dict, said: object) -> bytes:
