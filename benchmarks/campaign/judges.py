@@ -38,8 +38,8 @@ from gardo.config import reward_sections
 from gardo.rewards import hpsv3
 from gardo.rewards.base import Reward
 from gardo.rewards.judging import templates
-from gardo.rewards.judging.local import CLASSES, LocalVoice
-from gardo.rewards.judging.qwen_vl import PAD, SPECIAL
+from gardo.rewards.judging.local import LocalVoice
+from gardo.rewards.judging.qwen_vl import CLASSES, PAD, SPECIAL
 from gardo.types import Prompt
 
 from .flux_model import this_place

@@ -10,7 +10,7 @@ import transformers
 
 from campaign import flux_model, judges, table
 from core_ops.machine import Machine
-from gardo.rewards.judging.local import CLASSES
+from gardo.rewards.judging.qwen_vl import CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import check_type, frozen, model_of, read_weights
 from gardo.rewards.base import About, Holds, Reward, weights_of
+from gardo.rewards.judging.planned import embedded
 from gardo.rewards.judging.qwen_vl import Pixels, load_words
 from gardo.settings import model_path
 from gardo.types import Prompt
@@ -56,7 +56,7 @@ NAMES = (  # published, or as a later transformers saves it -> transformers' Qwe
     (r"^model\.(visual|language_model)\.", r"\1."),
     (r"^model\.", "language_model."),
 )
-SIDE, PLANNED_TEXT = 448, 640  # for `gardo plan`: pixels; tokens, about 560 and a prompt's
+SIDE = 448  # for `gardo plan`: pixels
 
 # The text that the model was trained on, its spaces at the ends of lines too.
 BEFORE = (
@@ -129,23 +129,8 @@ def states_of(model: Any, embeddings_BLD: Tensor, mask_BL: Tensor | None) -> Ten
 
 
 def planned(model: Any, images_B3HW: Tensor) -> Tensor:
-    """What `score` does with Qwen2VLModel, on fake tensors: they have no values to count by.
-
-    So the vision tower is told where a picture ends, in an array that is no tensor.
-    """
-    B, text = len(images_B3HW), model.config.text_config
-    patches_BPV, _ = Pixels.of(model.config.vision_config, PIXELS, PIXELS).patches(images_B3HW)
-    P = patches_BPV.shape[1]
-    seen = model.visual(
-        patches_BPV.flatten(0, 1),
-        grid_thw=None,
-        position_ids=torch.zeros(B * P, 2, dtype=torch.int64),
-        cu_seqlens=np.arange(B + 1) * P,
-        max_seqlen=P,
-    ).pooler_output
-    words_BLD = torch.zeros(B, PLANNED_TEXT, text.hidden_size, dtype=seen.dtype)
-    embeddings_BLD = torch.cat([seen.unflatten(0, (B, -1)), words_BLD], 1)
-    return states_of(model, embeddings_BLD, None)
+    """What `score` does with Qwen2VLModel, on fake tensors."""
+    return states_of(model, embedded(model, images_B3HW, PIXELS), None)
 
 
 class Hpsv3Settings(ModelRewardSettings):

@@ -12,8 +12,10 @@ Shapes: B images of this rank, N pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -21,8 +23,10 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from gardo.rewards._files import MODEL_WEIGHTS, TOKENIZER_FILES, ConfigFolder, ModelRewardSettings
-from gardo.rewards.base import Held, Pending, Reward, RewardSettings
+from gardo.rewards.base import Held, Holds, Pending, Reward, RewardSettings
+from gardo.rewards.judging.planned import answered
 from gardo.rewards.judging.questions import Answer, Question, Unanswered, Voice, as_data, mark_of
+from gardo.rewards.judging.qwen_vl import class_of
 from gardo.rewards.judging.readers import Reader
 from gardo.rewards.judging.templates import SYSTEM
 from gardo.rewards.serving.calls import CallSettings, first_line
@@ -30,6 +34,7 @@ from gardo.rewards.serving.chat import OPENAI, Chat, reach
 from gardo.rewards.serving.line import checked_url
 from gardo.types import Prompt
 
+PLANNED_ANSWER = 1024  # tokens, for `gardo plan`, where the recipe says no max_tokens
 COSTS = (
     "questions", "known", "unanswered", "unreadable", "prompt_tokens", "completion_tokens",
     "seconds", "longest",
@@ -209,7 +214,16 @@ class Judge(Reward):
 
     @classmethod
     def holds(cls, settings: JudgeSettings) -> list[Held] | None:
-        return [] if settings.where.startswith(OPENAI) else None
+        if settings.where.startswith(OPENAI):
+            return []
+        class_name = class_of(settings.path) if settings.path else None
+        if class_name is None:
+            return None
+        most = settings.most_pixels
+        tokens = settings.max_tokens or PLANNED_ANSWER
+        see = partial(answered, pictures=cls.asks, most_pixels=most, tokens=tokens)
+        mark = Holds(class_name, side=math.isqrt(most), see=see)
+        return [Held(mark, settings.path, (settings.path, settings.revision))]
 
     def question(self, shown: Sequence[Tensor], prompt: Prompt) -> Question:
         """Unanswered, where something that it shows cannot be had."""

@@ -32,12 +32,8 @@ from gardo.rewards.judging.questions import (
     Unanswered,
     choice_of,
 )
-from gardo.rewards.judging.qwen_vl import END, PAD, Pixels, load_words
+from gardo.rewards.judging.qwen_vl import CLASSES, END, PAD, Pixels, load_words
 
-CLASSES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-}
 Said = list["Answer | Unanswered"]
 
 

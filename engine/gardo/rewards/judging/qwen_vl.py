@@ -34,12 +34,27 @@ import torch
 from torch import Tensor
 
 from gardo.rewards._pixels import CLIP, normalised, resized
-from gardo.settings import model_path
+from gardo.settings import config_folder, model_path, read_value
 
 START, END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL = (START, END, VISION_START, VISION_END, PAD)
+CLASSES = {  # by the type that config.json says
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
 LONGEST = 200  # times the shorter side, as the authors' rule has it
+
+
+def class_of(path: str) -> str | None:
+    """Of the model in a folder here, or of a hub id whose configuration is; None: not known."""
+    folder = config_folder(path)
+    if folder is None:
+        return None
+    try:
+        return CLASSES.get(read_value(folder / "config.json", "model_type", str))
+    except ValueError:  # loading says it
+        return None
 
 
 @dataclass(frozen=True)

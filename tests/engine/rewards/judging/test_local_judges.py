@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gardo.config import reward_sections
+from gardo.planner.scorers import scorer
 from gardo.recipe_errors import RecipeError
 from gardo.rewards.assembly import ScoringSettings, Workers, assemble, load_rewards
 from gardo.rewards.base import provides
@@ -113,6 +114,14 @@ def test_in_a_worker_it_says_the_same_bits(folder):
     for name in ("questions", "prompt_tokens", "completion_tokens", "unreadable"):
         assert costs[name] == same[name]
     assert costs["seconds"] > 0 and costs["longest"] > 0
+
+
+def test_the_plan_counts_its_model(folder):
+    its, pairs = judge("yes_no", folder), judge("yes_no_pair", folder)
+    said = scorer(its.settings)
+    assert said.weights == sum(p.nbytes for p in its.voice.model.parameters())
+    shown = scorer(pairs.settings)
+    assert said.activations < shown.activations and shown.towers == said.towers
 
 
 def test_behind_a_server_it_says_why_it_has_no_value(folder):
