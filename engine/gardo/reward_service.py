@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gardo import plugins
-from gardo.config import reward_file
+from gardo.config import reward_file, reward_sections
 from gardo.data import load_prompts
 from gardo.files import write_atomically
 from gardo.recipe_errors import RecipeError
@@ -105,10 +105,17 @@ def served_here(
             raise RecipeError(f"--only {name}: {source} has no such reward to serve; it has "
                               f"{', '.join(found)}")  # fmt: skip
     return {
-        name: settings.model_copy(update={"where": "here"})
+        name: _here(name, settings, source)
         for name, settings in found.items()
         if not only or name in only
     }
+
+
+def _here(name: str, settings: RewardSettings, source: str) -> RewardSettings:
+    """RecipeError where it says too little to be computed here."""
+    of_the_client = RewardSettings.of_the_client
+    said = settings.model_dump(mode="json", exclude=of_the_client, exclude_unset=True)
+    return reward_sections({name: {**said, "kind": settings.kind}}, source)[name]
 
 
 # ---- check ---------------------------------------------------------------------------------------

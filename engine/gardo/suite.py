@@ -36,6 +36,7 @@ GENEVAL = "geneval:"  # prompts of GenEval's grammar, so many
 HOW = {  # not what is asked, but how it is computed: models may differ in it and be compared
     "name", "batch", "precision", "base", "encoders", "family", "scoring", "shown", "threads",
 }  # fmt: skip
+WHAT = {"role", "weight", "model"}  # of what is a reward's client's, that which changes the result
 
 
 class Suite(DiversitySettings):
@@ -94,9 +95,9 @@ class Suite(DiversitySettings):
         """What images are asked for and how they are judged, as JSON."""
         said = self.model_dump(mode="json", exclude={*HOW, "prompt_count"})
         said["prompts"] = [[str(text), dict(text.metadata)] for text in self.texts]
-        for section in said["rewards"].values():
-            for client in ("where", "every"):
-                section.pop(client, None)
+        for name, section in said["rewards"].items():
+            for how in self.rewards[name].of_the_client - WHAT:
+                section.pop(how, None)
         said["pixels"] = self.scoring.pixels  # how pictures travel to rewards elsewhere
         return dict(json.loads(json.dumps(said, default=str)))
 

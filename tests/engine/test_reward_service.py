@@ -111,6 +111,13 @@ def test_served_are_those_with_a_url_or_all(rewards: Path):
     assert list(served) == ["shape"] and served["shape"].where == "here"
 
 
+def test_a_judge_that_only_a_server_knows_is_told_so_before_it_loads(tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text("rewards:\n  good: {kind: yes_no, where: 'http://gpu7:8700'}\n")
+    code, _, error = gardo("serve", file, "--port", "0")
+    assert code == 2 and f"{file}: rewards.good.path: is missing" in error
+
+
 def test_the_pictures_are_the_same_every_time():
     assert (sample_pictures((64, 64)) == sample_pictures((64, 64))).all()
 

@@ -90,6 +90,14 @@ def test_how_it_is_computed_is_no_part_of_what_is_asked(other: str, tmp_path: Pa
     assert suite(moved).identity == suite(tmp_path).identity
 
 
+def test_how_a_judge_is_asked_is_no_part_and_which_one_is(tmp_path: Path) -> None:
+    judge = "kind: yes_no, role: held_out, where: 'openai:http://localhost:1/v1', model: a"
+    asked = [f"rewards.judge={{{judge}}}", "rewards.judge.parallel=3", "rewards.judge.cache=0"]
+    plain = suite(tmp_path, asked[0])
+    assert suite(tmp_path, *asked).identity == plain.identity
+    assert suite(tmp_path, asked[0], "rewards.judge.model=b").identity != plain.identity
+
+
 @pytest.mark.parametrize(
     "other",
     ["seed=1", "steps=3", "images_per_prompt=3", "guidance=1.0", "prompt_count=1",
