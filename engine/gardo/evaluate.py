@@ -50,8 +50,10 @@ from gardo.recipe_errors import RankError, RecipeError
 from gardo.report.pictures import save_image
 from gardo.report.progress import format_duration
 from gardo.rewards.assembly import HERE, Workers
+from gardo.rewards.judging.base import spent
 from gardo.rewards.panel import Panel
 from gardo.run_lock import RunLock, Taken
+from gardo.scored import judges
 from gardo.suite import Suite, load_suite
 
 TIMEOUT = 3600.0  # seconds that a rank waits for the others
@@ -126,6 +128,8 @@ def evaluate(t: Task, group: Group, say: Callable[[str], object]) -> None:
                 panel = panel_of(suite.reward_settings, suite.scoring, workers, group, **asked)
             try:
                 _measure(t, policy, panel, group, log, missing, say)
+                for name, its in judges(panel, group).get("judges", {}).items():
+                    say(f"{name}: {spent(its)}")
             finally:
                 panel.close()
     finally:

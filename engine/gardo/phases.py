@@ -271,7 +271,7 @@ def evaluate(s: Session, step: int) -> None:
             record = s.evaluator(step, between=partial(heed, s))
     spent = s.progress.take()
     record |= {"seconds": sum(phase.seconds for phase in spent.values()), **_memory(s)}
-    record |= judges(s)
+    record |= judges(s.panel, s.engine)
     s.write(record)
     s.evaluated = step
     s.progress.evaluation(record)
@@ -315,7 +315,7 @@ def log_step(
         "metrics": metrics,
         "events": [*filter(None, [contract.event]), *events],
         **_memory(s),
-        **judges(s),
+        **judges(s.panel, s.engine),
     }
     s.write(record | compiled(s))
     s.progress.step(record)

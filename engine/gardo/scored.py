@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gardo.distributed.base import gather_text
+from gardo.distributed.base import Ranks, gather_text
 from gardo.rewards.judging.base import added_up
+from gardo.rewards.panel import Panel
 from gardo.session import Session
 from gardo.types import Scores
 
@@ -30,10 +31,10 @@ def summary(s: Session, scores: Scores, gate_B: Tensor, name: str) -> dict[str, 
     }
 
 
-def judges(s: Session) -> dict[str, Any]:
+def judges(panel: Panel, ranks: Ranks) -> dict[str, Any]:
     """What questions to models have taken, over all ranks; nothing where no reward asks one."""
-    costs = s.panel.costs()
+    costs = panel.costs()
     if not costs:
         return {}
-    every = [json.loads(said) for said in gather_text(s.engine, json.dumps(costs))]
+    every = [json.loads(said) for said in gather_text(ranks, json.dumps(costs))]
     return {"judges": {name: added_up([one[name] for one in every]) for name in costs}}

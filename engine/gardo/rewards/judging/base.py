@@ -284,6 +284,16 @@ def added_up(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return total | {"longest": max(one.get("longest", 0) for one in costs)}
 
 
+def spent(costs: Mapping[str, float]) -> str:
+    """Of questions, for people."""
+    tokens = costs["prompt_tokens"] + costs["completion_tokens"]
+    return (
+        f"{costs['questions']:.0f} questions ({costs['known']:.0f} known, "
+        f"{costs['unanswered']:.0f} unanswered, {costs['unreadable']:.0f} unreadable), "
+        f"{tokens:,.0f} tokens, {costs['seconds']:.1f} s, the longest {costs['longest']:.1f} s"
+    )
+
+
 class Grader(Judge):
     """Scores a picture by one question."""
 
