@@ -32,6 +32,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "hub":           "|",
     "streams":       "|",
     "files":         "|",
+    "lazily":        "| torch",
     "types":         "| torch",
     "contract":      "types |",
     "beside":        "types | torch",
@@ -97,8 +98,9 @@ AT_START = {  # when the module is imported, as opposed to when a function of it
     "cli":           "| typer rich",
 }
 # fmt: on
-FOR_ALL = {"plugins", "settings", "hub", "streams", "files"}  # every part of gardo may import these
-ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files"}  # except these
+# every part of gardo may import these
+FOR_ALL = {"plugins", "settings", "hub", "streams", "files", "lazily"}
+ALONE = {"gardo_kernels", "plugins", "settings", "streams", "files", "lazily"}  # except these
 
 HEAVY = "diffusers peft transformers accelerate deepspeed torch._dynamo"
 BUILT_IN = [
@@ -214,11 +216,24 @@ def test_one_home(library: str, homes: set[str]) -> None:
     ],
 )
 def test_what_is_heavy_is_not_loaded_by(module: str, heavy: str) -> None:
-    """The table cannot see what an allowed import drags in; a fresh interpreter can.
-
-    Who wrote a bad recipe waits for torch alone.
-    """
+    """The table cannot see what an allowed import drags in; a fresh interpreter can."""
     code = f"import sys, {module}; print(*set({heavy.split()}) & set(sys.modules))"
+    path = ":".join(str(folder.parent) for folder in SOURCES.values())
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_is_checked_without_torch(recipe: Path) -> None:
+    """Whole, with what its plug-ins ask: torch is put off, its C++ is not there."""
+    heavy = {"torch._C", "numpy._core", "triton", "diffusers", "transformers"}
+    code = (
+        "import sys; from gardo import lazily; lazily.put_off()\n"
+        f"from gardo.config import load; load({str(recipe)!r}, prompts=False)\n"
+        f"print(*{heavy} & {{*sys.modules}})"
+    )
     path = ":".join(str(folder.parent) for folder in SOURCES.values())
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from torch import Tensor
 
 from gardo.settings import Strict
 from gardo.types import Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BadUpdateSettings(Strict):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gardo.types import Phase, no_phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -68,6 +69,8 @@ class Beside:
 
 
 def _used_in(stream: Any, tensors: Any) -> None:
+    from torch.utils._pytree import tree_leaves
+
     for tensor in tree_leaves(tensors):
-        if isinstance(tensor, Tensor) and tensor.is_cuda:
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
             tensor.record_stream(stream)

@@ -22,10 +22,10 @@ from typing import Any, NoReturn
 
 import torch
 
+import gardo_kernels
 from gardo.settings import FieldError
 from gardo.streams import Stream
 from gardo.types import Prompt
-from gardo_kernels import random_uniform
 
 MAX_BYTES = 64 << 20
 MAX_PROMPTS = 1_000_000
@@ -229,14 +229,16 @@ def _weights(prompts: Sequence[Prompt]) -> tuple[float, ...] | None:
 @lru_cache(maxsize=2)
 def _order(size: int, epoch: int, seed: int, weights: tuple[float, ...] | None) -> list[int]:
     """Which prompts an epoch has, one after the other."""
-    order = random_uniform(seed, torch.tensor([epoch]), Stream.EPOCH, size)[0].argsort(stable=True)
+    order = gardo_kernels.random_uniform(seed, torch.tensor([epoch]), Stream.EPOCH, size)[
+        0
+    ].argsort(stable=True)
     chosen = _systematic(weights, epoch, seed) if weights else range(size)
     return [chosen[int(index)] for index in order]
 
 
 def _systematic(weights: Sequence[float], epoch: int, seed: int) -> list[int]:
     """As many prompts as there are, in their order: where equal steps along the weights end."""
-    start = float(random_uniform(seed, torch.tensor([0]), Stream.WEIGHTS, 1)[0, 0])
+    start = float(gardo_kernels.random_uniform(seed, torch.tensor([0]), Stream.WEIGHTS, 1)[0, 0])
     offset = (start + epoch * GOLDEN) % 1.0
     ends = list(accumulate(weights))
     step, last, at = ends[-1] / len(ends), len(ends) - 1, 0

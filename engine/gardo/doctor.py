@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
 
+import gardo_kernels
 from gardo.machine import PACKAGES
 from gardo.nvidia import (
     ALLOCATOR,
@@ -29,9 +30,10 @@ from gardo.nvidia import (
     unwanted,
 )
 from gardo.policies.attention import BACKENDS, missing
-from gardo_kernels import Backend, kernels_run_on, triton_trouble
-from gardo_kernels._examples import Examples, On, op_modules
-from gardo_kernels._trial import cache_trouble, compiler_trouble
+
+if TYPE_CHECKING:
+    from gardo_kernels import Backend
+    from gardo_kernels._examples import Examples, On
 
 State = Literal["ok", "note", "problem"]
 SHARED_MEMORY = 2**30  # bytes of /dev/shm; Docker's 64 MiB are too few for NCCL
@@ -49,10 +51,10 @@ class Finding:
 
 def examine(kernels: Backend = "auto") -> Iterator[Finding]:
     """All findings for this process's device; `kernels` is the recipe's setting."""
+    yield from _packages()
     trouble = cuda_trouble()
     cuda = not trouble and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
-    yield from _packages()
     yield _driver(trouble)
     yield from _devices(device)
     yield from _surroundings(torch.cuda.device_count() if cuda else 0)
@@ -115,6 +117,8 @@ def _surroundings(gpus: int, root: Path = Path("/")) -> Iterator[Finding]:
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
     yield Finding("PYTORCH_ALLOC_CONF", "ok", allocator or _allocator())
     # notes: without Triton `kernels: auto` is plain torch, and only a hub id needs the hub's cache
+    from gardo_kernels._trial import cache_trouble, compiler_trouble
+
     compiler, cache, hub = compiler_trouble(), cache_trouble(), _hub_trouble()
     yield Finding("C compiler", "note" if compiler else "ok", compiler or "works, with Python.h")
     yield Finding("triton cache", "note" if cache else "ok", cache or "can be written")
@@ -167,12 +171,14 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 
 
 def _kernels(device: torch.device, kernels: Backend) -> Iterator[Finding]:
-    if kernels == "triton" and not kernels_run_on(device):
+    from gardo_kernels._examples import op_modules
+
+    if kernels == "triton" and not gardo_kernels.kernels_run_on(device):
         yield Finding("kernels", "problem", "triton needs an NVIDIA GPU; use auto or torch")
         return
-    on_gpu = device.type == "cuda" and kernels_run_on(device)
+    on_gpu = device.type == "cuda" and gardo_kernels.kernels_run_on(device)
     takes = kernels == "triton" or (kernels == "auto" and on_gpu)
-    if takes and (trouble := triton_trouble(device)):
+    if takes and (trouble := gardo_kernels.triton_trouble(device)):
         yield Finding("kernels", "problem" if kernels == "triton" else "note", trouble)
         takes = False
     for name, op in op_modules().items():
@@ -193,6 +199,8 @@ TOLERANCE = 1e-4  # fp32 arithmetic on numbers of order 1; a wrong kernel is off
 
 def _error(examples: Callable[[On], Examples], device: torch.device) -> float:
     """The largest difference of an op's results and gradients between its two backends."""
+    from gardo_kernels._examples import On
+
     runs = (examples(On(backend, device)) for backend in ("triton", "torch"))
     errors = [
         (mine.double() - theirs.double()).abs().max()

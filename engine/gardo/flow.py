@@ -32,6 +32,8 @@ new sampler is one more function and its line in VARIANTS; recipes may then name
 Shapes: T steps, K columns, R rows of a micro-batch (each at its own step).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,15 +41,21 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from gardo.types import to_device
-from gardo_kernels import STEP_COLUMNS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = (
-    # sigma s, where the step starts; A, B, C; std; u_scale = std / B: u = u_scale z is the noise in
-    # velocity units
-    *STEP_COLUMNS,
+    # the kernels' STEP_COLUMNS: sigma s, where the step starts; A, B, C; std; u_scale = std / B:
+    # u = u_scale z is the noise in velocity units
+    "sigma",
+    "A",
+    "B",
+    "C",
+    "std",
+    "u_scale",
     "model_sigma",  # the time that the model is told: s, or a rounded one (MODEL_TIMES)
     "sigma_next",  # s', where it ends
     "dt",  # s' - s < 0
@@ -245,7 +253,7 @@ class Transitions:
     """The coefficients of every step of a sampler: `table_TK`, fp32, columns named by COLUMNS."""
 
     table_TK: Tensor
-    _sent: dict[torch.device, "Transitions"] = field(default_factory=dict, init=False, repr=False)
+    _sent: dict[torch.device, Transitions] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -296,7 +304,7 @@ class Transitions:
         log_prob_R = self.rows(step_R, "log_std_term") - self.rows(step_R, "h") * error_R
         return torch.where(self.rows(step_R, "std") > 0, log_prob_R, torch.nan)
 
-    def to(self, device: torch.device | str) -> "Transitions":
+    def to(self, device: torch.device | str) -> Transitions:
         """The same table on another device; it is sent there once, which waits for nothing."""
         device = torch.device(device)
         if device not in self._sent:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import gardo_kernels
 from gardo.distributed.base import Ranks, gather_text, ranks_here
 from gardo.distributed.optimizers import check_here
 from gardo.nvidia import (
@@ -24,7 +25,6 @@ from gardo.policies.quantised import BASES
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RankError, RecipeError
 from gardo.settings import FieldError, check_installed, is_hub_id, model_path
-from gardo_kernels import kernels_run_on, triton_trouble
 
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "peft")
 FULL_SIZE = 10**9  # bytes of a transformer: a CPU would train it for weeks
@@ -127,7 +127,7 @@ def check_machine(recipe: Recipe, world: int, device: torch.device, source: str)
             f"{source}: distributed.engine: local runs in one process, but {world} ranks were "
             "launched; use engine zero"
         )
-    if recipe.kernels == "triton" and not kernels_run_on(device):
+    if recipe.kernels == "triton" and not gardo_kernels.kernels_run_on(device):
         raise RecipeError(
             f"{source}: kernels: triton needs an NVIDIA GPU, this run is on the {device.type}; use "
             "auto or torch"
@@ -151,7 +151,11 @@ def kernels_trouble(recipe: Recipe, device: torch.device, source: str) -> str:
     RecipeError for `kernels: triton`. A kernel is launched to see, before anything heavy loads.
     """
     wanted = recipe.kernels == "triton" or (recipe.kernels == "auto" and device.type == "cuda")
-    if not wanted or not kernels_run_on(device) or not (trouble := triton_trouble(device)):
+    if (
+        not wanted
+        or not gardo_kernels.kernels_run_on(device)
+        or not (trouble := gardo_kernels.triton_trouble(device))
+    ):
         return ""
     if recipe.kernels == "triton":
         raise RecipeError(f"{source}: kernels: triton: {trouble}; or use auto or torch")

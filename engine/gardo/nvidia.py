@@ -30,6 +30,13 @@ def devices(root: Path = Path("/")) -> list[Path]:
     return found or ([control] if control.exists() else [])
 
 
+def gpus_here() -> int:
+    """How many this process would use; 0 where the environment asks for the CPU."""
+    import torch
+
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
 def driver_version(root: Path = Path("/")) -> str | None:
     """The driver's version, such as "580.65.06", as the kernel or nvidia-smi says; None: neither.
 

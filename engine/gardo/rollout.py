@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Union
 
 import torch
-from torch import Tensor
 
+import gardo_kernels
 from gardo.beside import Beside
+from gardo.lazily import no_grad
 from gardo.streams import Stream
 from gardo.types import (
     Batch,
@@ -35,7 +36,11 @@ from gardo.types import (
     taker,
     to_device,
 )
-from gardo_kernels import Backend, random_normal, random_uniform, sde_step, seed_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import Backend
 
 
 def noise_id(step: int, sample_B: Tensor) -> Tensor:
@@ -44,8 +49,8 @@ def noise_id(step: int, sample_B: Tensor) -> Tensor:
 
 
 # latents [B, X] and their prompts -> images, and what rewards said of them: fp32 [B], or [B, D]
-Said = Tensor | Callable[[], Tensor]  # what a reward says, or what waits for it
-Finish = Callable[[Tensor, Sequence[Prompt]], tuple[Tensor, Mapping[str, Said]]]
+Said = Union["Tensor", Callable[[], "Tensor"]]  # what a reward says, or what waits for it
+Finish = Callable[["Tensor", Sequence[Prompt]], tuple["Tensor", Mapping[str, Said]]]
 
 
 class FlowModel(Protocol):
@@ -77,7 +82,7 @@ def groups_of(first: int, count: int, images_per_prompt: int) -> range:
     return range(first // images_per_prompt, (first + count - 1) // images_per_prompt + 1)
 
 
-@torch.no_grad()
+@no_grad
 def sample(
     policy: FlowModel,
     prompts: Sequence[Prompt],
@@ -115,7 +120,7 @@ def sample(
     if conditioning is None:
         conditioning = policy.encode([prompts[group] for group in groups])
     prompt_B = group_B - groups.start
-    seed_1 = to_device(seed_tensor(seed, "cpu"), device) if seed_1 is None else seed_1
+    seed_1 = to_device(gardo_kernels.seed_tensor(seed, "cpu"), device) if seed_1 is None else seed_1
     of_sample = tuple(prompts[g] for g in group_B.tolist())
     parts, finishing = [], []
     for rows, kept in calls_of(torch.arange(count), micro_batch or count, fill=fill):
@@ -123,7 +128,9 @@ def sample(
         identity_B = noise_id(step, sample_B[rows])
         first_B = noise_id(step, group_B[rows] * images_per_prompt)
         noise_B = to_device(first_B if plan.same_initial_noise else identity_B, device)
-        x = random_normal(seed_1, noise_B, Stream.INITIAL, policy.latent_shape, backend=kernels)
+        x = gardo_kernels.random_normal(
+            seed_1, noise_B, Stream.INITIAL, policy.latent_shape, backend=kernels
+        )
         part = _denoise(
             policy, rows_of(conditioning, prompt_B[rows]), plan, x, seed_1,
             to_device(identity_B, device), kernels,
@@ -155,10 +162,10 @@ def sample(
 
 def _joined(said: Sequence[Said]) -> Said:
     """What a reward says of all micro-batches."""
-    there = [part for part in said if isinstance(part, Tensor)]
+    there = [part for part in said if isinstance(part, torch.Tensor)]
     if len(there) == len(said):
         return torch.cat(there)
-    return lambda: torch.cat([part if isinstance(part, Tensor) else part() for part in said])
+    return lambda: torch.cat([part if isinstance(part, torch.Tensor) else part() for part in said])
 
 
 def calls_of(
@@ -200,7 +207,7 @@ def _denoise(
         told_B = table.rows(step_B, "model_sigma")
         v, unprompted = policy.branches(model_input, told_B, conditioning)
         recorded = t in plan.record
-        out = sde_step(
+        out = gardo_kernels.sde_step(
             x,
             v,
             table.table_TK,
@@ -234,7 +241,7 @@ class Reader(Protocol):
     def agree_max(self, value: int) -> int: ...
 
 
-@torch.no_grad()
+@no_grad
 def teach(
     points: Points,
     wanted: Mapping[str, Tensor],
@@ -306,8 +313,9 @@ def fresh_points(
     B, K = step_BK.shape
     device, shape = rollout.final_BX.device, rollout.final_BX.shape[1:]
     identity_B = to_device(noise_id(rollout.step, rollout.sample_B), device)
+    draw = gardo_kernels.random_normal
     noise_BKX = torch.stack(
-        [random_normal(rollout.seed_1, identity_B, Stream.FRESH + k, shape, backend=kernels)
+        [draw(rollout.seed_1, identity_B, Stream.FRESH + k, shape, backend=kernels)
          for k in range(K)],
         1,
     )  # fmt: skip
@@ -334,7 +342,9 @@ def update_of(sample_B: Tensor, updates: int, *, seed: int, step: int) -> Tensor
     samples on any number of ranks.
     """
     block_B = sample_B // updates
-    draw = random_uniform(seed, noise_id(step, block_B), Stream.SHARES, updates, backend="torch")
+    draw = gardo_kernels.random_uniform(
+        seed, noise_id(step, block_B), Stream.SHARES, updates, backend="torch"
+    )
     order = draw.argsort(dim=1, stable=True)
     return order.gather(1, (sample_B % updates)[:, None])[:, 0]
 

@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Record = TypeVar("Record")
 
@@ -38,7 +40,7 @@ def mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     """A dataclass with every tensor in it changed, those in mappings too."""
 
     def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             return change(value)
         if isinstance(value, Mapping):
             return {name: of(inner) for name, inner in value.items()}

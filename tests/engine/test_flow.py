@@ -14,7 +14,7 @@ from gardo.flow import (
     shifted_linear_sigmas,
     transitions,
 )
-from gardo_kernels import sde_step
+from gardo_kernels import STEP_COLUMNS, sde_step
 
 X = torch.tensor([[0.5, -1.0, 0.25, 2.0]], dtype=torch.float64)
 V = torch.tensor([[0.1, -0.2, 0.3, -0.4]], dtype=torch.float64)
@@ -43,6 +43,10 @@ def mean_of(table, step, v=V):
 def log_prob(table, step, x_next, v):
     error = (x_next - mean_of(table, step, v)).square().mean().item()
     return -at(table, "h", step) * error + at(table, "log_std_term", step)
+
+
+def test_a_table_begins_with_the_kernels_columns():
+    assert COLUMNS[: len(STEP_COLUMNS)] == STEP_COLUMNS
 
 
 def test_published_schedules():

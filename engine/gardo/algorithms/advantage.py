@@ -7,14 +7,16 @@ Shapes: B samples of all ranks, in groups by `group_B`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.settings import Strict
 from gardo.types import Batch, Credit, Points, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Std = Literal["none", "global", "group", "group_unbiased"]
 EPS = 1e-4

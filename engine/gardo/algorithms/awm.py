@@ -15,12 +15,12 @@ Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one la
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
+import gardo_kernels
 from gardo.algorithms.advantage import AdvantageSettings, with_credit, without_credit
 from gardo.algorithms.base import Context, DecaySettings, SamplerSettings, SlotMoves, World
 from gardo.algorithms.forward_process import ForwardProcess
@@ -29,7 +29,9 @@ from gardo.rollout import fresh_points, noise_id, update_of
 from gardo.settings import Pair
 from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout
-from gardo_kernels import awm_loss, random_uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AWMSettings(KLSettings):
@@ -105,7 +107,7 @@ class AWM(ForwardProcess):
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         world, identity_B = self.world, noise_id(rollout.step, rollout.sample_B)
         K = world.sampler.train_steps
-        draw_BK = random_uniform(rollout.seed, identity_B, Stream.TIMES, K)
+        draw_BK = gardo_kernels.random_uniform(rollout.seed, identity_B, Stream.TIMES, K)
         step_BK = stratified_steps(draw_BK, *self.settings.trained(self.table.steps))
         points, x0_RX, noise_RX = fresh_points(rollout, step_BK, kernels=world.kernels)
         update_B = update_of(rollout.sample_B, world.updates, seed=rollout.seed, step=rollout.step)
@@ -133,7 +135,7 @@ class AWM(ForwardProcess):
             detached = points.extra["detached"].view(-1, *[1] * (old_RX.dim() - 1))
             old_RX = torch.where(detached, old_RX, points.velocities["train"].to(old_RX.dtype))
         clip = settings.advantage_clip
-        out = awm_loss(
+        out = gardo_kernels.awm_loss(
             velocity_RX,
             old_RX,
             points.extra["target"],

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor
 
+import gardo_kernels
 from gardo.contract import NoRatio, RatioContract
 from gardo.flow import Sde, Transitions, shifted_linear_sigmas, transitions
 from gardo.plugins import resolve
@@ -29,7 +29,11 @@ from gardo.types import (
     Scores,
     to_device,
 )
-from gardo_kernels import Backend, seed_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import Backend
 
 
 class SamplerSettings(Strict):
@@ -132,7 +136,7 @@ class World:
     def seed_on(self, device: torch.device) -> Tensor:
         """The seed as kernels read it, int64 [1]; sent to a device once a run."""
         if device not in self._made:
-            self._made[device] = to_device(seed_tensor(self.seed, "cpu"), device)
+            self._made[device] = to_device(gardo_kernels.seed_tensor(self.seed, "cpu"), device)
         sent: Tensor = self._made[device]
         return sent
 

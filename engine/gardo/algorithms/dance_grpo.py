@@ -14,13 +14,13 @@ from typing import Literal
 
 import torch
 
+import gardo_kernels
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.flow_grpo import ClippedSettings, FlowGRPO
 from gardo.flow import Transitions
 from gardo.rollout import noise_id
 from gardo.streams import Stream
 from gardo.types import Credit, Points, Rollout, select
-from gardo_kernels import random_uniform
 
 
 class DanceGRPOSettings(ClippedSettings):
@@ -42,7 +42,7 @@ class DanceGRPO(FlowGRPO):
         """The steps that were drawn, of those recorded: no step twice in a sample."""
         recorded, count = len(rollout.step_T), self.world.sampler.train_steps
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        draw_BT = random_uniform(rollout.seed, identity_B, Stream.TIMES, recorded)
+        draw_BT = gardo_kernels.random_uniform(rollout.seed, identity_B, Stream.TIMES, recorded)
         chosen_BK = draw_BT.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
         first_B = recorded * torch.arange(len(identity_B))
         return select(super().points(rollout, credit), (first_B[:, None] + chosen_BK).flatten())

@@ -9,14 +9,15 @@ step, w - v with w = v_rollout + u. The ratio is 1, and its gradient that of log
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.flow_grpo import FlowGRPO, PolicyGradientSettings
 from gardo.contract import NoRatio
 from gardo.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DDPOSettings(PolicyGradientSettings):

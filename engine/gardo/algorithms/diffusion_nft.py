@@ -15,12 +15,12 @@ Shapes: B samples of this rank, K trained times a sample, R = B K rows, X one la
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+import gardo_kernels
 from gardo.algorithms.advantage import AdvantageSettings
 from gardo.algorithms.base import Context, DecaySettings, SamplerSettings, SlotMoves, World
 from gardo.algorithms.forward_process import ForwardProcess
@@ -28,7 +28,9 @@ from gardo.algorithms.kl import KLSettings, asks_reference, gated_share, note_kl
 from gardo.rollout import fresh_points, noise_id
 from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout
-from gardo_kernels import nft_loss, random_uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DiffusionNFTSettings(KLSettings):
@@ -72,7 +74,9 @@ class DiffusionNFT(ForwardProcess):
     def points(self, rollout: Rollout, credit: Credit) -> Points:
         """Each image at `train_steps` of the sampler's times, no time twice, with fresh noise."""
         identity_B = noise_id(rollout.step, rollout.sample_B)
-        order = random_uniform(rollout.seed, identity_B, Stream.TIMES, self.table.steps)
+        order = gardo_kernels.random_uniform(
+            rollout.seed, identity_B, Stream.TIMES, self.table.steps
+        )
         step_BK = order.argsort(dim=1, stable=True)[:, : self.world.sampler.train_steps]
         points, x0_RX, _ = fresh_points(rollout, step_BK, kernels=self.world.kernels)
         return points.with_extra(x0=x0_RX)
@@ -85,7 +89,7 @@ class DiffusionNFT(ForwardProcess):
 
     def loss(self, ctx: Context, batch: Batch) -> tuple[Tensor, Metrics]:
         points, settings = batch.points, self.settings
-        out = nft_loss(
+        out = gardo_kernels.nft_loss(
             ctx.velocity(batch),
             points.velocities["old"],
             points.x_RX,

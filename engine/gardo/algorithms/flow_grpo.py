@@ -16,12 +16,12 @@ recorded steps before credit; the KL in the loss, if there is one, uses the same
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
+import gardo_kernels
 from gardo.algorithms.advantage import AdvantageSettings, group_credit, with_credit, without_credit
 from gardo.algorithms.base import (
     Algorithm,
@@ -37,7 +37,11 @@ from gardo.contract import NoRatio, OldVelocity, RatioContract
 from gardo.flow import VARIANTS, Transitions
 from gardo.rollout import recorded_points
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import PolicyLoss, policy_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import PolicyLoss
 
 
 class PolicyGradientSettings(KLSettings):
@@ -202,7 +206,7 @@ class FlowGRPO(Algorithm):
     def _policy_loss(self, batch: Batch, velocity_RX: Tensor) -> PolicyLoss:
         points, settings = batch.points, self.settings
         sampler = points.velocities.get("train", points.velocities["rollout"])
-        return policy_loss(
+        return gardo_kernels.policy_loss(
             velocity_RX,
             **self.ratio_terms(batch, velocity_RX),
             advantage=batch.advantage_R,

@@ -12,18 +12,18 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+import gardo_kernels
 from gardo.algorithms.base import SamplerSettings
 from gardo.algorithms.flow_grpo import ClippedSettings, FlowGRPO
 from gardo.flow import Transitions
 from gardo.rollout import noise_id
 from gardo.streams import Stream
-from gardo_kernels import random_uniform
 
 
 def drawn_start(seed: int, step: int, starts: int) -> int:
     """One of 0 .. starts - 1, a function of the run's seed and the iteration."""
     identity = noise_id(step, torch.zeros(1, dtype=torch.int64))
-    return int(float(random_uniform(seed, identity, Stream.WINDOW, 1)) * starts)
+    return int(float(gardo_kernels.random_uniform(seed, identity, Stream.WINDOW, 1)) * starts)
 
 
 class FlowGRPOFastSettings(ClippedSettings):

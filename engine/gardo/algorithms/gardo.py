@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from gardo.algorithms.base import (
     Needs,
@@ -41,6 +40,9 @@ from gardo.algorithms.uncertainty import uncertainty
 from gardo.algorithms.wrapper import Wrapper, WrapperSettings
 from gardo.settings import Pair, Strict
 from gardo.types import Credit, Metrics, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GateSettings(Strict):

@@ -6,22 +6,27 @@ Shapes: B samples of all ranks, D features, G images of a group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
+import gardo_kernels
 from gardo.algorithms.advantage import group_statistics
-from gardo_kernels import Backend, nearest_cosine
+from gardo.lazily import no_grad
 
-Distances = Callable[[Tensor, Tensor, Backend], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import Backend
+
+Distances = Callable[["Tensor", "Tensor", "Backend"], tuple["Tensor", "Tensor"]]
 
 
 def _cosine(features_BD: Tensor, group_B: Tensor, kernels: Backend) -> tuple[Tensor, Tensor]:
-    return nearest_cosine(features_BD, group_B, backend=kernels)
+    return gardo_kernels.nearest_cosine(features_BD, group_B, backend=kernels)
 
 
-@torch.no_grad()
+@no_grad
 def nearest_euclidean(
     features_BD: Tensor, group_B: Tensor, kernels: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,17 @@ its log-probability has no std to normalise.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from gardo.algorithms.base import SamplerSettings
 from gardo.algorithms.flow_grpo import ClippedSettings, FlowGRPO
 from gardo.flow import SDES, VARIANTS
 from gardo.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GRPOGuardSettings(ClippedSettings):

@@ -20,14 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import comb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.algorithms.base import AlgorithmSettings
 from gardo.types import Batch, Credit, Metrics, Points
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class KLSettings(AlgorithmSettings):

@@ -7,12 +7,12 @@ gradients, scored, and loss = weight mean(relu(margin - R)) with R = (reward - m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+import gardo_kernels
 from gardo.algorithms.base import (
     Algorithm,
     AlgorithmSettings,
@@ -24,7 +24,9 @@ from gardo.algorithms.base import (
 from gardo.rollout import noise_id, recorded_points
 from gardo.streams import Stream
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
-from gardo_kernels import random_uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ReFLSettings(AlgorithmSettings):
@@ -56,7 +58,7 @@ class ReFL(Algorithm):
     def plan(self, step: int) -> SamplePlan:
         steps = self.table.steps
         late = max(1, round(self.settings.late * steps))
-        draw = random_uniform(
+        draw = gardo_kernels.random_uniform(
             self.world.seed, noise_id(step, torch.zeros(1, dtype=torch.int64)), Stream.LATE, 1
         )
         return SamplePlan(

@@ -7,13 +7,15 @@ Shapes: B samples of all ranks.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
+import gardo_kernels
 from gardo.types import Scores
-from gardo_kernels import win_rate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _ordered(value_B: Tensor, sample_B: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def uncertainty(
     def rate(value_B: Tensor) -> Tensor:
         if ties == "ordered":
             value_B = _ordered(value_B, scores.sample_B)
-        return win_rate(value_B, scores.valid_B, group_B=group_B)
+        return gardo_kernels.win_rate(value_B, scores.valid_B, group_B=group_B)
 
     proxy_B = rate(scores.proxy_B)
     others = [rate(scores.rewards[name]) for name in scores.auxiliaries]

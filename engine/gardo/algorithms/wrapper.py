@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from gardo.algorithms.base import (
     Algorithm,
@@ -20,6 +19,9 @@ from gardo.algorithms.base import (
     settings_of,
 )
 from gardo.types import Batch, Credit, Metrics, Points, Rollout, SamplePlan, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WrapperSettings(AlgorithmSettings):

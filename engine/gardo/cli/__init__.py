@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from gardo import lazily
 from gardo.cli import (
     doctor,
     evaluate,
@@ -45,4 +46,5 @@ app.add_typer(prompts.prompts, name="prompts")
 
 
 def main() -> None:
+    lazily.put_off()
     app()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from gardo import lazily
+
+if TYPE_CHECKING:
+    from gardo.recipe import Recipe
 
 RecipeArgument = Annotated[
     Path, typer.Argument(help="a recipe, such as recipes/tiny_flux_gardo.yaml")
@@ -15,6 +20,19 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the recipe"),
 ]
+
+
+def checked(recipe: Path, overrides: list[str] | None, *, prompts: bool = True) -> Recipe:
+    """The recipe; torch is loaded once it is known to be one."""
+    from gardo.config import load
+    from gardo.recipe_errors import RecipeError
+
+    try:
+        found = load(recipe, overrides or [], prompts=prompts)
+    except RecipeError as error:
+        refuse(error)
+    lazily.load_now()
+    return found
 
 
 def refuse(error: object) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gardo.cli.common import SetOption, refuse
+from gardo.cli.common import SetOption, checked
 
 
 def doctor(
@@ -17,16 +17,11 @@ def doctor(
     set_: SetOption = None,
 ) -> None:
     """Say what this machine can run, and which kernels; exit 1 where something is missing."""
-    from gardo.config import load
     from gardo.doctor import examine
-    from gardo.recipe_errors import RecipeError
 
-    try:
-        findings = examine(load(recipe, set_ or []).kernels if recipe else "auto")
-        worst = 0
-        for finding in findings:
-            worst = max(worst, finding.state == "problem")
-            print(f"{finding.state:8} {finding.name:22} {finding.detail}", flush=True)
-    except RecipeError as error:
-        refuse(error)
+    kernels = checked(recipe, set_).kernels if recipe else "auto"
+    worst = 0
+    for finding in examine(kernels):
+        worst = max(worst, finding.state == "problem")
+        print(f"{finding.state:8} {finding.name:22} {finding.detail}", flush=True)
     raise typer.Exit(int(worst))

@@ -55,13 +55,12 @@ def eval_(
     draws nothing again, with --against only compares.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
-
     from gardo import launch
     from gardo.evaluate import arguments_of, check_here, main, task
+    from gardo.nvidia import gpus_here
     from gardo.recipe_errors import RecipeError
 
-    here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
+    here = gpus_here()
     try:
         where = launch.places(gpus=gpus, hostfile=None, include=None, here=here)
         options: dict[str, Any] = {"lora": lora, "run": run, "step": step, "out": out}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gardo.cli.common import RecipeArgument, SetOption, refuse
+from gardo.cli.common import RecipeArgument, SetOption, checked, refuse
 
 
 def plan(
@@ -19,14 +19,13 @@ def plan(
 ) -> None:
     """Say what a recipe takes of GPUs that need not be here; exit 1 where it does not fit."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from gardo.config import load
+    found = checked(recipe, set_, prompts=False)
     from gardo.planner.page import bytes_of, plan_page
     from gardo.recipe_errors import RecipeError
 
     try:
         room = bytes_of(gpu_memory)
-        checked = load(recipe, set_ or [], prompts=False)
-        lines, fits = plan_page(checked, world=gpus, room=room, nodes=nodes, source=str(recipe))
+        lines, fits = plan_page(found, world=gpus, room=room, nodes=nodes, source=str(recipe))
     except (RecipeError, ValueError) as error:
         refuse(error)
     print("\n".join(lines))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gardo.cli.common import RecipeArgument, SetOption, refuse
+from gardo.cli.common import RecipeArgument, SetOption, checked, refuse
 
 
 def train(
@@ -50,56 +50,41 @@ def train(
 ) -> None:
     """Train a recipe; with engine zero through the deepspeed launcher on as many ranks."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _read(recipe)
-    import torch
-
+    found = checked(recipe, set_)
     from gardo import launch
-    from gardo.config import load
     from gardo.machine import check_accelerator
+    from gardo.nvidia import gpus_here
     from gardo.planner import geometry
     from gardo.recipe import reward_settings
     from gardo.recipe_errors import RecipeError
     from gardo.rewards.assembly import reach_endpoints
 
-    overrides = set_ or []
-    here = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
+    here = gpus_here()
     try:
         if master_addr and not hostfile:
             raise ValueError(f"--master-addr {master_addr}: for a --hostfile; leave it out")
         if port and not (hostfile or launch.is_free(port)):
             raise ValueError(f"--port {port}: another program has it; leave it out")
         where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
-        checked = load(recipe, overrides)
-        geometry(checked, rank=0, world=where.ranks, source=str(recipe))
+        geometry(found, rank=0, world=where.ranks, source=str(recipe))
         if not hostfile:  # a login node may start what runs elsewhere
-            check_accelerator(checked, str(recipe))
-            reach_endpoints(reward_settings(checked), f"{recipe}: rewards.")
-        zero = checked.distributed.engine == "zero"
+            check_accelerator(found, str(recipe))
+            reach_endpoints(reward_settings(found), f"{recipe}: rewards.")
+        zero = found.distributed.engine == "zero"
         if not zero and where.ranks > 1:
             raise RecipeError(
                 f"{recipe}: distributed.engine: local runs in one process; drop {where.option}, "
                 "or use engine zero"
             )
         if here or not hostfile:  # else the GPUs are elsewhere: `gardo plan` can be told of them
-            _say_plan(checked, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
-        arguments = [str(recipe), *(part for o in overrides for part in ("--set", o))]
+            _say_plan(found, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
+        arguments = [str(recipe), *(part for o in set_ or () for part in ("--set", o))]
         arguments += ["--resume"] if resume else []
         arguments += ["--profile"] if profile else []
         command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
         refuse(error)
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
-
-
-def _read(recipe: Path) -> None:
-    """Refuses what is no recipe at all before torch is imported, which takes seconds."""
-    from gardo.recipe_errors import RecipeError
-    from gardo.recipe_text import read
-
-    try:
-        read(recipe)
-    except RecipeError as error:
-        refuse(error)
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import psutil
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.distributed.shards import Shards
 from gardo.distributed.slots import Slots
 from gardo.settings import Strict
 from gardo.types import Metrics, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _no_default(schema: dict[str, Any]) -> None:

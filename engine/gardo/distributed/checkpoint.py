@@ -31,13 +31,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gardo.distributed.base import Engine, gather_text, host_memory
 from gardo.distributed.optimizers import (
@@ -61,7 +58,11 @@ from gardo.distributed.saved import (
     step_of,
 )
 from gardo.distributed.shards import homes, masters
+from gardo.lazily import no_grad
 from gardo.settings import Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOM = 1.2  # times the size of a checkpoint must be free on the disk before one is written
 COPIES = 2.0  # times a rank's share must be free in memory to write it while training goes on
@@ -78,7 +79,7 @@ class CheckpointSettings(Strict):
 # ---- what is saved -------------------------------------------------------------------------------
 
 
-Kinds = Iterator[tuple[str, dict[str, Tensor]]]
+Kinds = Iterator[tuple[str, dict[str, "Tensor"]]]
 
 
 def _tensors(engine: Engine, *, copy: bool) -> Kinds:
@@ -107,7 +108,7 @@ def _tensors(engine: Engine, *, copy: bool) -> Kinds:
                 f"{i}/{key}": value.to("cpu", copy=copy)
                 for i, home in enumerate(homes(shards))
                 for key, value in optimizer.state[home].items()
-                if isinstance(value, Tensor)
+                if isinstance(value, torch.Tensor)
             },
         )
     else:
@@ -276,6 +277,9 @@ class Checkpoints:
 
     def _write_files(self, part: Path, kinds: Kinds) -> list[dict[str, Any]]:
         """Writes this rank's files and describes them. No collectives: may run in a thread."""
+
+        from safetensors.torch import save_file
+
         files = []
         for kind, tensors in kinds:
             if (strange := not_finite(tensors)) is not None:
@@ -347,7 +351,7 @@ class Checkpoints:
                     folder.rename(folder.with_name(f"{folder.name}.{why}-{secrets.token_hex(4)}"))
         self.engine.barrier()
 
-    @torch.no_grad()
+    @no_grad
     def restore(self, saved: Saved) -> Mapping[str, Any]:
         """Fills the engine's masters, moments and slots; returns the other state.
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from gardo.settings import FieldError, Pair, Strict, check_installed
 
-Parameters = Sequence[nn.Parameter]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Parameters = Sequence["nn.Parameter"]
 Name = Literal[
     "adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "deepspeed_fused", "deepspeed_cpu"
 ]
@@ -199,7 +201,7 @@ def _buffer(optimizer: Any, home: Tensor) -> Tensor:
 
 def set_updates(state: dict[str, Any], updates: int) -> None:
     """Makes a state that of a tensor which so many steps have updated."""
-    if isinstance(state["step"], Tensor):
+    if isinstance(state["step"], torch.Tensor):
         state["step"].fill_(updates)
     else:
         state["step"] = updates

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+
+from gardo.lazily import no_grad
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def homes(shards: Shards) -> list[Tensor]:
     return list({id(piece.home): piece.home for piece in shards.pieces}.values())
 
 
-@torch.no_grad()
+@no_grad
 def load_masters(shards: Shards, weights: Mapping[str, Tensor]) -> None:
     """Overwrites what trains with whole parameters by name. A collective: each rank has them all"""
     for piece in shards.pieces:

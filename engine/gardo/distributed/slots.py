@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from gardo.distributed.shards import Shards, masters
+from gardo.lazily import no_grad
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIVE = "train"
 
@@ -39,22 +43,25 @@ class Slots:
         return self._slots[name]
 
     @contextmanager
-    @torch.no_grad()
     def use(self, name: str) -> Iterator[None]:
         """Forward passes inside see the slot's weights; no optimizer step may happen there."""
         self._check_free()
         if name == LIVE:
             yield
             return
-        kept = self.shards.exchange(self.pieces(name))
+        kept = self._exchange(self.pieces(name))
         self.exchanged = name
         try:
             yield
         finally:
-            self.shards.exchange(kept)
+            self._exchange(kept)
             self.exchanged = None
 
-    @torch.no_grad()
+    @no_grad
+    def _exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return self.shards.exchange(values)
+
+    @no_grad
     def copy(self, source: str, *, to: str) -> None:
         """slot `to` := slot or live weights `source`, in fp32."""
         self._check_free()
@@ -62,7 +69,7 @@ class Slots:
         for slot, piece in zip(self.pieces(to), pieces, strict=True):
             slot.copy_(piece)
 
-    @torch.no_grad()
+    @no_grad
     def decay(self, name: str, rate: float) -> None:
         """slot := rate slot + (1 - rate) live weights, in fp32 (an exponential moving average)."""
         self._check_free()

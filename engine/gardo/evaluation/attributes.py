@@ -8,12 +8,14 @@ Shapes: B pictures of 32 x 32 pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_prompt(prompt: str) -> None:
@@ -38,7 +40,7 @@ def attribute_labels(images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, T
     hue_B = torch.tensor(list(world.HUES.values()), device=device)[[c for _, c, _ in asked]]
     hue, saturation, value = world.rgb_to_hsv(images_B3HW)
     object_BHW = (value > 0.35).float()
-    cells_B9 = F.adaptive_avg_pool2d(object_BHW[:, None], 3).flatten(1) > 0.12
+    cells_B9 = torch.nn.functional.adaptive_avg_pool2d(object_BHW[:, None], 3).flatten(1) > 0.12
     layout_B = (cells_B9.long() << torch.arange(9, device=device)).sum(1)
     area_B = object_BHW.sum((1, 2))
     weight = object_BHW * saturation

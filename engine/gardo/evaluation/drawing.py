@@ -11,17 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+import gardo_kernels
 from gardo.evaluation import attributes
 from gardo.policies.base import Policy
 from gardo.rewards.panel import Panel
 from gardo.rollout import rows_of
 from gardo.streams import Stream
 from gardo.types import Prompt
-from gardo_kernels import Backend, nearest_cosine, random_normal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import Backend
 
 FEATURES, REWARD, LABEL = "features", "reward", "label"  # columns: features, KIND/NAME
 
@@ -42,7 +47,7 @@ class FixedImages:
         return len(self.prompts) * self.images_per_prompt
 
     def initial_latents(self, image_B: Tensor) -> Tensor:
-        return random_normal(
+        return gardo_kernels.random_normal(
             self.seed, image_B, Stream.EVALUATION, self.policy.latent_shape, backend=self.kernels
         )
 
@@ -109,7 +114,7 @@ def distances(
 ) -> tuple[Tensor, Tensor]:
     """Cosine distances among the images of a prompt, fp32 [I]: to the nearest, and of all pairs."""
     group_I = torch.arange(len(features_ID), device=features_ID.device) // images_per_prompt
-    return nearest_cosine(features_ID, group_I, backend=kernels)
+    return gardo_kernels.nearest_cosine(features_ID, group_I, backend=kernels)
 
 
 def vendi(features_ID: Tensor, images_per_prompt: int) -> Tensor:

@@ -14,11 +14,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from gardo.distributed.base import Engine
 from gardo.evaluation import attributes
@@ -34,12 +33,17 @@ from gardo.evaluation.drawing import (
 )
 from gardo.evaluation.statistics import bootstrap_mean, entropy, paired_change, prompt_means
 from gardo.hf_prompts import is_dataset
+from gardo.lazily import no_grad
 from gardo.policies.base import Policy
 from gardo.report.pictures import save_grid
 from gardo.rewards.panel import Panel
 from gardo.settings import Strict
 from gardo.types import Prompt
-from gardo_kernels import Backend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gardo_kernels import Backend
 
 Diversity = Literal["none", "attributes", "features", "both"]
 
@@ -148,7 +152,7 @@ class Evaluator:
         for image_B in self._batches():
             self.fixed.encode(image_B % self.fixed.total)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, step: int, *, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The record of the weights after `step` iterations; before each batch calls `between`."""
         images_per_prompt, total = self.settings.images_per_prompt, self.fixed.total

@@ -7,12 +7,17 @@ and hands over one value for each prompt.
 Shapes: U units (prompts), S resamples, C values of a unit.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANK_RESAMPLES = 2_000  # each sorts its units
 LEAST_RESAMPLED = 5  # units of a bootstrap interval

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from gardo.hub import download_error
+from gardo.lazily import no_grad
 from gardo.policies.checkpointing import Checkpointing, checkpoint_blocks, kept_inside
 from gardo.policies.compiling import Compiled, compile_blocks
 from gardo.policies.embeddings import Embeddings
@@ -39,7 +39,11 @@ from gardo.policies.weights import (
 )
 from gardo.settings import FieldError, is_hub_id, model_path
 from gardo.types import Phase, no_phase
-from gardo_kernels import Backend
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gardo_kernels import Backend
 
 Wait = Callable[[], None]
 
@@ -128,7 +132,7 @@ class Policy:
             folder, dtype=dtypes, use_safetensors=True, transformer=transformer
         )
         for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
+            if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         pipeline.vae.to(device)
         return pipeline
@@ -275,7 +279,7 @@ class Policy:
         z = self._to_vae(latents_BX) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
+    @no_grad
     def generate(
         self, conditioning: Mapping[str, Tensor], latents_BX: Tensor, *, steps: int
     ) -> Tensor:

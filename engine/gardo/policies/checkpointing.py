@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+
+if TYPE_CHECKING:
+    from torch.utils.checkpoint import CheckpointPolicy
 
 Checkpointing = Literal["none", "selective", "matmuls", "full"]
 
@@ -37,13 +35,16 @@ ATTENTION = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "flash_attn::_flash_attn_forward",
 )
-MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm")
 QUANTISED = ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm")  # of a base in few bits
 THIN = 8  # a product over fewer features than 1 / THIN of those it makes costs little to run again
 
 
 def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
     """Has the blocks of a diffusers transformer keep what `mode` says; `none` changes nothing."""
+
+    from torch.utils.checkpoint import checkpoint
+
     if mode == "none":
         return
     inside = kept_inside(mode)
@@ -60,6 +61,9 @@ def checkpoint_blocks(transformer: Any, mode: Checkpointing) -> None:
 @functools.cache
 def kept_inside(mode: Checkpointing) -> Callable[[], Any] | None:
     """`context_fn` of torch's checkpoint for what a mode keeps inside a block; None: nothing is."""
+
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
     if mode in ("none", "full"):
         return None
     keeps = _policy(matmuls=mode == "matmuls")
@@ -67,10 +71,13 @@ def kept_inside(mode: Checkpointing) -> Callable[[], Any] | None:
 
 
 def _policy(*, matmuls: bool) -> Callable[..., CheckpointPolicy]:
+    from torch.utils.checkpoint import CheckpointPolicy
+
     whole = frozenset([*attention_ops(), *(_named(QUANTISED) if matmuls else ())])
+    products = frozenset(_named(MATMULS) if matmuls else ())
 
     def keeps(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        if op in whole or (matmuls and op in MATMULS and not _thin(*args)):
+        if op in whole or (op in products and not _thin(*args)):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -20,14 +20,15 @@ import time
 import types
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from gardo.policies.checkpointing import Checkpointing, kept_inside
 from gardo.types import Phase
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BACKEND = "inductor"
 MOST = 64  # graphs of a kind of block; more of them are shapes that do not stand still
@@ -93,6 +94,8 @@ def compile_blocks(transformer: Any, blocks: Iterable[nn.Module], mode: Checkpoi
 @functools.cache
 def _checkpointed(original: Callable[..., Any], keeps: Callable[[], Any]) -> Callable[..., Any]:
     """A block's forward with a checkpoint around it; one function for all blocks of a kind."""
+
+    from torch.utils.checkpoint import checkpoint
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

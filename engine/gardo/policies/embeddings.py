@@ -20,17 +20,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
 from gardo.files import write_atomically
 from gardo.types import to_device
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 Residence = Literal["resident", "offload", "free"]
-Text = dict[str, Tensor]
+Text = dict[str, "Tensor"]
 ROOM = 4 << 30  # bytes of host memory
 
 
@@ -91,6 +92,9 @@ class Embeddings:
         `identity` says which encoders these are. This rank takes share[0] of every share[1]
         prompts, and encodes those that have no file yet; `wait` returns when all ranks have.
         """
+
+        from safetensors.torch import save
+
         self._folder, self._identity = folder, identity
         own = list(dict.fromkeys(prompts))[share[0] :: share[1]]
         new = [prompt for prompt in own if not self._file(prompt).is_file()]
@@ -114,6 +118,8 @@ class Embeddings:
         return self._folder / name[:2] / f"{name[2:]}.safetensors"
 
     def _look_up(self, prompt: str) -> Text | None:
+        from safetensors.torch import load_file
+
         if prompt in self._known:
             self._known.move_to_end(prompt)
             return self._known[prompt]

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
 
 from gardo.flow import flux_sigmas
+from gardo.lazily import no_grad
 from gardo.policies import kohya
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FluxSettings(PolicySettings):
     pipeline_name: ClassVar[str] = "FluxPipeline"
     family: Literal["flux"] = "flux"
-
-
-class RememberedPositions(nn.Module):
-    """Rotary tables of positions: made once, for a model whose positions are always the same.
-
-    A policy has one size and one length of text: positions of one shape are the same ones.
-    """
-
-    def __init__(self, embed: nn.Module) -> None:
-        super().__init__()
-        self.embed = embed
-        self._known: dict[Any, Any] = {}
-
-    def forward(self, ids: Tensor) -> Any:
-        key = ids.shape, ids.device, ids.dtype, type(ids)
-        if key not in self._known:
-            self._known = {key: self.embed(ids)}
-        return self._known[key]
 
 
 class FluxPolicy(Policy):
@@ -60,6 +45,8 @@ class FluxPolicy(Policy):
 
     def __init__(self, settings: FluxSettings, **options: Any) -> None:
         super().__init__(settings, **options)
+        from gardo.policies.positions import RememberedPositions
+
         self.transformer.pos_embed = RememberedPositions(self.transformer.pos_embed)
 
     @cached_property
@@ -81,7 +68,7 @@ class FluxPolicy(Policy):
         rows, columns = self._packed_size
         return rows * columns, self.transformer.config.in_channels
 
-    @torch.no_grad()
+    @no_grad
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         text, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, max_sequence_length=self.settings.text_tokens, device=self.device

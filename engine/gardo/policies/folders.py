@@ -13,14 +13,16 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9  # the most a file holds, as in diffusers' own folders
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -40,7 +42,11 @@ def write_tensors(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": NAMES[str(dtype)],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(math.ceil(len(text) / 8) * 8)  # the data starts at a multiple of 8
     file.unlink(missing_ok=True)  # it may be a link to another folder's

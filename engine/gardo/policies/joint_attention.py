@@ -10,12 +10,14 @@ Shapes: B rows, L tokens, D width, H heads, E = D / H.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from gardo.policies.lora_linear import project
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gardo.policies.lora_files import halves
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "kohya_lora.safetensors"
 # the transformer's list of blocks -> its name here, and what its blocks' modules are made of
@@ -104,6 +106,9 @@ def save_kohya(
     rows: Callable[[str], int],
 ) -> Path:
     """Writes the file and returns it. ValueError where a module has no name in the layout."""
+
+    from safetensors.torch import save_file
+
     file = folder / FILE
     save_file(to_kohya(weights, alpha=alpha, layout=layout, rows=rows), file, {"format": "pt"})
     return file

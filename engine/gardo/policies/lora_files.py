@@ -17,14 +17,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gardo.policies.folders import write_tensors
 from gardo.policies.weights import shapes_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -239,6 +240,9 @@ def save_diffusers(weights: Mapping[str, Tensor], config: Any, folder: Path) -> 
 
 def save_peft(weights: Mapping[str, Tensor], config: Any, folder: Path) -> Path:
     """The folder of `PeftModel.from_pretrained(transformer, folder)`; returns the folder."""
+
+    from safetensors.torch import save_file
+
     text = json.dumps({**_as_json(config), "inference_mode": True}, indent=2, sort_keys=True)
     (folder / PEFT_CONFIG).write_text(text, encoding="utf-8")
     save_file(_stored(weights, PEFT_PREFIX), folder / PEFT_FILE, {"format": "pt"})

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ADAPTER = "default"  # diffusers' name of the only one there is
 
@@ -40,14 +41,14 @@ def fold_adapters(blocks: Iterable[nn.Module], *, in_place: bool) -> None:
                 kind: Any = type(layer)
                 layer.__class__ = _folded(kind)
                 # of a quantised layer autograd does not let it be changed
-                layer.in_place = in_place and type(layer.get_base_layer()) is nn.Linear
+                layer.in_place = in_place and type(layer.get_base_layer()) is torch.nn.Linear
 
 
 def _is_plain(layer: Any) -> bool:
     return (
-        isinstance(layer.get_base_layer(), nn.Linear)
+        isinstance(layer.get_base_layer(), torch.nn.Linear)
         and list(layer.lora_A) == [ADAPTER]
-        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
         and ADAPTER not in layer.lora_variant
         and not layer.lora_bias[ADAPTER]
     )
@@ -80,7 +81,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 def _together(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     halves = [layer.lora_A[ADAPTER].weight for layer in layers]
     flat = x.flatten(0, -2)
-    few = F.linear(flat, halves[0] if len(halves) == 1 else torch.cat(halves))
+    few = torch.nn.functional.linear(flat, halves[0] if len(halves) == 1 else torch.cat(halves))
     parts = few.split([half.shape[0] for half in halves], -1)
     made = (_added(layer, flat, part) for layer, part in zip(layers, parts, strict=True))
     return [out.unflatten(0, x.shape[:-1]) for out in made]

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from gardo.policies.weights import Place
 from gardo.settings import FieldError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 BLOCK = 64  # weights that share a scale in nf4
 NESTED = 256  # of these scales share one
@@ -138,7 +140,7 @@ def linears(transformer: nn.Module, block_lists: Sequence[str]) -> Iterator[tupl
     """
     for name in block_lists:
         for place, module in transformer.get_submodule(name).named_modules(prefix=name):
-            if isinstance(module, nn.Linear) and ".lora_" not in place:
+            if isinstance(module, torch.nn.Linear) and ".lora_" not in place:
                 yield place, module
 
 

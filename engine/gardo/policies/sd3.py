@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from gardo.flow import sd3_sigmas
+from gardo.lazily import no_grad
 from gardo.policies import kohya
 from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.settings import config_folder, read_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SD3Settings(PolicySettings):
@@ -95,7 +98,7 @@ class SD3Policy(Policy):
             for name, tensor in prompted.items()
         }
 
-    @torch.no_grad()
+    @no_grad
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         text, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,

@@ -5,15 +5,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
 
 from gardo.settings import FieldError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_targets(module: nn.Module, targets: Iterable[str]) -> None:
     """FieldError where a target is the end of no layer's name; PEFT is silent if another one is."""
-    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    layers = [
+        n for n, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
     for target in targets:
         if any(name == target or name.endswith(f".{target}") for name in layers):
             continue

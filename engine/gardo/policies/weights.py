@@ -11,13 +11,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-Place = Callable[[nn.Module, str, nn.Parameter], None]  # sets a parameter of a module, and keeps it
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# sets a parameter of a module, and keeps it
+Place = Callable[["nn.Module", str, "nn.Parameter"], None]
 
 
 class WeightFiles:
@@ -67,7 +70,7 @@ class WeightFiles:
             return file.get_tensor(stored)
 
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names: torch's
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -80,7 +83,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             names |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    found = [dtype for name, dtype in FLOATS.items() if name in names]
+    found = [getattr(torch, dtype) for name, dtype in FLOATS.items() if name in names]
     return functools.reduce(torch.promote_types, found) if found else None
 
 
@@ -137,4 +140,4 @@ def fill(
                                      f"model {tuple(parameter.shape)}")  # fmt: skip
             else:
                 value = torch.empty(parameter.shape, device=device, dtype=dtype)
-            place(part, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+            place(part, name, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))

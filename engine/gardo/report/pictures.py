@@ -3,15 +3,20 @@
 Shapes: B images, H by W pixels.
 """
 
+from __future__ import annotations
+
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from gardo.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GAP_COLOR = (128, 134, 142)  # a grey that stands out from light and from dark pictures
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards._loading import frozen
 from gardo.rewards._pixels import Fit, for_clip
 from gardo.rewards.base import Reward, Weights
 from gardo.settings import model_path
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXTS = 4096  # 16 MB of ViT-H/14's features
 LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -34,7 +36,7 @@ LAION_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 def unit_features(encode: Callable[[Tensor], Tensor], inputs: Tensor, batch: int) -> Tensor:
     """`encode` on `batch` rows at a time, each row of the result of length 1: fp32 [rows, E]."""
     parts = [encode(part).float() for part in inputs.split(batch)]
-    return F.normalize(torch.cat(parts), dim=-1)
+    return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
 class Clip:
@@ -81,7 +83,7 @@ class Clip:
 
         return unit_features(encode, images_B3HW, self.batch)
 
-    @torch.no_grad()
+    @no_grad
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """fp32 [U, E], each of length 1, whatever else is asked with it or was before."""
         return torch.stack([self._text(str(prompt)) for prompt in prompts])
@@ -93,7 +95,7 @@ class Clip:
                 [prompt], truncation=True, max_length=self.length, return_tensors="pt"
             ).input_ids.to(self.device)
             features_1E = self.model.get_text_features(ids_1L).pooler_output.float()
-            self._known[prompt] = F.normalize(features_1E, dim=-1)[0]
+            self._known[prompt] = torch.nn.functional.normalize(features_1E, dim=-1)[0]
             if len(self._known) > TEXTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(prompt)

@@ -10,17 +10,20 @@ Shapes: B images, D the model's width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards._loading import frozen, load_model
 from gardo.rewards._pixels import IMAGENET, normalised, resized
 from gardo.rewards.base import Reward, weights_of
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DinoSettings(ModelRewardSettings):
@@ -55,7 +58,7 @@ class Dino(Reward):
             )
         self.model = frozen(model, settings.dtype, device, weights_of(settings, "path"))
 
-    @torch.no_grad()
+    @no_grad
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return self.features(images_B3HW)
 

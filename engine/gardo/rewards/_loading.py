@@ -9,15 +9,16 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from gardo.rewards.base import Weights, tower_of, weights_dtype
 from gardo.settings import model_path
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", default=None)
 
@@ -37,6 +38,8 @@ def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor
 
     A training checkpoint's is under `state_dict`. ValueError where the file holds none.
     """
+
+    from safetensors.torch import load_file
     from transformers.utils import cached_file
 
     found = cached_file(model_path(path), file, revision=revision)
@@ -50,7 +53,7 @@ def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor
             "or a file of torch.save that holds tensors and no code"
         ) from error
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{found} holds no state dict (names and tensors)")
     return state
 

@@ -10,12 +10,13 @@ by about 0.001. Square images come out the same under both.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Statistics = tuple[list[float], list[float]]  # mean and deviation of the three channels
 CLIP: Statistics = (
@@ -32,7 +33,9 @@ def resized(
     """[B, 3, H, W] in [0, 1] -> [B, 3, height, width], untouched where that is its size."""
     if images_B3HW.shape[-2:] == (height, width):
         return images_B3HW
-    images_B3HW = F.interpolate(images_B3HW, (height, width), mode=mode, antialias=True)
+    images_B3HW = torch.nn.functional.interpolate(
+        images_B3HW, (height, width), mode=mode, antialias=True
+    )
     return images_B3HW.clamp(0, 1) if mode == "bicubic" else images_B3HW  # bicubic overshoots
 
 
@@ -50,7 +53,7 @@ def padded(images_B3HW: Tensor, size: int) -> Tensor:
     height, width = (round(n * (size / max(H, W))) for n in (H, W))
     top, left = (size - height) // 2, (size - width) // 2
     bars = (left, size - width - left, top, size - height - top)
-    return F.pad(resized(images_B3HW, height, width), bars)
+    return torch.nn.functional.pad(resized(images_B3HW, height, width), bars)
 
 
 FITS = {"crop": cropped, "pad": padded}

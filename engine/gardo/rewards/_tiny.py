@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSettings
 from gardo.tiny import world
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TinySettings(RewardSettings):

@@ -20,11 +20,10 @@ Shapes: B images, E width of the features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._affine import collapse
 from gardo.rewards._clip import unit_features
@@ -33,6 +32,9 @@ from gardo.rewards._loading import frozen, load_model, read_weights
 from gardo.rewards._pixels import for_clip
 from gardo.rewards.base import About, Holds, Reward, weights_of
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AestheticSettings(ModelRewardSettings):

@@ -16,17 +16,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from gardo.settings import Strict
 from gardo.types import Prompt
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 SCORING = ("score", "compare", "score_together")  # a reward has one of them, or more
-Pending = Callable[[], Tensor]  # waits for values that are computed elsewhere
+Pending = Callable[[], "Tensor"]  # waits for values that are computed elsewhere
 Role = Literal["proxy", "auxiliary", "held_out", "features"]
 
 

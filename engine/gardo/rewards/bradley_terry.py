@@ -18,8 +18,12 @@ Shapes: P groups of G images.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Always all of them, so that every rank has the same bits. 128 images in perfect order and a prior
 # of 10, the widest that recipes may ask for, need 32 [measured].

@@ -23,18 +23,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._files import TOKENIZER_FILES, ModelFolder, ModelRewardSettings
 from gardo.rewards.base import About, Holds, Reward
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.geneval_prompts import Request
 from gardo.rewards.geneval_rules import fraction, judged, keep, strict, verdicts
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCORINGS = {"fraction": fraction, "strict": strict}
 
@@ -83,7 +86,7 @@ class Geneval(Reward):
     def check_prompt(cls, prompt: Prompt) -> None:
         request_of(prompt)
 
-    @torch.no_grad()
+    @no_grad
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         batch, score = self.settings.batch, SCORINGS[self.settings.scoring]
         values: list[float] = []

@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._clip import LAION_H14, Clip, ClipReward
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import check_type, model_of, read_weights
 from gardo.rewards.base import About, Holds, weights_of
 from gardo.settings import model_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = ("path", "revision", "weights", "base", "base_revision")  # fields that say which
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

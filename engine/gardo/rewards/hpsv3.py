@@ -32,11 +32,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from gardo.rewards._files import TOKENIZER_FILES, ConfigFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import check_type, frozen, model_of, read_weights
@@ -45,6 +44,9 @@ from gardo.rewards.judging.planned import embedded
 from gardo.rewards.judging.qwen_vl import Pixels, load_words
 from gardo.settings import model_path
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FILE = "HPSv3.safetensors"
 PIXELS = 256 * 28 * 28  # of a picture once it is resized, as near as its sides allow
@@ -151,13 +153,13 @@ class Hpsv3Settings(ModelRewardSettings):
 
 def head_of(weights: Mapping[str, Tensor], width: int) -> nn.Module:
     """The published head on states `width` wide. ValueError unless its names and shapes are so."""
-    head = nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.ReLU(),
-        nn.Dropout(0.05),  # none when it runs; it has a number
-        nn.Linear(1024, 16),
-        nn.ReLU(),
-        nn.Linear(16, 2),
+    head = torch.nn.Sequential(
+        torch.nn.Linear(width, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.05),  # none when it runs; it has a number
+        torch.nn.Linear(1024, 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 2),
     )
     own = {f"{HEAD}{name}": value.shape for name, value in head.state_dict().items()}
     given = {name: weight.shape for name, weight in weights.items()}

@@ -32,12 +32,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._affine import collapse
 from gardo.rewards._files import TOKENIZER_FILES, ModelRewardSettings, holding
@@ -46,6 +44,9 @@ from gardo.rewards._pixels import for_clip
 from gardo.rewards.base import About, Holds, Reward, weights_of
 from gardo.settings import model_path
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Y_MEAN, Y_STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
@@ -188,7 +189,9 @@ class ImageReward(Reward):
             attention_mask=mask_BL,
             encoder_hidden_states=self.vision(pixels).last_hidden_state,
         ).last_hidden_state
-        return F.linear(hidden_BLD[:, 0].float(), self.weight_1D, self.bias_1)[:, 0]
+        return torch.nn.functional.linear(hidden_BLD[:, 0].float(), self.weight_1D, self.bias_1)[
+            :, 0
+        ]
 
 
 PLUGIN = ImageReward

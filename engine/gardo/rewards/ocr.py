@@ -35,19 +35,22 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from pydantic import Field
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._pixels import eight_bits
 from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.rewards.ocr_prompts import plain
 from gardo.rewards.ocr_reader import end_with_parent, read, require
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”')
 
@@ -171,7 +174,7 @@ class Ocr(Reward):
         except BrokenProcessPool:  # not necessarily this picture's fault: once more, alone
             return self._submit(picture).result()
 
-    @torch.no_grad()
+    @no_grad
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         match = MATCHING[self.settings.matching]
         texts: list[str | None] = []

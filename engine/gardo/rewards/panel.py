@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards.base import Gathering, Pending, Reward, Role, provides, within
 from gardo.types import Phase, Prompt, Scores, no_phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Panel:
@@ -35,7 +38,7 @@ class Panel:
     def names(self, role: Role) -> tuple[str, ...]:
         return tuple(n for n, r in self.rewards.items() if r.settings.role == role)
 
-    @torch.no_grad()
+    @no_grad
     def __call__(
         self,
         images_B3HW: Tensor,
@@ -63,7 +66,7 @@ class Panel:
         features = None
         features_valid_B = torch.ones(len(prompts), dtype=torch.bool, device=images_B3HW.device)
         for name, answer in answers.items():
-            if isinstance(answer, Tensor):
+            if isinstance(answer, torch.Tensor):
                 value = answer
             else:
                 value = self._asked(name, answer, len(prompts), waits=True)
@@ -89,7 +92,7 @@ class Panel:
             features_BD=features,
         )
 
-    @torch.no_grad()
+    @no_grad
     def alone(
         self, images_B3HW: Tensor, prompts: Sequence[Prompt], step: int = 0
     ) -> dict[str, Tensor | Pending]:
@@ -157,9 +160,9 @@ class Panel:
 def _check_shape(value: Any, count: int, name: str, reward: Reward) -> None:
     """A value [B, 1], for one, would make [B, B] of the proxies' sum."""
     dimensions = 1 + reward.gives_features
-    if isinstance(value, Tensor) and value.dim() == dimensions and len(value) == count:
+    if isinstance(value, torch.Tensor) and value.dim() == dimensions and len(value) == count:
         return
-    given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     wanted = f"[{count}, D]" if reward.gives_features else f"[{count}]"
     raise ValueError(
         f"rewards.{name}: {type(reward).__name__}.score gave {given}; it must give a tensor "

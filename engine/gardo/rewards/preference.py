@@ -36,18 +36,20 @@ Shapes: B images of this rank, A of all ranks, in P groups of G; K opponents of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+import gardo_kernels
 from gardo import plugins
 from gardo.rewards.base import About, Gathering, Held, Reward, RewardSettings, provides, within
 from gardo.rewards.bradley_terry import predicted_win_rate
 from gardo.streams import Stream
 from gardo.types import Prompt
-from gardo_kernels import random_uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PreferenceSettings(RewardSettings):
@@ -145,7 +147,7 @@ class Tournament:
     def __init__(self, place: Gathering, opponents: int | None, *, both_orders: bool) -> None:
         self.gather, device = place.gather, place.sample_B.device
         sample_A, group_A = self.gather(place.sample_B), self.gather(place.group_B)
-        draw_A = random_uniform(
+        draw_A = gardo_kernels.random_uniform(
             place.seed, (place.step << 32) + sample_A, Stream.OPPONENTS, 1, backend="torch"
         )[:, 0]
         order = sample_A.argsort()

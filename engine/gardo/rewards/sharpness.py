@@ -16,15 +16,17 @@ Shapes: B images of H x W pixels, H and W at least 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._pixels import luma
 from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SharpnessSettings(RewardSettings):

@@ -13,15 +13,17 @@ Shapes: B images of H x W pixels.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.rewards.base import About
 from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Mean coloured area of one object of the world, in pixels (measured by a test of it)
 OBJECT_AREA = {"circle": 57.0, "square": 53.0, "triangle": 40.0}

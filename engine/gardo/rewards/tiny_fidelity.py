@@ -8,14 +8,17 @@ objects, blobs, noise. The net: gardo/tiny/judges.py. Never optimised.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.rewards.base import About
-from gardo.tiny import judges, world
+from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TinyFidelitySettings(TinySettings):
@@ -28,9 +31,11 @@ class TinyFidelity(TinyReward):
 
     def __init__(self, settings: TinyFidelitySettings, device: torch.device) -> None:
         super().__init__(settings, device)
-        self.net = judges.fidelity_judge(device)
+        from gardo.tiny.judges import fidelity_judge
 
-    @torch.no_grad()
+        self.net = fidelity_judge(device)
+
+    @no_grad
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         class_B = asked.colour_B * len(world.SHAPES) + asked.shape_B
         return self.net(images_B3HW).softmax(-1).gather(1, class_B[:, None])[:, 0]

@@ -9,16 +9,17 @@ Shapes: B images of H x W pixels.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.rewards.base import About
 from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TinyPatchesSettings(TinySettings):
@@ -43,7 +44,7 @@ def count_patches(mask_BHW: Tensor, min_pixels: int) -> Tensor:
     mask = mask_BHW[:, None].float()
     label = index.view(1, 1, height, width) * mask
     while True:
-        spread = F.max_pool2d(label, 3, 1, 1) * mask
+        spread = torch.nn.functional.max_pool2d(label, 3, 1, 1) * mask
         if torch.equal(spread, label):
             break
         label = spread

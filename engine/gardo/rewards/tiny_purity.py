@@ -5,14 +5,16 @@ A gate reads it; no gradient is taken.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.rewards.base import About
 from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TinyPuritySettings(TinySettings):

@@ -6,15 +6,17 @@ world only, so it is an imperfect judge of anything else.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards._tiny import TinyReward, TinySettings
 from gardo.rewards.base import About
-from gardo.tiny import judges, world
+from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TinyShapeSettings(TinySettings):
@@ -29,7 +31,9 @@ class TinyShape(TinyReward):
 
     def __init__(self, settings: TinyShapeSettings, device: torch.device) -> None:
         super().__init__(settings, device)
-        self.net = judges.shape_judge(device)
+        from gardo.tiny.judges import shape_judge
+
+        self.net = shape_judge(device)
 
     def values(self, images_B3HW: Tensor, asked: world.Asked) -> Tensor:
         shape_B1 = asked.shape_B[:, None]

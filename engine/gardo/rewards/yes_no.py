@@ -20,13 +20,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 from gardo.rewards.base import About
 from gardo.rewards.judging.base import Grader, JudgeSettings, template
@@ -35,6 +34,9 @@ from gardo.rewards.judging.readers import Choices
 from gardo.rewards.judging.templates import ALIGNED, ASPECT, REFERENCE, YES_NO
 from gardo.settings import model_path
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Question = Annotated[str, template(prompt="a", aspect="a")]
 

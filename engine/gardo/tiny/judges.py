@@ -5,14 +5,16 @@ Shapes: B pictures of 32 x 32 pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from gardo.settings import BUILTIN
 from gardo.tiny import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = BUILTIN / "judges"
 SHAPE, FIDELITY = FOLDER / "shape.safetensors", FOLDER / "fidelity.safetensors"
@@ -70,5 +72,8 @@ def fidelity_judge(device: torch.device) -> nn.Module:
 
 def _trained(net: nn.Module, path: Any, device: torch.device) -> nn.Module:
     """The net with its weights, stored in bf16, for use alone in fp32."""
+
+    from safetensors.torch import load_file
+
     net.load_state_dict(load_file(path))
     return net.float().to(device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -233,7 +234,7 @@ def test_checkpoints_of_another_run_are_refused(
 
 def slowly(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> threading.Event:
     """Lets no file be written before the event; then writes, or raises the error."""
-    go, working = threading.Event(), checkpoint.save_file
+    go, working = threading.Event(), safetensors.torch.save_file
 
     def wait(*arguments: Any) -> None:
         assert go.wait(60)
@@ -241,7 +242,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> thr
         if error:
             raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", wait)
+    monkeypatch.setattr(safetensors.torch, "save_file", wait)
     return go
 
 
@@ -305,7 +306,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     run = Run(tmp_path).train_and_save(1)
-    before, calls, working = run.bits(), 0, checkpoint.save_file
+    before, calls, working = run.bits(), 0, safetensors.torch.save_file
 
     def full(*arguments: Any) -> None:
         nonlocal calls
@@ -314,7 +315,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
         if calls == call:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     problem = run.train(1).save()
     assert problem and "rank 0" in problem and "No space left" in problem
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
@@ -362,7 +363,7 @@ def test_a_slow_disk_does_not_hold_up_the_ranks(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
 
 
-CALLS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"), (checkpoint, "save_file"),
+CALLS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"), (safetensors.torch, "save_file"),
          (checkpoint.shutil, "rmtree")]  # fmt: skip
 
 

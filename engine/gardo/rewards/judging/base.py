@@ -16,11 +16,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from torch import Tensor
 
 from gardo.rewards._files import MODEL_WEIGHTS, TOKENIZER_FILES, ConfigFolder, ModelRewardSettings
 from gardo.rewards.base import Held, Holds, Pending, Reward, RewardSettings
@@ -33,6 +32,9 @@ from gardo.rewards.serving.calls import CallSettings, first_line
 from gardo.rewards.serving.chat import OPENAI, Chat, reach
 from gardo.rewards.serving.line import checked_url
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLANNED_ANSWER = 1024  # tokens, for `gardo plan`, where the recipe says no max_tokens
 COSTS = (

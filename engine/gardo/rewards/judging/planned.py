@@ -5,13 +5,15 @@ Shapes: B images, P patches of a picture, L tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gardo.rewards.judging.qwen_vl import Pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT = 640  # tokens of a question; HPSv3's are about 560 and a prompt's
 

@@ -10,11 +10,14 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Union
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Parts = tuple["str | Tensor", ...]  # texts and pictures, uint8 [3, H, W] on the host, as shown
+Parts = tuple[
+    Union[str, "Tensor"], ...
+]  # texts and pictures, uint8 [3, H, W] on the host, as shown
 
 
 @dataclass(frozen=True, eq=False)

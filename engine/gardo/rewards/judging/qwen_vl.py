@@ -28,13 +28,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
 
 from gardo.rewards._pixels import CLIP, normalised, resized
 from gardo.settings import config_folder, model_path, read_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 START, END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"

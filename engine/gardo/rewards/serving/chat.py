@@ -25,11 +25,10 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from PIL import Image
-from torch import Tensor
 
 from gardo.rewards.judging.questions import Answer, Answers, Question, Unanswered, choice_of
 from gardo.rewards.serving.calls import (
@@ -42,6 +41,9 @@ from gardo.rewards.serving.calls import (
 )
 from gardo.rewards.serving.line import Line
 from gardo.rewards.serving.wire import secret
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPENAI = "openai:"  # how `where` begins
 KEY = "GARDO_OPENAI_KEY"  # the environment variable

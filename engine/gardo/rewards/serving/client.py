@@ -12,11 +12,10 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from gardo.rewards.base import Pending, Reward, RewardSettings, provides
 from gardo.rewards.judging.base import COSTS, added_up
@@ -40,6 +39,9 @@ from gardo.rewards.serving.wire import (
     unpack_answer,
 )
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def finite(pictures_B3HW: Tensor) -> Tensor:

@@ -13,14 +13,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 TOKEN = "GARDO_REWARD_TOKEN"  # the environment variable, at both ends
@@ -119,6 +120,8 @@ def unpack_answer(body: bytes, count: int) -> Scored:
 
 
 def _pack(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
+    from safetensors.torch import save
+
     metadata = {"gardo": json.dumps({"version": VERSION, **said}, allow_nan=False)}
     # an image may be compared with itself, and safetensors wants a storage for each
     packed: bytes = save({name: t.clone().contiguous() for name, t in tensors.items()}, metadata)
@@ -126,6 +129,8 @@ def _pack(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
 
 
 def _unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors.torch import load
+
     try:
         tensors = load(body)
         size = int.from_bytes(body[:8], "little")
