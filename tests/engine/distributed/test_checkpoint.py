@@ -363,8 +363,8 @@ def test_a_slow_disk_does_not_hold_up_the_ranks(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
 
 
-CALLS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"), (safetensors.torch, "save_file"),
-         (checkpoint.shutil, "rmtree")]  # fmt: skip
+CALLS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"),
+         (safetensors.torch, "save_file"), (checkpoint.shutil, "rmtree")]  # fmt: skip
 
 
 def instrumented(before: Callable[[str, tuple[Any, ...]], None]) -> Callable[[], None]:
