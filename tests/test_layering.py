@@ -32,6 +32,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "hub":           "|",
     "streams":       "|",
     "files":         "|",
+    "licences":      "|",
     "types":         "| torch",
     "contract":      "types |",
     "beside":        "types | torch",
