@@ -74,7 +74,10 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " | torch diffusers transformers",
     "suite":         "config data evaluation recipe recipe_errors recipe_rules policies rewards"
                      " types |",
-    "contender":     "distributed export loading policies recipe recipe_errors suite | torch",
+    "contender":     "distributed export loading machine policies recipe recipe_errors suite"
+                     " | torch",
+    "sample":        "contender data evaluation export machine policies recipe recipe_errors report"
+                     " types | torch",
     "evaluate":      "* | torch",
     "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
     "reward_worker": "config machine recipe_errors rewards | torch",

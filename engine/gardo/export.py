@@ -189,10 +189,12 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
             raise RecipeError(str(error)) from error
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a run, on a whole base: what trains has the same names there."""
+def recipe_of(folder: Path, *, whole: bool = True) -> Recipe:
+    """The recipe of a run, on a `whole` base: what trains has the same names there."""
     source = folder / "recipe.yaml"
     recipe = check(read(source), str(source), rules=())
+    if not whole:
+        return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": None})})
 
 
