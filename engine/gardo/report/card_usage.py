@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-IN_DIFFUSERS = ("flux",)  # families whose LoRA files of kohya's layout diffusers reads
+IN_DIFFUSERS = ("flux",)  # families whose LoRAs of kohya's layout diffusers reads, at full size
 
 LOADS = {  # how the pipeline gets the weights
     "diffusers": """\
-pipeline = {pipeline}.from_pretrained({base}, torch_dtype=torch.{precision})
+pipeline = {pipeline}.from_pretrained({base}, dtype=torch.{precision})
 pipeline.load_lora_weights(weights)
 """,
     "kohya": """\
-pipeline = {pipeline}.from_pretrained({base}, torch_dtype=torch.{precision})
+pipeline = {pipeline}.from_pretrained({base}, dtype=torch.{precision})
 pipeline.load_lora_weights(weights, weight_name="kohya_lora.safetensors")
 """,
     "peft": """\
-pipeline = {pipeline}.from_pretrained({base}, torch_dtype=torch.{precision})
+pipeline = {pipeline}.from_pretrained({base}, dtype=torch.{precision})
 pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, weights)
 """,
     "transformer": """\
-transformer = {transformer}.from_pretrained(weights, torch_dtype=torch.{precision})
+transformer = {transformer}.from_pretrained(weights, dtype=torch.{precision})
 pipeline = {pipeline}.from_pretrained(
-    {base}, transformer=transformer, torch_dtype=torch.{precision}
+    {base}, transformer=transformer, dtype=torch.{precision}
 )
 """,
     "pipeline": """\
-pipeline = {pipeline}.from_pretrained(weights, torch_dtype=torch.{precision})
+pipeline = {pipeline}.from_pretrained(weights, dtype=torch.{precision})
 """,
 }
 DRAWS = """\
@@ -49,9 +49,9 @@ def usage(
     precision: str, model: Mapping[str, Any], steps: int,
 ) -> str:  # fmt: skip
     """Markdown. `findable` is what anyone can load the base by: a hub id, or builtin:NAME."""
-    if format == "kohya" and model["family"] not in IN_DIFFUSERS:
-        return "In ComfyUI, or by sd-scripts: `kohya_lora.safetensors`."
     builtin = bool(findable) and str(findable).startswith("builtin:")
+    if format == "kohya" and (builtin or model["family"] not in IN_DIFFUSERS):
+        return "In ComfyUI, or by sd-scripts: `kohya_lora.safetensors`."
     where = f"model_path({findable!r})" if builtin else repr(findable or "path/to/the/base/model")
     where = where.replace("'", '"')
     classes = [pipeline, *([transformer] if format == "transformer" else [])]
@@ -69,7 +69,7 @@ def usage(
     )  # fmt: skip
     code = "\n".join([*lines, "", 'weights = "."  # this folder, or the hub id that it gets'])
     beside = " ComfyUI and sd-scripts read the same file." if format == "kohya" else ""
-    said = f"With diffusers, as the run's evaluations drew.{beside}"
+    said = f"With diffusers 0.42 or newer, as the run's evaluations drew.{beside}"
     if not findable and format != "pipeline":
         said += f" The base is {base}, a folder of who trained this."
     return f"{said}\n\n```python\n{code}\n{load}{draw}\n```"
