@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def card_facts(run_folder: Path, recipe: Recipe, saved: Saved, *, format: str,
     model, plugin = recipe.model, policy_plugin(recipe.model)
     state = saved.manifest.get("state") or {}
     base = state.get("base") or {}
+    start = _start(run_folder, saved.step)
     return CardFacts(
         name=recipe.run.name,
         base=hub_id_of(model.path) or without_place(model.path),
@@ -57,7 +60,9 @@ def card_facts(run_folder: Path, recipe: Recipe, saved: Saved, *, format: str,
         rewards=[_scored(n, its) for n, its in with_judges(reward_settings(recipe)).items()],
         evaluations=[one for one in records if one["kind"] == "evaluation"],
         steps=[one for one in records if one["kind"] == "step"],
-        versions={"gardo": gardo.__version__, **dict(_versions())},
+        trained_with=_versions_of(start),
+        exported_with={"gardo": gardo.__version__, **dict(_versions())},
+        devices=_devices(start),
     )
 
 
@@ -88,6 +93,31 @@ def _records(run_folder: Path) -> list[Record]:
         return read_metrics(run_folder / "metrics.jsonl")
     except OSError:
         return []
+
+
+def _start(run_folder: Path, step: int) -> Mapping[str, Any]:
+    """What the run's environment.json says of the last start before `step`; {} without one."""
+    try:
+        starts = json.loads((run_folder / "environment.json").read_text("utf-8"))["starts"]
+        before = [one for one in starts if one.get("after_step", 0) < max(step, 1)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return before[-1] if before else {}
+
+
+def _versions_of(start: Mapping[str, Any]) -> dict[str, str]:
+    packages = start.get("packages", {})
+    found = {name: str(packages[name]) for name in MADE_WITH if name in packages}
+    if "gardo" not in start:
+        return found
+    revision = f" ({start['revision']})" if start.get("revision") else ""
+    return {"gardo": f"{start['gardo']}{revision}", **found}
+
+
+def _devices(start: Mapping[str, Any]) -> str:
+    """`8 x NVIDIA H100 80GB HBM3`."""
+    names = Counter(str(one.get("name", "?")) for one in start.get("devices", ()))
+    return ", ".join(f"{count} x {name}" for name, count in names.items())
 
 
 def _algorithms(settings: Any) -> Iterator[tuple[str, str]]:

@@ -158,6 +158,22 @@ def test_places_in_a_recipe() -> None:
     }
 
 
+def test_it_says_what_trained_the_weights(runs: dict[str, Run], tmp_path: Path) -> None:
+    """Of the run's starts the last one before the exported step; without the file nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["full"].folder, folder)
+    start = {"gardo": "0.1.0", "revision": "a76aed0", "packages": {"torch": "2.12.0"},
+             "devices": [{"name": "NVIDIA H100", "bytes": 1}] * 2}  # fmt: skip
+    starts = [{**start, "after_step": 0}, {**start, "after_step": 1, "gardo": "0.9.0"}]
+    run = Run(folder, runs["full"].session)
+    (folder / "environment.json").write_text(json.dumps({"starts": starts}))
+    text = exported(run, tmp_path / "out").text
+    assert "Trained on 2 x NVIDIA H100 with gardo 0.1.0 (a76aed0), torch 2.12.0. Exported" in text
+    for damaged in ("[]", '{"starts": [1]}', "{", '{"starts": []}'):
+        (folder / "environment.json").write_text(damaged)
+        assert "Trained on" not in exported(run, tmp_path / "out").text
+
+
 def test_it_says_nothing_of_what_came_later_or_is_gone(
     runs: dict[str, Run], tmp_path: Path
 ) -> None:

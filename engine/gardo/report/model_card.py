@@ -68,7 +68,9 @@ class CardFacts:
     rewards: Sequence[Scored] = ()
     evaluations: Sequence[Record] = ()
     steps: Sequence[Record] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
+    trained_with: Mapping[str, str] = field(default_factory=dict)  # versions, by name
+    exported_with: Mapping[str, str] = field(default_factory=dict)
+    devices: str = ""  # that trained
 
     @property
     def lora(self) -> bool:
@@ -369,13 +371,20 @@ def _again(facts: CardFacts) -> str:
     gpus = f" --gpus {facts.processes}" if facts.processes else ""
     average = " --ema" if facts.average else ""
     text = yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True)
-    versions = ", ".join(f"{escape(n)} {escape(v)}" for n, v in facts.versions.items())
     run = facts.recipe["run"]
     export = f"gardo export {run['folder']}/{run['name']} --format {facts.format}"
     return "\n\n".join([
         "With the recipe below in `recipe.yaml`:",
         fenced(f"gardo train recipe.yaml{gpus}\n{export} --step {facts.step}{average}", "bash"),
-        f"Exported with {versions}." if versions else "",
+        " ".join(_made_with(facts)),
         "<details><summary>The resolved recipe: of paths the last part, addresses left out"
         f"</summary>\n\n{fenced(text.rstrip(), 'yaml')}\n\n</details>",
     ])  # fmt: skip
+
+
+def _made_with(facts: CardFacts) -> Iterator[str]:
+    for what, versions in (("Trained", facts.trained_with), ("Exported", facts.exported_with)):
+        said = ", ".join(f"{escape(name)} {escape(value)}" for name, value in versions.items())
+        on = f" on {escape(facts.devices)}" if what == "Trained" and facts.devices else ""
+        if said:
+            yield f"{what}{on} with {said}."

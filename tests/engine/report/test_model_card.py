@@ -84,7 +84,9 @@ def facts(path: str = "black-forest-labs/FLUX.1-dev", **changes: Any) -> CardFac
         ],
         evaluations=[evaluation_record(0), evaluation_record(40, proxy=0.2, held_out=-0.1)],
         steps=[step_record(1)],
-        versions={"gardo": "0.1.0", "torch": "2.13.0"},
+        trained_with={"gardo": "0.1.0 (a76aed0)", "torch": "2.13.0"},
+        exported_with={"gardo": "0.2.0"},
+        devices="8 x NVIDIA H100 80GB HBM3",
     )  # fmt: skip
     return replace(said, **changes)
 
@@ -174,7 +176,9 @@ def test_it_says_what_it_was_trained_with() -> None:
         "GARDO (arXiv 2512.24138)", "Flow-GRPO", "54 prompts; 8 an iteration, 12 images each",
         "0.1 at first and within 0.02 and 0.2", "Switched off: diversity",
         "where its KL passes 0.0001 or after 50 updates", "512 x 768 pixels, guidance 3.5",
-        "cos(image, prompt)", "Apache-2.0", "gardo 0.1.0, torch 2.13.0", "40 of 40, seed 42",
+        "cos(image, prompt)", "Apache-2.0", "40 of 40, seed 42",
+        "Trained on 8 x NVIDIA H100 80GB HBM3 with gardo 0.1.0 (a76aed0), torch 2.13.0.",
+        "Exported with gardo 0.2.0.",
     ):  # fmt: skip
         assert part in said, part
     spans = [t.content for t in tokens(text) if t.type == "code_inline"]
