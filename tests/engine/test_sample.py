@@ -89,6 +89,14 @@ def test_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
         assert grid.size == (2 * 34 + 2, 2 * 34 + 2)
 
 
+def test_a_model_of_the_other_family_draws(tmp_path: Path) -> None:
+    """With guidance and without, from the same noise."""
+    guided = drawn(tmp_path / "guided", "builtin:sd3", *SHORT)
+    plain = drawn(tmp_path / "plain", "builtin:sd3", *SHORT, "--guidance", 1)
+    assert len({*guided, *plain}) == 4
+    assert log(tmp_path / "guided")[0]["guidance"] == 4.5
+
+
 def test_a_lora_and_the_run_that_it_comes_from_draw_the_same_bits(
     run: Path, tmp_path: Path
 ) -> None:

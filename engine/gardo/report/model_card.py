@@ -171,9 +171,8 @@ def _licence(facts: CardFacts) -> str:
         )
     title = f"[{licence.title}]({licence.link})" if licence.link else licence.title
     terms = f" {licence.terms}" if licence.terms else ""
-    return (
-        f"That of the base model, {code(facts.base)}: {title}.{terms} Its own page is what holds."
-    )
+    page = " Its own page is what holds." if facts.hub_id else ""
+    return f"That of the base model, {code(facts.base)}: {title}.{terms}{page}"
 
 
 def _builtin(facts: CardFacts) -> str | None:
@@ -258,7 +257,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
     for name, said in facts.algorithms:
         yield f"- Algorithm {code(name)}{': ' if said else ''}{escape(said)}"
     yield from (f"- {text}" for text in _gardo(recipe["algorithm"]))
-    prompts = f", {facts.prompt_count:,} prompts" if facts.prompt_count else ""
+    count = facts.prompt_count
+    prompts = f", {count:,} prompt{'' if count == 1 else 's'}" if count else ""
     data = recipe["data"]
     yield (
         f"- Prompts: {code(facts.prompts)}{prompts}; {data['prompts_per_step']} an iteration, "
@@ -318,11 +318,19 @@ def _rewards(facts: CardFacts) -> Iterator[str]:
         weights = ", ".join(map(code, one.weights))
         told = (escape(one.formula), weights, escape(one.licence))
         rows.append([code(one.name), escape(role), code(one.kind), *told])
-    yield (
-        "The proxy is what was optimised; auxiliaries judged which of its values to trust; "
-        "held-out rewards were only measured."
-    )
+    yield " ".join(_roles(facts))
     yield table(head, rows)
+
+
+def _roles(facts: CardFacts) -> Iterator[str]:
+    """What rewards of the roles that there are were for."""
+    roles = {one.role for one in facts.rewards}
+    if "proxy" in roles:
+        yield "The proxy is what was optimised."
+    if "auxiliary" in roles and facts.recipe["algorithm"].get("gate"):
+        yield "By the auxiliaries the gate tells which values of the proxy not to trust."
+    if "held_out" in roles:
+        yield "Held-out rewards were only measured."
 
 
 def _limits(facts: CardFacts) -> Iterator[str]:
@@ -354,7 +362,7 @@ def _fell(evaluations: Sequence[Record]) -> str:
     fell = [
         f"{code(name)} ({format_interval(change, signed=True)})"
         for name, change in last.get("change", {}).items()
-        if last["rewards"].get(name, {}).get("role") == "held_out" and _below_zero(change)
+        if last.get("rewards", {}).get(name, {}).get("role") == "held_out" and _below_zero(change)
     ]
     return f"Held-out rewards fell since the start: {', '.join(fell)}." if fell else ""
 
