@@ -16,6 +16,7 @@ from gardo.cli import (
     prompts,
     report,
     rewards,
+    sample,
     schema,
     selftest,
     train,
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command, name in (
     (train.train, "train"),
     (plan.plan, "plan"),
+    (sample.sample, "sample"),
     (evaluate.eval_, "eval"),
     (report.report, "report"),
     (export.export, "export"),
