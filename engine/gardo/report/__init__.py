@@ -6,5 +6,6 @@ pictures.py      grids of images as PNG
 chart.py         line and stacked charts as inline SVG
 glossary.py      what every number of the log means, a sentence each
 verdict.py       what a run came to, in sentences
+findings/        what its numbers say, in plain sentences, and what to try
 html.py          one self-contained `report.html` from a run's folder
 """

@@ -14,6 +14,7 @@ from tests.engine.report.records import evaluation_record
         (0.1, 0.0, "good", "count rose by 0.100 [0.090, 0.110], from 0.600 to 0.700."),
         (0.1, -0.2, "bad", "quality fell by 0.200 [0.190, 0.210], from 0.900 to 0.700."),
         (0.0, -0.2, "bad", "count did not clearly change: +0.000 [-0.010, +0.010]"),
+        (0.1, -0.02, "", "quality fell by 0.020 [0.010, 0.030], from 0.900 to 0.880."),
         (0.005, 0.0, "", "count did not clearly change"),
     ],
 )
