@@ -59,6 +59,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "ending":        "|",
     "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
+    "environment":   "distributed machine nvidia | torch",
     "meeting":       "machine recipe recipe_errors run_folder policies data evaluation hf_prompts"
                      " | torch",
     "run_lock":      "ending |",
