@@ -50,7 +50,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
     "recipe":        "types data hf_prompts bad_updates algorithms distributed evaluation policies"
-                     " rewards |",
+                     " report rewards |",
     "recipe_text":   "recipe_errors |",
     "recipe_rules":  "recipe algorithms distributed policies rewards types |",
     "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
@@ -80,6 +80,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "reward_worker": "config machine recipe_errors rewards | torch",
     "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",
+    "kept_samples":  "types algorithms data distributed report session gardo_kernels | torch",
     "unscored":      "bad_updates distributed session types |",
     "phases":        "* | torch",
     "train":         "* | torch",

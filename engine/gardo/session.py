@@ -46,6 +46,7 @@ from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
 from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
+from gardo.report.kept import forget_after
 from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
@@ -310,6 +311,7 @@ def begin_files(s: Session, asked: Recipe, start: dict[str, Any], *, profile: bo
         s.log = open_log(asked, s.progress, s.first_step)
         s.checkpoints.run = keep_id(folder, s.checkpoints.run)
         environment.keep(folder, start)
+        forget_after(folder, s.first_step)
         if profile and left:
             s.profile = StepProfile(folder / "profile", s.engine.device, left=left)
     except OSError as error:  # a full disk

@@ -178,6 +178,7 @@ PHASES = {
     "gather": "gathering sharded weights",
     "compile": "compiling the model's blocks",
     "evaluate": "evaluations",
+    "pictures": "keeping some of the training pictures, where they are due",
     "checkpoint": "checkpoints: what of their writing the run waits for",
     "other": "all that is in no phase",
 }
