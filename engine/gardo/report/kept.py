@@ -35,9 +35,9 @@ class KeepSettings(Strict):
         None, ge=1, description="iterations; the first and the last are always kept. As often as "
         "evaluations if left out",
     )  # fmt: skip
-    count: int = Field(4, ge=1, le=32, description="pictures of each kind")
+    count: int = Field(4, ge=1, le=16, description="pictures of each kind")
     longest: int = Field(
-        256, ge=16, le=2048, description="longest side of a kept picture, in pixels"
+        256, ge=16, le=1024, description="longest side of a kept picture, in pixels"
     )
     most: int = Field(
         50, ge=2, description="iterations of which pictures are kept: a long run keeps them less "

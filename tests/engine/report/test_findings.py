@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from gardo.evaluation.statistics import bootstrap_mean, paired_change
 from gardo.report.findings import RULES, Finding, Run, findings
 from gardo.report.findings.page import as_html
 from gardo.report.metrics_log import Record, read_metrics
 from tests import ROOT
-from tests.engine.report.records import evaluation_record, step_record
+from tests.engine.report.records import evaluation_record, step_record, write_log
 
 CELLS = ROOT / "benchmarks" / "results" / "study" / "cells"
 ROLES = {
@@ -243,6 +246,18 @@ def test_no_other_warning_in_gardo_s_runs_of_the_study() -> None:
     warnings = [one for found in study("gardo") for one in found if one.severity == "warning"]
     assert warnings == []
     assert sum(one.severity == "good" for found in study("gardo") for one in found) >= 5
+
+
+def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
+    write_log(tmp_path / "metrics.jsonl", [*evaluated()[:1], *steps(14, gate_fraction=0.2)])
+    bare = Run.of(tmp_path)
+    assert len(bare.steps) == 14 and len(bare.evaluations) == 1 and not bare.recipe
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": [{}, GPU]}))
+    assert Run.of(tmp_path) == Run(bare.steps, bare.evaluations, RECIPE, GPU)
+    assert Run.of(tmp_path).algorithm("clip_range") == 1e-4
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    assert Run.of(tmp_path).recipe == {} and Run.of(tmp_path).algorithm("gate.limits") is None
 
 
 def test_the_page_says_all_of_it_and_escapes_names() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from gardo.report.metrics_log import Record
+import yaml
+
+from gardo.report.environment import read_environment
+from gardo.report.metrics_log import Record, read_metrics
 
 Severity = Literal["warning", "note", "good"]
 ORDER: tuple[Severity, ...] = ("warning", "note", "good")
@@ -34,6 +38,18 @@ class Run:
     evaluations: Sequence[Record]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run_folder: Path) -> Self:
+        """What lies in a run's folder. FileNotFoundError where it has no `metrics.jsonl`."""
+        records = read_metrics(run_folder / "metrics.jsonl")
+        starts = read_environment(run_folder)
+        return cls(
+            steps=[record for record in records if record["kind"] == "step"],
+            evaluations=[record for record in records if record["kind"] == "evaluation"],
+            recipe=_recipe(run_folder / "recipe.yaml"),
+            environment=starts[-1] if starts else {},
+        )
 
     @property
     def recent(self) -> Sequence[Record]:
@@ -64,3 +80,12 @@ class Run:
     def events(self, beginning: str) -> int:
         """How many of the last steps have an event that begins like this."""
         return sum(any(e.startswith(beginning) for e in s.get("events", ())) for s in self.recent)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """The resolved recipe; empty where it is missing or damaged."""
+    try:
+        found = yaml.safe_load(path.read_text("utf-8", "replace"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
