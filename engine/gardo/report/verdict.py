@@ -75,6 +75,42 @@ def judge(evaluations: Sequence[Record], steps: Sequence[Record] = ()) -> Verdic
     return Verdict(tone, tuple(sentences), conclusion)
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Changes since the first evaluation, in standard deviations between its prompts.
+
+    The means over proxies and over held-out rewards. Where the gap grows because `held_out` falls,
+    and not because `proxy` rises, the proxy is being exploited.
+    """
+
+    step: int
+    proxy: float
+    held_out: float
+
+    @property
+    def gap(self) -> float:
+        return self.proxy - self.held_out
+
+
+def gaps(evaluations: Sequence[Record]) -> list[Gap]:
+    """One for each evaluation; none where there is no proxy or no held-out reward that can be
+    measured so."""
+    if not evaluations:
+        return []
+    first = evaluations[0]
+    scales = {name: spread_between_prompts(first, name) for name in first.get("rewards", {})}
+    found = []
+    for one in evaluations:
+        moves: dict[str, list[float]] = {"proxy": [], "held_out": []}
+        for name, reward in one.get("rewards", {}).items():
+            start, scale = first.get("rewards", {}).get(name, {}), scales.get(name, 0.0)
+            if reward.get("role") in moves and scale > 0 and _known(reward.get("mean")):
+                moves[reward["role"]].append((reward["mean"] - start["mean"]) / scale)
+        if all(moves.values()):
+            found.append(Gap(one["step"], fmean(moves["proxy"]), fmean(moves["held_out"])))
+    return found
+
+
 def spread_between_prompts(evaluation: Record, name: str) -> float:
     """The standard deviation of a reward's means of prompts; NaN where the record does not say.
 

@@ -175,6 +175,15 @@ def test_rule(rule: str, severity: str, run: Run, words: str) -> None:
     assert one in findings(run)
 
 
+def test_a_hacked_run_is_told_which_checkpoint_to_keep() -> None:
+    first, last = evaluation_record(0), evaluation_record(60, proxy=0.2, held_out=-0.3)
+    middle = [evaluation_record(20, proxy=0.1), evaluation_record(40, proxy=0.2, held_out=-0.2)]
+    (said,) = found(Run([], [first, *middle, last]), "hacked")
+    assert "that of step 20 had the highest held-out" in said.advice
+    (said,) = found(Run([], [first, last]), "hacked")
+    assert "keep an earlier checkpoint" in said.advice
+
+
 def test_every_rule_has_a_case() -> None:
     assert {rule.__name__ for rule in RULES} == {case[0] for case in CASES}
 

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from gardo.report.findings.run import ENOUGH, RECENT, Finding, Run
 from gardo.report.progress import format_number, format_share
-from gardo.report.verdict import judge, moved
+from gardo.report.verdict import gaps, judge, moved
 
 
 def hacked(run: Run) -> Iterator[Finding]:
@@ -26,8 +26,8 @@ def hacked(run: Run) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"The reward is probably being hacked: {said}, while {beside}.",
-            "Look at the pictures; keep an earlier checkpoint, and train with the gate, a stronger "
-            "KL or auxiliaries that see what the proxy does not.",
+            f"Look at the pictures; {_best_step(run)}, and train with the gate, a stronger KL or "
+            "auxiliaries that see what the proxy does not.",
             about,
         )
     elif tone == "bad":
@@ -51,6 +51,15 @@ def hacked(run: Run) -> Iterator[Finding]:
             "Go on, as long as that stays so.",
             about,
         )
+
+
+def _best_step(run: Run) -> str:
+    """Which checkpoint to keep: of the evaluations after the start the one whose held-out rewards
+    were highest."""
+    later = gaps(run.evaluations)[1:]
+    if not later or (best := max(later, key=lambda one: one.held_out)) is later[-1]:
+        return "keep an earlier checkpoint"
+    return f"of the evaluations, that of step {best.step} had the highest held-out: go back to it"
 
 
 def not_learning(run: Run) -> Iterator[Finding]:
