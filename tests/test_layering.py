@@ -52,7 +52,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "distributed":   "types | torch deepspeed bitsandbytes",
     "recipe_errors": "|",
     "recipe":        "types data hf_prompts bad_updates algorithms distributed evaluation policies"
-                     " rewards |",
+                     " report rewards |",
     "recipe_text":   "recipe_errors |",
     "recipe_rules":  "recipe algorithms distributed policies rewards types |",
     "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
@@ -61,6 +61,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "ending":        "|",
     "launch":        "distributed ending |",
     "machine":       "recipe recipe_errors nvidia distributed policies gardo_kernels | torch",
+    "environment":   "distributed machine nvidia | torch",
     "meeting":       "machine recipe recipe_errors run_folder policies data evaluation hf_prompts"
                      " | torch",
     "run_lock":      "ending |",
@@ -87,6 +88,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "reward_worker": "config machine recipe_errors rewards | torch",
     "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",
+    "kept_samples":  "types algorithms data distributed report session gardo_kernels | torch",
     "unscored":      "bad_updates distributed session types |",
     "phases":        "* | torch",
     "train":         "* | torch",

@@ -21,6 +21,7 @@ from gardo.evaluation.evaluate import HELD_OUT, EvaluateSettings
 from gardo.hf_prompts import dataset_prompts, is_dataset
 from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.settings import PolicySettings
+from gardo.report.kept import KeepSettings
 from gardo.rewards.assembly import ScoringSettings
 from gardo.rewards.base import RewardSettings
 from gardo.settings import FieldError, Strict
@@ -122,6 +123,9 @@ class RunSettings(Strict):
     seed: int = Field(42, ge=0)
     folder: Annotated[str, AfterValidator(_at_home)] = Field(
         "runs", min_length=1, description="runs are written to FOLDER/NAME"
+    )
+    keep_samples: KeepSettings | None = Field(
+        KeepSettings(), description="training pictures that are kept for the report; null: none"
     )
     watchdog: float = Field(
         1800, ge=0, description="seconds without progress, once all is loaded, after which a rank "

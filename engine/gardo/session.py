@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from gardo import environment
 from gardo.algorithms.base import Algorithm, World, build
 from gardo.bad_updates import BadUpdates
 from gardo.beside import Beside
@@ -45,6 +46,7 @@ from gardo.planner import Geometry, geometry
 from gardo.policies.base import Policy
 from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
+from gardo.report.kept import forget_after
 from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
@@ -292,21 +294,24 @@ def open_session(
         if log_file.is_file():
             for trouble in missing(log_file, session.first_step):
                 progress.message(trouble)
-    problem = begin_files(session, asked, profile=profile) if first else ""
+    start = environment.describe(engine, after_step=session.first_step)
+    problem = begin_files(session, asked, start, profile=profile) if first else ""
     if said := gather_text(engine, problem)[0]:
         raise RecipeError(f"{source}: run.folder: {said}")
     return session
 
 
-def begin_files(s: Session, asked: Recipe, *, profile: bool) -> str:
+def begin_files(s: Session, asked: Recipe, start: dict[str, Any], *, profile: bool) -> str:
     """Opens what the first rank writes in the run's folder; what was wrong with that, if anything.
 
-    `asked` is the recipe as its user wrote it.
+    `asked` is the recipe as its user wrote it, `start` this machine and its libraries.
     """
     folder, left = s.recipe.run_folder, s.recipe.run.steps - s.first_step
     try:
         s.log = open_log(asked, s.progress, s.first_step)
         s.checkpoints.run = keep_id(folder, s.checkpoints.run)
+        environment.keep(folder, start)
+        forget_after(folder, s.first_step)
         if profile and left:
             s.profile = StepProfile(folder / "profile", s.engine.device, left=left)
     except OSError as error:  # a full disk

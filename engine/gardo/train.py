@@ -15,6 +15,7 @@ from gardo.config import load
 from gardo.distributed.base import leave_process_group
 from gardo.ending import Stopped, Watchdog, die_with_launcher, leave
 from gardo.evaluation.evaluate import due
+from gardo.kept_samples import keep_samples
 from gardo.machine import ranks
 from gardo.meeting import refuse
 from gardo.phases import (
@@ -78,6 +79,7 @@ def train(s: Session) -> None:
             totals = engine.reduce(made.totals)
             events = algorithm.after_step(slots, totals) if made.norms else []
         events = [*events, *skipped_because(made)]
+        keep_samples(s, step + 1, rollout, scores, everyone)
         log_step(s, step + 1, scores, everyone, work, totals, made, events)
         stop_where_bad(s, step + 1, scores, rollout, points, work, made)
         if due(step + 1, steps, every):

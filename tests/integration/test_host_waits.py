@@ -58,13 +58,14 @@ def one_thread() -> Iterator[None]:
 
 
 def of_the_loop(seen: Sequence[str]) -> list[str]:
-    """Not of evaluation and checkpoints, a reward's own, or of plain torch in a kernel's place."""
+    """Not of evaluation, checkpoints and kept pictures, a reward's own, or of plain torch in a
+    kernel's place."""
     others = "rewards/", "tiny/", "nearest_cosine.py", "sde_step.py", "philox.py:random_bits_ref"
     places = {call: call.split(" in ")[1] for call in seen}
     return [
         call
         for call in seen
-        if not call.startswith(("evaluate", "checkpoint"))
+        if not call.startswith(("evaluate", "checkpoint", "pictures"))
         and (places[call].startswith("rewards/base.py") or not places[call].startswith(others))
     ]
 

@@ -79,6 +79,11 @@ def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cut_and_resume(ALL, ANYWHERE, tmp_path_factory.mktemp("anywhere"))
 
 
+def pictures(run: Path) -> dict[str, bytes]:
+    """What the run has kept of them, samples/train.jsonl too."""
+    return {path.name: path.read_bytes() for path in (run / "samples").iterdir()}
+
+
 def same_bits(folder: Path, case: Case, cut: int) -> None:
     resumed = case.but(cut=cut, resume=True)
     runs = folder / case.run, folder / resumed.run
@@ -89,6 +94,7 @@ def same_bits(folder: Path, case: Case, cut: int) -> None:
     assert ours.manifest["state"] == theirs.manifest["state"]
     assert ours.manifest["updates"] == theirs.manifest["updates"] == 2 * case.steps
     assert logged(runs[0]) == logged(runs[1])
+    assert pictures(runs[0]) == pictures(runs[1])
     whole = (cut - 1) // 2  # iterations of 2 gradient steps, saved before the cut
     started = facts(folder, resumed)["first_step"]
     # written in the background, the last of them may not have been committed yet

@@ -16,7 +16,7 @@ from gardo.report.phase_clock import OTHER
 
 ORDER = (
     "encode", "sample", "decode", "reward", "features", "teachers", "probe", "train", "optimizer",
-    "gather", "checkpoint",
+    "gather", "pictures", "checkpoint",
 )  # fmt: skip
 HEAD = ("phase", "seconds", "share", "calls", "rows", "rows/s", "peak GB")
 
