@@ -12,16 +12,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import psutil
 
 from gardo.distributed.nodes import for_pdsh, included, read_hostfile, sent_on
-from gardo.ending import ASKING, STARTED_HERE, dying_with, ranks_of
+from gardo.ending import ASKING, STARTED_HERE, STDERR, dying_with, ranks_of
 from gardo.settings import VISIBLE, VISIBLE_AT_FIRST
 
 STRAY_HOSTFILE = Path("/job/hostfile")  # what DeepSpeed obeys where it is told of none
@@ -126,7 +127,7 @@ def command(places: Places, arguments: Sequence[str], *, master: str | None, por
         # is killed, and dies of a signal alone
         gpus = [int(name) for name in places.gpus or range(places.ranks)]
         machine = base64.urlsafe_b64encode(json.dumps({"localhost": gpus}).encode()).decode()
-        return [sys.executable, "-m", LAUNCHER, "--log_level", "error", "--world_info", machine,
+        return [sys.executable, "-m", LAUNCHER, "--log_level", "critical", "--world_info", machine,
                 "--master_port", str(port), "--module", *started]  # fmt: skip
     # forced: else DeepSpeed starts a single machine's ranks here, whatever its name is
     launch = [sys.executable, "-m", RUNNER, "--log_level", "error", "--master_port", str(port),
@@ -164,18 +165,66 @@ def run(places: Places, typed: Sequence[str], *, on_cpu: bool) -> int:
         )
         alone = not {LAUNCHER, RUNNER} & set(typed)
         send = process.send_signal if alone else partial(_pass_on, process.pid)
-        earlier = {
-            number: signal.signal(number, lambda number, _: send(number))
+        with _Asked(process.pid, send, translated=places.hostfile is None) as asked:
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            if ended and ended.si_status:  # what it leaves behind, before its number is free
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return asked.exit_code(process.returncode)
+
+
+class _Asked:
+    """Inside, signals that ask this process to end go to the ranks, by `send`.
+
+    Ctrl-C reaches them as SIGTERM (`translated`), which a rank that still loads dies of in silence;
+    a second one ends all that was started under `leader` at once.
+    """
+
+    def __init__(self, leader: int, send: Callable[[int], object], *, translated: bool) -> None:
+        self._leader, self._send, self._translated = leader, send, translated
+        self._first = 0  # the signal
+
+    def __enter__(self) -> Self:
+        self._earlier = {
+            number: signal.signal(number, lambda number, _: self._heard(number))
             for number in ASKING
             if signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
-        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        if ended and ended.si_status:  # what it leaves behind, before its number is given again
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for number, handler in earlier.items():
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._earlier.items():
             signal.signal(number, handler)
-    return _exit_code(process.returncode)
+
+    def _heard(self, number: int) -> None:
+        again, self._first = bool(self._first), self._first or number
+        if number != signal.SIGINT:
+            self._send(number)
+        elif again:
+            with suppress(ProcessLookupError):
+                os.killpg(self._leader, signal.SIGKILL)
+        else:
+            _say("stopping at the next place where it can be gone on from; Ctrl-C again: at once")
+            self._send(signal.SIGTERM if self._translated else number)
+
+    def exit_code(self, status: int) -> int:
+        """Of what has ended so; says it where that ended of a signal, and has said nothing."""
+        code = _exit_code(status)
+        killed = not 0 <= status <= 128 + signal.NSIG  # else the ranks ended in their own way
+        by = signal.SIGINT if self._first == signal.SIGINT else code - 128
+        if self._first and killed:
+            _say("ended at once; what was saved before is as it was")
+        elif killed:
+            _say(f"ended by {signal.Signals(by).name}, which nobody here has sent"
+                 + ("; was the memory full?" if by == signal.SIGKILL else ""))  # fmt: skip
+        return 128 + by if code > 128 else code
+
+
+def _say(line: str) -> None:
+    """On standard error, from a signal handler too; a terminal may show ^C or a bar before it."""
+    start = "\r\033[K" if os.isatty(STDERR) else ""
+    with suppress(OSError):
+        os.write(STDERR, f"{start}{line}\n".encode())
 
 
 def _pass_on(leader: int, number: int) -> None:

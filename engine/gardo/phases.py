@@ -21,6 +21,7 @@ from gardo.data import step_prompts
 from gardo.ending import Stopped
 from gardo.evaluation.evaluate import due
 from gardo.export import export_run
+from gardo.report.environment import resume_command
 from gardo.report.html import write_report
 from gardo.report.metrics_log import step_records
 from gardo.report.phase_clock import fields
@@ -398,8 +399,8 @@ def stopped(s: Session, asked: Stopped) -> int:
         s.progress.message(f"ended by {asked} in step {step + 1} of {last}: {left}")
         return 128 + asked.number
     s.progress.message(
-        f"ended by {asked}, not finished: step {step} of {last} is saved; the same command with "
-        "--resume goes on"
+        f"ended by {asked}, not finished: step {step} of {last} is saved; to go on:\n"
+        f"    {resume_command(s.recipe.run_folder)}"
     )
     return 0
 

@@ -59,19 +59,26 @@ def commands(
 ) -> list[tuple[str, str]]:
     """What to type, from where the report was made: (what it does, command)."""
     folder = _typed(run_folder)
-    ranks, machines = start.get("ranks", 1), start.get("machines", 1)
-    many = f" --gpus {ranks}" if ranks > 1 and machines == 1 else ""
-    resumed = f"gardo train {_typed(run_folder / 'recipe.yaml')} --resume{many}"
-    if machines > 1:
-        resumed += " --hostfile HOSTFILE"
     found = [
-        ("go on from the last checkpoint", resumed),
+        ("go on from the last checkpoint", _resume(run_folder, start)),
         ("weights for diffusers", f"gardo export {folder}"),
     ]
     train = recipe.get("train")
     if isinstance(train, Mapping) and train.get("ema") is not None:
         found.append(("the average of the weights", f"gardo export {folder} --ema"))
     return [*found, ("this page again", f"gardo report {folder}")]
+
+
+def resume_command(run_folder: Path) -> str:
+    """What to type to go on with a run, on as many ranks as it had."""
+    return _resume(run_folder, (read_environment(run_folder) or [{}])[-1])
+
+
+def _resume(run_folder: Path, start: Mapping[str, Any]) -> str:
+    ranks, machines = start.get("ranks", 1), start.get("machines", 1)
+    many = f" --gpus {ranks}" if ranks > 1 and machines == 1 else ""
+    resumed = f"gardo train {_typed(run_folder / 'recipe.yaml')} --resume{many}"
+    return resumed + " --hostfile HOSTFILE" * (machines > 1)
 
 
 def _typed(path: Path) -> str:

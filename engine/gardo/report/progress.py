@@ -3,8 +3,11 @@
 On a terminal a live line shows the phase now running, the step and the time left, and finished
 steps scroll above it. Into a pipe or a file only the finished steps are printed:
 
-    step 41/500  sample 18.2s  reward 3.1s  teachers 1.1s  train 24.0s  |  hpsv2 0.312 (+0.004)
+    step 41/500  sample 18.2s  reward 3.1s  train 24.0s  |  hpsv2 0.312 (+0.004 ± 0.006)
                  kl 1.9e-4  ratio 1 +- 3e-5  clip 11 %  diversity 17.3  |  ETA 5h52m
+
+In brackets: how far the value is from the mean of the last 20 steps, and the standard deviation of
+these. Every step has other prompts, so that one step alone says little.
 
 A standard output that takes nothing more, a closed terminal or a full disk, never ends a run.
 """
@@ -15,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean, stdev
 from typing import Any, Self
 
 from rich.console import Console
@@ -27,6 +31,8 @@ from gardo.report.metrics_log import Record
 from gardo.report.phase_clock import PhaseClock, Spent
 
 _INDENT = " " * 13
+_RECENT = 20  # steps that a reward is compared with
+_FEW = 3  # of them say nothing of a spread
 _ETA_STEPS = 20  # steps whose mean duration, evaluations included, gives the time left
 _HELD_OUT = " (held out)"
 _SHOWN = 0.01  # of a step's seconds: phases that took less are in the log and in the report
@@ -49,7 +55,7 @@ class Progress:
         total_steps: of the whole run, those done before a resume included.
         enabled: False (ranks other than the first) measures and prints nothing.
         console: where to print; standard output by default.
-        history: records of an earlier part of this run, so that changes count from its first step.
+        history: records of an earlier part of this run.
         phases: the stopwatch.
     """
 
@@ -72,7 +78,9 @@ class Progress:
         self._taken = True  # nothing was measured since
         self._live: Live | None = None
         earlier = [record for record in history if record["kind"] == "step"]
-        self._first = _means(earlier[0]) if earlier else {}
+        self._recent: dict[str, deque[float]] = {}
+        for record in earlier[-_RECENT:]:
+            self._remember(record)
         self._step = earlier[-1]["step"] if earlier else 0
 
     @contextmanager
@@ -103,8 +111,13 @@ class Progress:
         """Print a finished training step."""
         self._finished.append(self._clock())
         self._step = record["step"]
-        self._print(_step_lines(record, self._first, self.total_steps, self._time_left()))
-        self._first = self._first or _means(record)
+        self._print(_step_lines(record, self._recent, self.total_steps, self._time_left()))
+        self._remember(record)
+
+    def _remember(self, record: Record) -> None:
+        for name, mean in _means(record).items():
+            if math.isfinite(mean):
+                self._recent.setdefault(name, deque(maxlen=_RECENT)).append(mean)
 
     def resumed(self, step: int) -> None:
         """The run goes on after `step`, even if its log got further."""
@@ -228,7 +241,9 @@ def _means(record: Record) -> dict[str, float]:
     return {name: reward["mean"] for name, reward in record.get("rewards", {}).items()}
 
 
-def _step_lines(record: Record, first: Mapping[str, float], total: int, left: float) -> str:
+def _step_lines(
+    record: Record, recent: Mapping[str, Sequence[float]], total: int, left: float
+) -> str:
     """The two lines of a step, and one for each of its events."""
     spent = record.get("seconds", {})
     shown = _SHOWN * sum(spent.values())
@@ -238,7 +253,10 @@ def _step_lines(record: Record, first: Mapping[str, float], total: int, left: fl
         if reward.get("role") == "auxiliary":
             continue
         mean = reward["mean"]
-        change = f" ({_rounded(mean - first[name], mean, '+')})" if name in first else ""
+        before, change = recent.get(name, ()), ""
+        if len(before) >= _FEW:
+            away, spread = mean - fmean(before), stdev(before)
+            change = f" ({_rounded(away, mean, '+')} ± {_rounded(spread, mean)})"
         held_out = _HELD_OUT if reward.get("role") == "held_out" else ""
         rewards.append(f"{name} {_rounded(mean, mean)}{change}{held_out}")
     head = "  ".join([f"step {record['step']}/{total}", *seconds])

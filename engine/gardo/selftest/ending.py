@@ -169,7 +169,7 @@ def closed_terminal(trial: Trial) -> None:
             print(f"          {time.monotonic() - began:.1f} s from {signal.Signals(number).name} "
                   "to the exit", flush=True)  # fmt: skip
             said = one.file.read_text()
-            must(code == 0 and "--resume goes on" in said, f"exit code {code}: {said}")
+            must(code == 0 and "recipe.yaml --resume --gpus 2" in said, f"exit code {code}: {said}")
             must(not one.left(1), f"{one.left(0)} still run")
             must(bool(committed(trial.run() / "checkpoints")), said)
         finally:
