@@ -25,6 +25,8 @@ EXTRAS = {
         "rapidocr",  # the ocr reward's three, to test with the real reader
         "onnxruntime",
         "rapidfuzz",
+        "tensorboard",  # to read back what run.track wrote
+        "wandb",
         *SERVER,
         "openai>=1.98",  # of `transformers serve`, in tests/integration/test_live_endpoint.py
         "datasets>=4",  # data.prompts: hf:FOLDER, in tests/engine/test_hf_prompts.py

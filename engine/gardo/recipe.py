@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +23,7 @@ from gardo.hf_prompts import dataset_prompts, is_dataset
 from gardo.policies.checkpointing import Checkpointing
 from gardo.policies.settings import PolicySettings
 from gardo.report.kept import KeepSettings
+from gardo.report.trackers.base import tracker_class
 from gardo.rewards.assembly import ScoringSettings
 from gardo.rewards.base import RewardSettings
 from gardo.settings import FieldError, Strict
@@ -34,6 +36,16 @@ def _at_home(folder: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{folder!r}: nobody's home; write the path out")
     return expanded
+
+
+def _a_tracker(name: str) -> str:
+    """ValueError for one that there is not, or that lacks its package."""
+    package = tracker_class(name).package
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{name}: needs {package}, which is not here; pip install 'gardo-engine[track]'"
+        )
+    return name
 
 
 LayerName = Annotated[str, Field(min_length=1)]
@@ -140,6 +152,9 @@ class RunSettings(Strict):
         False,
         description="lets a GPU add up the parts of a bf16 matmul in bf16, torch's default; fp32 "
         "keeps the small ones",
+    )
+    track: list[Annotated[str, AfterValidator(_a_tracker)]] = Field(
+        [], description="where the run is watched too: tensorboard, wandb, or my_module:MyTracker"
     )
 
 

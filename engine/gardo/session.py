@@ -51,6 +51,7 @@ from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
 from gardo.report.progress import Progress
+from gardo.report.trackers.base import Trackers
 from gardo.rewards.assembly import Workers
 from gardo.rewards.panel import Panel
 from gardo.rollout import LossContext
@@ -75,6 +76,7 @@ class Session:
     ctx: LossContext
     beside: Beside
     log: MetricsLog | None
+    trackers: Trackers
     progress: Progress
     bad_updates: BadUpdates
     workers: Workers  # of this machine, where this is its first rank
@@ -90,6 +92,7 @@ class Session:
             return
         waited = self.log.problem
         self.log.write(record)
+        self.trackers.write(record)
         if self.log.problem and not waited:
             problem = self.log.problem
             self.progress.message(f"{self.log.path}: {problem}; its lines wait in memory for room")
@@ -155,6 +158,7 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         if self.profile:
             self.profile.close()
+        self.trackers.close()
         if self.log:
             self.log.close()
             if self.log.problem:
@@ -280,6 +284,7 @@ def open_session(
         ctx=LossContext(policy, panel.differentiable_score),
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
         log=None,
+        trackers=Trackers(recipe.run_folder, progress.message),
         progress=progress,
         bad_updates=BadUpdates(recipe.train.bad_updates),
         workers=workers,
@@ -311,6 +316,9 @@ def begin_files(s: Session, asked: Recipe, start: dict[str, Any], *, profile: bo
         s.log = open_log(asked, s.progress, s.first_step)
         s.checkpoints.run = keep_id(folder, s.checkpoints.run)
         environment.keep(folder, start)
+        said = asked.model_dump(mode="json")
+        about = {"id": s.checkpoints.run, "name": asked.run.name, "recipe": said}
+        s.trackers.start(asked.run.track, about, s.first_step)
         forget_after(folder, s.first_step)
         if profile and left:
             s.profile = StepProfile(folder / "profile", s.engine.device, left=left)
