@@ -379,7 +379,7 @@ RUN = (
     (
         "run: {colour: 42}",
         "run.colour: unknown field. Known here: bf16_reduced_precision_reduction, deterministic, "
-        "folder, keep_samples, name, seed, steps, watchdog.",
+        "folder, keep_samples, name, seed, steps, track, watchdog.",
     ),
     ("run: {steps: eighty}", "run.steps: 'eighty': input should be a valid integer"),
     ("run: {steps: 80.5}", "run.steps: 80.5: input should be a valid integer"),
