@@ -5,6 +5,8 @@ Heavy modules load when a command needs them: `--help` is torch-free.
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from gardo import lazily
@@ -21,6 +23,7 @@ from gardo.cli import (
     selftest,
     train,
 )
+from gardo.cli.common import spread
 
 app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
@@ -49,4 +52,5 @@ app.add_typer(prompts.prompts, name="prompts")
 
 def main() -> None:
     lazily.put_off()
+    sys.argv[1:] = spread(sys.argv[1:])
     app()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -18,8 +20,20 @@ RecipeArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the recipe"),
+    typer.Option("--set", metavar="FIELD=VALUE ...", help="override fields of the recipe"),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="as data, for scripts")]
+
+FIELD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """Arguments in which `--set a=1 b=2` is written `--set a=1 --set b=2`."""
+    found: list[str] = []
+    for word in words:
+        after_value = len(found) > 1 and found[-2] == "--set"
+        found += ["--set", word] if after_value and FIELD.fullmatch(word) else [word]
+    return found
 
 
 def checked(recipe: Path, overrides: list[str] | None, *, prompts: bool = True) -> Recipe:

@@ -12,7 +12,7 @@ from gardo.cli.common import refuse
 
 SuiteSetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the suite"),
+    typer.Option("--set", metavar="FIELD=VALUE ...", help="override fields of the suite"),
 ]
 
 

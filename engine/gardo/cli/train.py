@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +48,24 @@ def train(
     ignore_plan: Annotated[
         bool, typer.Option("--ignore-plan", help="train even what will not fit, by the plan")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="check all that is checked before a run, say what would be started, and start "
+            "nothing; GPUs of --gpus need not be here then",
+        ),
+    ] = False,
 ) -> None:
-    """Train a recipe; with engine zero through the deepspeed launcher on as many ranks."""
+    """Train a recipe; with engine zero through the deepspeed launcher on as many ranks.
+
+    gardo train recipes/tiny_flux_gardo.yaml --gpus 2 --set train.optimizer.lr=5e-4 run.steps=20
+
+    gardo train runs/tiny-flux-gardo/recipe.yaml --gpus 2 --resume
+
+    Exit code 0: done, or asked to end and saved; 1: it failed; 2: refused before anything began;
+    124: it hung; 128 + N: ended by signal N.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     found = checked(recipe, set_)
     from gardo import launch
@@ -60,14 +77,20 @@ def train(
     from gardo.rewards.assembly import reach_endpoints
 
     here = gpus_here()
+    elsewhere = bool(hostfile or (dry_run and gpus and here < gpus))  # where a login node starts it
     try:
         if master_addr and not hostfile:
             raise ValueError(f"--master-addr {master_addr}: for a --hostfile; leave it out")
         if port and not (hostfile or launch.is_free(port)):
             raise ValueError(f"--port {port}: another program has it; leave it out")
-        where = launch.places(gpus=gpus, hostfile=hostfile, include=include, here=here)
+        where = launch.places(
+            gpus=gpus,
+            hostfile=hostfile,
+            include=include,
+            here=max(here, gpus or 0) if elsewhere and not hostfile else here,
+        )
         geometry(found, rank=0, world=where.ranks, source=str(recipe))
-        if not hostfile:  # a login node may start what runs elsewhere
+        if not elsewhere:
             check_accelerator(found, str(recipe))
             reach_endpoints(reward_settings(found), f"{recipe}: rewards.")
         zero = found.distributed.engine == "zero"
@@ -76,7 +99,7 @@ def train(
                 f"{recipe}: distributed.engine: local runs in one process; drop {where.option}, "
                 "or use engine zero"
             )
-        if here or not hostfile:  # else the GPUs are elsewhere: `gardo plan` can be told of them
+        if here or not elsewhere:  # else `gardo plan` can be told of the GPUs
             _say_plan(found, str(recipe), where.ranks, on_gpu=here > 0, ignore=ignore_plan)
         arguments = [str(recipe), *(part for o in set_ or () for part in ("--set", o))]
         arguments += ["--resume"] if resume else []
@@ -84,7 +107,26 @@ def train(
         command = launch.command(where, arguments, master=master_addr, port=port, launched=zero)
     except (RecipeError, ValueError) as error:
         refuse(error)
+    if dry_run:
+        _say_start(found, command, resume=resume, checked=not elsewhere)
+        return
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
+
+
+def _say_start(recipe: Any, command: list[str], *, resume: bool, checked: bool) -> None:
+    from gardo.distributed.saved import committed, step_of
+
+    folder, there = recipe.run_folder, ""
+    saved = committed(recipe.checkpoint_folder) if resume else []
+    if saved:
+        there = f"goes on after step {step_of(saved[0])}"
+    elif folder.exists():
+        there = "what lies there now would be moved aside"
+    print(f"run      {folder}: {there or 'new'}")
+    print(f"command  {shlex.join(command)}")
+    if not checked:
+        print("its GPUs, and endpoints of its rewards, are not looked for from here")
+    print("nothing was started (--dry-run)")
 
 
 def _say_plan(recipe: Any, source: str, world: int, *, on_gpu: bool, ignore: bool) -> None:

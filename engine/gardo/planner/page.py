@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from gardo.distributed.optimizers import moment_bytes
 from gardo.planner.advice import Change, advise
-from gardo.planner.geometry import geometry
+from gardo.planner.geometry import Geometry, geometry
 from gardo.planner.memory import Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
-from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, seconds
+from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, Seconds, seconds
 from gardo.recipe import Recipe
 
 
@@ -49,50 +51,123 @@ def _memory(memory: Memory) -> Iterator[str]:
         yield f"not counted: {', '.join(memory.unknown)}"
 
 
-def plan_page(
-    recipe: Recipe, *, world: int, room: int, nodes: int = 1, source: str = "recipe"
-) -> tuple[list[str], bool]:
-    """The lines of the page, and whether the recipe fits into `room` bytes of each GPU."""
-    plan = geometry(recipe, rank=0, world=world, source=source)
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on GPUs that need not be here."""
+
+    recipe: Recipe
+    source: str
+    world: int
+    room: int  # bytes of each GPU
+    nodes: int
+    geometry: Geometry
+    shadow: Shadow
+    settled: Recipe  # as it would run in that room
+    memory: Memory
+    time: Seconds
+    advice: tuple[list[Change], Memory] | None  # where it does not fit, and something would
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.room
+
+    @property
+    def hours(self) -> float:
+        return self.time.total * self.recipe.run.steps / 3600
+
+    @property
+    def images(self) -> int:
+        data = self.recipe.data
+        return self.recipe.run.steps * data.prompts_per_step * data.images_per_prompt
+
+
+def plan(recipe: Recipe, *, world: int, room: int, nodes: int = 1, source: str = "recipe") -> Plan:
+    """RecipeError where the recipe's batches do not divide over `world` GPUs."""
+    cut = geometry(recipe, rank=0, world=world, source=source)
     shadow = Shadow(recipe)
     counted = Counted(shadow)
-    settled = counted.settled(recipe, plan, world, room)
-    memory = counted.memory(settled, plan, world)
-    fits = memory.peak <= room
-    time = seconds(settled, shadow, plan, world, nodes)
-    data, steps = recipe.data, recipe.run.steps
+    settled = counted.settled(recipe, cut, world, room)
+    memory = counted.memory(settled, cut, world)
+    advice = advise(counted, recipe, world, room) if memory.peak > room else None
+    time = seconds(settled, shadow, cut, world, nodes)
+    return Plan(recipe, source, world, room, nodes, cut, shadow, settled, memory, time, advice)
+
+
+def as_text(of: Plan) -> str:
+    """The page that `gardo plan` prints."""
+    recipe, cut, shadow, time = of.recipe, of.geometry, of.shadow, of.time
     lines = [
-        f"{source} on {world} GPU{'s' * (world > 1)} of {gigabytes(room)} GB",
+        f"{of.source} on {of.world} GPU{'s' * (of.world > 1)} of {gigabytes(of.room)} GB",
         "",
         f"model      {shadow.parameters / 1e9:.2f} B parameters, of which train "
         f"{shadow.trainable / 1e6:.1f} M",
-        f"iteration  {data.prompts_per_step} prompts x {data.images_per_prompt} images; each GPU: "
-        f"{plan.samples} images, {recipe.train.updates_per_step} updates of {plan.accumulation} "
-        f"micro-batches of {plan.micro_batch} rows",
+        f"iteration  {recipe.data.prompts_per_step} prompts x {recipe.data.images_per_prompt} "
+        f"images; each GPU: {cut.samples} images, {recipe.train.updates_per_step} updates of "
+        f"{cut.accumulation} micro-batches of {cut.micro_batch} rows",
         "",
         "Memory of a GPU in GB, counted on tensors without data, but for what is assumed",
-        *_memory(memory),
+        *_memory(of.memory),
         "",
-        verdict_line(memory, room, settled),
-    ]
-    if not fits:
-        lines.append(advice_line(recipe, advise(counted, recipe, world, room)))
-    hours = time.total * steps / 3600
-    phases = ", ".join(f"{name} {s:.1f}" for name, s in time.phases.items())
-    lines += [
+        verdict_line(of.memory, of.room, of.settled),
+        *([] if of.fits else [advice_line(recipe, of.advice)]),
         "",
         f"Time, modelled, not measured: {MATMUL / 1e12:.0f} TFLOP/s a GPU, of which sampling "
         f"reaches {SHARE['sample']:.0%} and training {SHARE['train']:.0%}, in eager blocks as "
         "diffusers and PEFT run them",
-        f"iteration  {time.total:.1f} s ({phases}); {time.flops / 1e15:.2f} PFLOP a GPU",
+        f"iteration  {time.total:.1f} s "
+        f"({', '.join(f'{name} {s:.1f}' for name, s in time.phases.items())}); "
+        f"{time.flops / 1e15:.2f} PFLOP a GPU",
         f"gathering  {time.gathering:.1f} s, if nothing of it is hidden "
-        f"({(NVLINK if nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",
-        f"run        {steps} iterations: {hours:.1f} hours, "
-        f"{steps * data.prompts_per_step * data.images_per_prompt:,} images, without rewards and "
-        "evaluations",
+        f"({(NVLINK if of.nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",
+        f"run        {recipe.run.steps} iterations: {of.hours:.1f} hours, {of.images:,} images, "
+        "without rewards and evaluations",
         f"disk       {gigabytes(_disk(recipe, shadow))} GB of checkpoints and export",
     ]
-    return lines, fits
+    return "\n".join(lines)
+
+
+def as_data(of: Plan) -> dict[str, Any]:
+    """The same for `gardo plan --json`: bytes, counts, seconds that are modelled, not measured."""
+    memory, recipe = of.memory, of.recipe
+    changes, then = of.advice or ([], None)
+    return {
+        "recipe": of.source,
+        "gpus": of.world,
+        "machines": of.nodes,
+        "gpu_bytes": of.room,
+        "fits": of.fits,
+        "peak_bytes": memory.peak,
+        "peak_phase": memory.peak_phase.name,
+        "parameters": of.shadow.parameters,
+        "trainable": of.shadow.trainable,
+        "stays": _bytes(memory.stays),
+        "phases": {
+            phase.name: {"peak_bytes": memory.peak_of(phase), "parts": _bytes(phase.parts)}
+            for phase in memory.phases
+        },
+        "host": _bytes(memory.host),
+        "workers": {name: _bytes(parts) for name, parts in memory.workers.items()},
+        "not_counted": [*memory.unknown],
+        "prompts_per_step": recipe.data.prompts_per_step,
+        "images_per_prompt": recipe.data.images_per_prompt,
+        "images_a_gpu": of.geometry.samples,
+        "updates": recipe.train.updates_per_step,
+        "micro_batches": of.geometry.accumulation,
+        "micro_batch": of.geometry.micro_batch,
+        "advice": [change.on(recipe) for change in changes],
+        "advice_peak_bytes": then.peak if then else None,
+        "modelled_seconds": {**of.time.phases, "total": of.time.total},
+        "modelled_hours": of.hours,
+        "images": of.images,
+        "disk_bytes": _disk(recipe, of.shadow),
+    }
+
+
+def _bytes(parts: Iterable[Part]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for part in parts:
+        found[part.name] = found.get(part.name, 0) + int(part.bytes)
+    return found
 
 
 def verdict_line(memory: Memory, room: int, recipe: Recipe) -> str:
