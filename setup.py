@@ -20,6 +20,7 @@ EXTRAS = {
         "pytest-xdist",  # ./run test uses all cores
         "hypothesis",
         "jsonschema",
+        "markdown-it-py",  # of rich: reads model cards as the hub does
         "scipy",  # of transformers' Mask2Former
         "rapidocr",  # the ocr reward's three, to test with the real reader
         "onnxruntime",

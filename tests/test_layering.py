@@ -32,6 +32,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "hub":           "|",
     "streams":       "|",
     "files":         "|",
+    "licences":      "|",
     "types":         "| torch",
     "contract":      "types |",
     "beside":        "types | torch",
@@ -66,7 +67,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
     "evaluation":    "types hf_prompts rollout policies rewards distributed report recipe_errors"
                      " gardo_kernels tiny | torch transformers",
-    "report":        "types policies rewards gardo_kernels | torch rich tensorboard wandb",
+    "report":        "types licences policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
     "doctor":        "flow machine nvidia policies gardo_kernels | torch",
@@ -74,9 +75,15 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " | torch diffusers transformers",
     "suite":         "config data evaluation recipe recipe_errors recipe_rules policies rewards"
                      " types |",
-    "contender":     "distributed export loading policies recipe recipe_errors suite | torch",
+    "contender":     "distributed export loading machine policies recipe recipe_errors suite"
+                     " | torch",
+    "sample":        "contender data evaluation export machine policies recipe recipe_errors report"
+                     " types | torch",
     "evaluate":      "* | torch",
-    "export":        "recipe recipe_text config distributed recipe_errors policies loading | torch",
+    "card":          "algorithms distributed hf_prompts licences recipe recipe_errors report"
+                     " rewards |",
+    "export":        "recipe recipe_text card config distributed recipe_errors policies loading"
+                     " report | torch",
     "reward_worker": "config machine recipe_errors rewards | torch",
     "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",

@@ -1,4 +1,4 @@
-"""What is evaluated: a base model, with a LoRA's weights on it or those of a run's checkpoint."""
+"""What draws: a base model, with a LoRA's weights on it or those of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from gardo.distributed.saved import Saved
 from gardo.export import check_weights, checkpoint_of, pinned, recipe_of, trained
-from gardo.loading import build_policy
+from gardo.loading import build_policy, quiet_libraries
+from gardo.machine import check_device, use_allocator, use_bf16_reductions, use_device
 from gardo.policies.base import Policy
 from gardo.policies.lora_files import LoraFile, open_lora
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe, policy_plugin
 from gardo.recipe_errors import RecipeError
 from gardo.settings import FieldError
-from gardo.suite import Suite, model_settings
+from gardo.suite import Asked, model_settings
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Contender:
         check_weights(saved, self.run.folder, average=self.run.average)
         if saved.manifest["sha256"] != self.run.digest:
             raise RecipeError(
-                f"{saved.folder}: it has changed since this evaluation began; start it again"
+                f"{saved.folder}: it has changed since this command began; start it again"
             )
 
     def identity(self, policy: Policy) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class Contender:
 
 
 def contender(
-    suite: Suite,
+    asked: Asked,
     model: str | None,
     *,
     lora: Path | None = None,
@@ -141,23 +142,46 @@ def contender(
     average: bool = False,
 ) -> Contender:
     """What the command names, its settings checked against its files. RecipeError."""
-    if lora and run:
-        raise RecipeError("--lora: a run has weights of its own; leave out --lora or --run")
-    if not run and (step is not None or average):
-        raise RecipeError(f"{'--ema' if average else '--step'}: of a run's checkpoint; give --run")
+    check_choice(model, lora=lora, run=run, step=step, average=average)
     if run:
-        return _of_run(suite, model, run, step, average)
-    if model is None:
-        raise RecipeError("MODEL: give a diffusers folder, a hub id or builtin:flux; or --run RUN")
-    path, revision = _named(model)
-    settings = model_settings(suite, path, revision=revision)
+        return _of_run(asked, model, run, step, average)
+    assert model is not None
+    path, revision = named_model(model)
+    settings = model_settings(asked, path, revision=revision)
     try:
-        return Contender(settings, suite.precision, lora=open_lora(lora) if lora else None)
+        return Contender(settings, asked.precision, lora=open_lora(lora) if lora else None)
     except ValueError as error:
         raise RecipeError(f"--lora: {error}") from error
 
 
-def _named(model: str) -> tuple[str, str | None]:
+def check_device_of(one: Contender, command: str) -> None:
+    """RecipeError where the model is not meant for what this machine has."""
+    check_device(one.model.path, command, "MODEL", would="draw", mend="use")
+
+
+def ready_device(local_rank: int, threads: int) -> torch.device:
+    """Readies this process to draw, on its GPU or this many threads of a CPU."""
+    quiet_libraries()
+    use_allocator()
+    device = use_device(local_rank)
+    use_bf16_reductions(False)  # as in training
+    torch.set_num_threads(threads)
+    return device
+
+
+def check_choice(
+    model: str | None, *, lora: Path | None, run: Path | None, step: int | None, average: bool
+) -> None:
+    """RecipeError where the options of a command do not name one model."""
+    if lora and run:
+        raise RecipeError("--lora: a run has weights of its own; leave out --lora or --run")
+    if not run and (step is not None or average):
+        raise RecipeError(f"{'--ema' if average else '--step'}: of a run's checkpoint; give --run")
+    if model is None and not run:
+        raise RecipeError("MODEL: give a diffusers folder, a hub id or builtin:flux; or --run RUN")
+
+
+def named_model(model: str) -> tuple[str, str | None]:
     """Path and revision of a folder, or of `ID@REVISION`."""
     if os.path.exists(model):
         return model, None
@@ -166,20 +190,20 @@ def _named(model: str) -> tuple[str, str | None]:
 
 
 def _of_run(
-    suite: Suite, model: str | None, run: Path, step: int | None, average: bool
+    asked: Asked, model: str | None, run: Path, step: int | None, average: bool
 ) -> Contender:
     saved = checkpoint_of(run, step)
     recipe = recipe_of(run)
     check_weights(saved, run, average=average, verify=False)
     like: PolicySettings = recipe.model
-    path, revision = _named(model) if model else (like.path, like.revision)
+    path, revision = named_model(model) if model else (like.path, like.revision)
     if path == like.path:
         revision = revision or like.revision
-    settings = model_settings(suite, path, revision=revision, like=like)
+    settings = model_settings(asked, path, revision=revision, like=like)
     state = saved.manifest.get("state") or {}
     base = state.get("base") or {}
     weights = RunWeights(run, saved.step, average, saved.manifest["sha256"], base, recipe)
-    return Contender(settings, suite.precision, run=weights)
+    return Contender(settings, asked.precision, run=weights)
 
 
 def _put(policy: Policy, weights: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gardo.contender import Contender, contender
+from gardo.contender import Contender, check_device_of, contender, ready_device
 from gardo.distributed.base import gather_text, leave_process_group
 from gardo.distributed.group import Group
 from gardo.ending import die_with_launcher, leave
@@ -35,15 +35,8 @@ from gardo.evaluation.images_log import ImagesLog, Row, rows_of_batch
 from gardo.evaluation.results import against_of, read_baseline, result_of, write_result
 from gardo.evaluation.values import values_of
 from gardo.files import made_folder
-from gardo.loading import find_files_of, meet_endpoints_of, panel_of, quiet_libraries
-from gardo.machine import (
-    check_device,
-    ranks,
-    share_of_cores,
-    use_allocator,
-    use_bf16_reductions,
-    use_device,
-)
+from gardo.loading import find_files_of, meet_endpoints_of, panel_of
+from gardo.machine import ranks, share_of_cores
 from gardo.meeting import versions
 from gardo.policies.base import Policy
 from gardo.recipe_errors import RankError, RecipeError
@@ -325,12 +318,8 @@ def arguments_of(
 def ready(t: Task) -> Group:
     """Readies this process, and joins the other ranks where there are any. RecipeError."""
     rank, local_rank, world = ranks()
-    quiet_libraries()
-    use_allocator()
     check_here(t)
-    device = use_device(local_rank)
-    use_bf16_reductions(False)  # as in training
-    torch.set_num_threads(t.suite.threads or share_of_cores(world))
+    device = ready_device(local_rank, t.suite.threads or share_of_cores(world))
     if world == 1:
         return Group(device, rank=rank)
     from gardo.distributed.zero import start_process_group
@@ -340,8 +329,7 @@ def ready(t: Task) -> Group:
 
 def check_here(t: Task) -> None:
     """RecipeError where the model is not meant for what this machine has."""
-    path = t.contender.model.path
-    check_device(path, "gardo eval", "MODEL", would="be evaluated", mend="evaluate")
+    check_device_of(t.contender, "gardo eval")
 
 
 def _own(lock: RunLock, t: Task, group: Group) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gardo.card import card_facts
 from gardo.config import check
 from gardo.distributed.average import AVERAGE
 from gardo.distributed.saved import Saved, Unusable, committed, step_of
@@ -24,6 +25,7 @@ from gardo.policies.lora_files import save_diffusers, save_peft
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.recipe_text import read
+from gardo.report.model_card import write_card
 
 ATTEMPTS = 5  # to catch a checkpoint of a run that prunes them
 Weights = Mapping[str, Tensor]
@@ -103,10 +105,12 @@ def export_run(
 
     `format` is one of FORMATS that fits what trained, `average` takes the weights' average instead
     of them. `out` is the run's `export/` unless given, with the format and `-ema` in its name where
-    they are not the usual. Builds the policy from the run's recipe unless it is given, without
-    reading its transformer's weights. `verify` checks the digests first. Files of whole weights
-    hold at most `shard_bytes`. Returns the file or folder. RecipeError where the run has no such
-    weights, or they have no such format.
+    they are not the usual. A model card is written beside the weights.
+
+    Builds the policy from the run's recipe unless it is given, without reading its transformer's
+    weights. `verify` checks the digests first. Files of whole weights hold at most `shard_bytes`.
+    Returns the file or folder. RecipeError where the run has no such weights, or they have no such
+    format.
     """
     with pinned(folder, step) as saved:
         return _export(
@@ -128,9 +132,12 @@ def _export(
     name = "-".join(["export", *([] if usual else [format]), *(["ema"] if average else [])])
     try:
         out = made_folder(out or folder / name)
-        return write(policy, weights, out, shard_bytes)
+        written = write(policy, weights, out, shard_bytes)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    its = recipe_of(folder, whole=False)
+    write_card(out, card_facts(folder, its, saved, format=format, average=average), folder)
+    return written
 
 
 def check_weights(saved: Saved, folder: Path, *, average: bool, verify: bool = True) -> None:
@@ -189,10 +196,12 @@ def export_universal(folder: Path, *, out: Path | None = None, step: int | None 
             raise RecipeError(str(error)) from error
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe of a run, on a whole base: what trains has the same names there."""
+def recipe_of(folder: Path, *, whole: bool = True) -> Recipe:
+    """The recipe of a run, on a `whole` base: what trains has the same names there."""
     source = folder / "recipe.yaml"
     recipe = check(read(source), str(source), rules=())
+    if not whole:
+        return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": None})})
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -38,8 +38,31 @@ HOW = {  # not what is asked, but how it is computed: models may differ in it an
 }  # fmt: skip
 
 
+class Asked(Protocol):
+    """How a model is to draw, whatever it is; None: as it does by default."""
+
+    @property
+    def family(self) -> str | None: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def text_tokens(self) -> int | None: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def base(self) -> str | None: ...
+    @property
+    def encoders(self) -> str: ...
+    @property
+    def family_option(self) -> str: ...  # how the command is told the family
+
+
 class Suite(DiversitySettings):
     """What models are asked to draw, and how it is judged."""
+
+    family_option: ClassVar[str] = "--set family="
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -194,28 +217,28 @@ def _generated(count: str, seed: int) -> list[Prompt]:
 
 
 def model_settings(
-    suite: Suite, path: str, *, revision: str | None = None, like: PolicySettings | None = None
+    asked: Asked, path: str, *, revision: str | None = None, like: PolicySettings | None = None
 ) -> PolicySettings:
-    """The settings of a model that draws as the suite asks. RecipeError.
+    """The settings of a model that draws as it is asked. RecipeError.
 
     `like` are those that a run trained it with: what only its family knows is taken from there.
     """
-    family = like.family if like else suite.family or _family(path)
+    family = like.family if like else asked.family or _family(path, asked.family_option)
     try:
         plugin = plugins.resolve("gardo.policies", family)
     except ValueError as error:
         raise RecipeError(f"family: {error}") from None
     settings: type[PolicySettings] = plugin.Settings
     own = like.model_dump() if like else {}
-    asked = {
+    wanted = {
         **{name: own[name] for name in own.keys() - PolicySettings.model_fields.keys()},
         "family": family,
         "path": path,
         "revision": revision,
-        **{name: getattr(suite, name) for name in ("base", "size", "encoders")},
-        **{name: getattr(suite, name) for name in ("guidance", "text_tokens")},
+        **{name: getattr(asked, name) for name in ("base", "size", "encoders")},
+        **{name: getattr(asked, name) for name in ("guidance", "text_tokens")},
     }
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in wanted.items() if value is not None}
     try:
         found = settings.model_validate(given)
         check_parts(path)
@@ -226,7 +249,7 @@ def model_settings(
     return found
 
 
-def _family(path: str) -> str:
+def _family(path: str, option: str) -> str:
     """The family whose pipeline a folder or a published hub id holds. RecipeError."""
     names = plugins.names("gardo.policies")
     folder = config_folder(path)
@@ -234,7 +257,7 @@ def _family(path: str) -> str:
     if index is None or not index.is_file():
         raise RecipeError(
             f"{path}: no diffusers folder, and no hub id whose family is known; say which with "
-            f"--set family=NAME, one of {', '.join(names)}"
+            f"{option}NAME, one of {', '.join(names)}"
         )
     try:
         held = read_object(index).get("_class_name")
@@ -245,5 +268,5 @@ def _family(path: str) -> str:
             return name
     raise RecipeError(
         f"{path}: holds a {held}, of no family that is built in ({', '.join(names)}); say which "
-        "with --set family=my_module:MyFamily"
+        f"with {option}my_module:MyFamily"
     )

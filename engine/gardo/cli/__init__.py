@@ -15,6 +15,7 @@ from gardo.cli import (
     prompts,
     report,
     rewards,
+    sample,
     schema,
     selftest,
     train,
@@ -31,6 +32,7 @@ app = typer.Typer(
 for command, name in (
     (train.train, "train"),
     (plan.plan, "plan"),
+    (sample.sample, "sample"),
     (evaluate.eval_, "eval"),
     (report.report, "report"),
     (export.export, "export"),

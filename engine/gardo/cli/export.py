@@ -33,12 +33,14 @@ def export(
         typer.Option("--universal", help="DeepSpeed's universal checkpoint instead, with moments"),
     ] = False,
 ) -> None:
-    """Write a run's trained weights for other programs: docs/files.md."""
+    """Write a run's trained weights for other programs, and a model card: docs/files.md."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.export import export_run, export_universal
+    from gardo.loading import quiet_libraries
     from gardo.planner.page import bytes_of
     from gardo.recipe_errors import RecipeError
 
+    quiet_libraries()
     try:
         if universal and (format_ or ema):
             raise RecipeError("--universal: a format of its own, of the live weights; leave out "

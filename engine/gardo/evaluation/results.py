@@ -13,11 +13,9 @@ from gardo.evaluation.values import Values, summary, values_in
 from gardo.files import write_atomically
 from gardo.recipe_errors import RecipeError
 from gardo.report.evaluation import as_html, as_markdown
-from gardo.report.pictures import read_images, save_grid
+from gardo.report.pictures import save_grid_of
 
 FORMAT = 1
-MAX_PIXELS, MIN_SIDE = 64_000_000, 64  # of the grid, and of its pictures
-SMALL = 128  # pixels of a side below which the grid shows images twice as large
 
 
 def result_of(
@@ -90,9 +88,6 @@ def write_result(
 
     write("result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     write("result.md", as_markdown(result))
-    side = max(MIN_SIDE, int((MAX_PIXELS / len(pictures)) ** 0.5))
-    images = read_images(pictures, longest=side)
-    grid = folder / "grid.png"
-    save_grid(images, grid, columns, scale=2 if max(images.shape[2:]) < SMALL else 1)
+    grid = save_grid_of(pictures, folder / "grid.png", columns)
     write("result.html", as_html(result, grid.read_bytes()))
     return [*(folder / f"result.{kind}" for kind in ("html", "md", "json")), grid]

@@ -17,7 +17,16 @@ from pydantic import (
 from gardo.policies.attention import BACKENDS, check_name
 from gardo.policies.embeddings import Residence
 from gardo.policies.weights import shapes_in
-from gardo.settings import FieldError, Pair, Strict, is_hub_id, model_path, read_object, read_value
+from gardo.settings import (
+    FieldError,
+    Pair,
+    Strict,
+    config_folder,
+    is_hub_id,
+    model_path,
+    read_object,
+    read_value,
+)
 
 
 class PolicySettings(Strict):
@@ -104,6 +113,20 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
         raise ValueError(
             f"size: {list(size)} is not a multiple of {multiple} pixels; nearest: {near}"
         )
+
+
+def usual_size(path: str) -> tuple[int, int] | None:
+    """The pixels that a model was made for, as its VAE says; None where that is not known here."""
+    config = (config_folder(path) or Path()) / "vae" / "config.json"
+    side = read_object(config).get("sample_size") if config.is_file() else None
+    return (side, side) if isinstance(side, int) else None
+
+
+def most_text_tokens(path: str) -> int | None:
+    """The longest text that the tokenizer of a model here takes; None where it does not say."""
+    folders = sorted((config_folder(path) or Path()).glob("tokenizer*/tokenizer_config.json"))
+    most = read_object(folders[-1]).get("model_max_length") if folders else None
+    return most if isinstance(most, int) else None
 
 
 def check_parts(path: str) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gardo.files import write_atomically
 
+MAX_PIXELS, MIN_SIDE = 64_000_000, 64  # of a grid of files, and of its pictures
+SMALL = 128  # pixels of a side below which such a grid shows images twice as large
 _GAP_COLOR = (128, 134, 142)  # a grey that stands out from light and from dark pictures
 
 
@@ -78,3 +80,11 @@ def read_images(paths: Sequence[Path], *, longest: int | None = None) -> Tensor:
             pixels = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
             images.append(pixels.view(colours.height, colours.width, 3).permute(2, 0, 1))
     return torch.stack(images).float() / 255
+
+
+def save_grid_of(pictures: Sequence[Path], path: Path, columns: int) -> Path:
+    """A grid of files of one size, made smaller where many are large; returns its path."""
+    side = max(MIN_SIDE, int((MAX_PIXELS / len(pictures)) ** 0.5))
+    images = read_images(pictures, longest=side)
+    save_grid(images, path, columns, scale=2 if max(images.shape[2:]) < SMALL else 1)
+    return path

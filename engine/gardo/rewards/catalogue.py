@@ -7,6 +7,7 @@ from typing import Any
 
 from gardo import plugins
 from gardo.rewards._files import Files
+from gardo.rewards.base import RewardSettings
 
 COLUMNS = (
     "reward", "formula", "usual values", "gradient", "default weights", "their licence", "verified",
@@ -30,6 +31,17 @@ def default_weights(settings: Any) -> list[str]:
         if any(isinstance(mark, Files) for mark in about.metadata)
     ]
     return list(dict.fromkeys(path for path in found if isinstance(path, str)))
+
+
+def used_weights(settings: RewardSettings) -> Iterator[tuple[str, str | None]]:
+    """The models that a reward's settings name, hub ids or folders, with their revisions; or what
+    an endpoint calls its own."""
+    if model := getattr(settings, "model", None):
+        yield str(model), None
+    for field, about in type(settings).model_fields.items():
+        if any(isinstance(mark, Files) for mark in about.metadata) and getattr(settings, field):
+            name = "revision" if field == "path" else f"{field}_revision"
+            yield getattr(settings, field), getattr(settings, name, None)
 
 
 def as_markdown() -> str:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from gardo import cli, evaluate
 from gardo.config import check
-from gardo.evaluation import results
 from gardo.evaluation.statistics import bootstrap_mean, paired_change
 from gardo.export import export_run
+from gardo.report import pictures
 from gardo.report.evaluation import as_html, as_markdown
 from gardo.rewards.panel import Panel
 from gardo.session import open_session
@@ -244,8 +244,8 @@ def test_more_pictures_are_drawn_where_more_are_shown(
 def test_a_picture_of_many_large_images_is_made_smaller(
     base: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "MIN_SIDE", 4)
-    monkeypatch.setattr(results, "MAX_PIXELS", 6 * 8 * 8)
+    monkeypatch.setattr(pictures, "MIN_SIDE", 4)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 6 * 8 * 8)
     evaluated(place, "smaller", "builtin:flux")
     with Image.open(place / "smaller" / "grid.png") as grid:
         assert grid.size == (2 * (2 * 8 + 2) + 2, 3 * (2 * 8 + 2) + 2)
