@@ -13,7 +13,7 @@ from tests.engine.config.recipe import GOOD, RECIPES, REQUIRED
 
 
 def test_it_knows_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.schema()
+    cli.schema.schema()
     schema = json.loads(capsys.readouterr().out)
     names = {
         definition["properties"][key]["const"]
