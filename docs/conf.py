@@ -33,6 +33,16 @@ myst_heading_anchors = 4
 myst_linkify_fuzzy_links = False
 pygments_style = "friendly"
 
+NAVIGATION = {  # beside each page of the site; on GitHub the table of docs/index.md does it
+    "Start": "quickstart one-gpu eight-gpus first-day cluster troubleshooting coming-from",
+    "Use": "choosing report prompts rewards judges reward-servers fitting-rewards evaluation files "
+    "../recipes/README ../suites/README",
+    "Understand": "gardo algorithms distributed kernels reliability evidence ../benchmarks/README "
+    "../benchmarks/results/toy",
+    "Extend": "plug-ins library ../CONTRIBUTING",
+    "Reference": "reference/recipe reference/metrics reference/cli ../README ../SECURITY",
+}
+
 
 def formula(translator: Any, node: Any) -> None:
     block = isinstance(node, nodes.math_block)
@@ -53,6 +63,14 @@ class Folders(SphinxPostTransform):
                 link.replace_self(link.children)
 
 
+def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
+    if page == root_doc:
+        for caption, pages in NAVIGATION.items():
+            listed = "\n".join(pages.split())
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_navigation)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.add_post_transform(Folders)
