@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 
 SERVER = ["fastapi", "uvicorn", "prometheus-client"]  # of rewards outside the training process
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo", "latex2mathml>=3"]  # of the site: ./run docs
 EXTRAS = {
     "cuda": ["bitsandbytes"],
     "flash": ["flash-attn"],  # built from source: needs nvcc and patience
@@ -14,6 +15,7 @@ EXTRAS = {
     "rewards": ["rapidocr", "onnxruntime", "rapidfuzz", "scipy", *SERVER],
     "track": ["tensorboard", "wandb"],
     "datasets": ["datasets>=4"],  # data.prompts: hf:owner/name; before 4 it runs code of the hub
+    "docs": DOCS,
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",
@@ -28,6 +30,7 @@ EXTRAS = {
         "tensorboard",  # to read back what run.track wrote
         "wandb",
         *SERVER,
+        *DOCS,
         "openai>=1.98",  # of `transformers serve`, in tests/integration/test_live_endpoint.py
         "datasets>=4",  # data.prompts: hf:FOLDER, in tests/engine/test_hf_prompts.py
         "ruff",

@@ -184,6 +184,12 @@ def _plugin(package: str, section: Any, field: str, location: str) -> Any:
     return plugin
 
 
+def _model_settings(section: Any) -> type[BaseModel]:
+    settings: type[BaseModel] = _plugin("gardo.policies", section, "family", "model").Settings
+    own: dict[str, Any] = {"family": (str, ...)} if ":" in section["family"] else {}
+    return create_model(settings.__name__, __base__=settings, **own) if own else settings
+
+
 def _algorithm_settings(section: Any, location: str = "algorithm") -> type[BaseModel]:
     plugin = _plugin("gardo.algorithms", section, "name", location)
     settings: type[BaseModel] = plugin.Settings
@@ -214,7 +220,7 @@ def _judge_settings(section: Any, location: str) -> type[BaseModel]:
 def recipe_schema(raw: dict[str, Any]) -> type[Recipe]:
     """The schema of this recipe: its plug-in sections have the plug-ins' own settings."""
     panel = _panel(raw.get("rewards"), "name at least one with role proxy")
-    model = _plugin("gardo.policies", raw.get("model"), "family", "model").Settings
+    model = _model_settings(raw.get("model"))
     return create_model(
         "Recipe",
         __base__=Recipe,

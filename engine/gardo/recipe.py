@@ -52,9 +52,11 @@ LayerName = Annotated[str, Field(min_length=1)]
 
 
 class Lora(Strict):
-    kind: Literal["lora"]
-    rank: int = Field(32, ge=1, le=16_384)
-    alpha: float = Field(64, gt=0)
+    kind: Literal["lora"] = Field(
+        description="low-rank adapters train, the model's own weights do not",
+    )
+    rank: int = Field(32, ge=1, le=16_384, description="r: width of an adapter")
+    alpha: float = Field(64, gt=0, description="an adapter's output is multiplied by alpha / rank")
     targets: Annotated[list[LayerName], Field(min_length=1)] | None = Field(
         None, description="module names; the family's list if left out"
     )
@@ -69,19 +71,31 @@ class Lora(Strict):
 
 
 class Full(Strict):
-    kind: Literal["full"]
+    kind: Literal["full"] = Field(description="all weights of the transformer train")
 
 
 class TrainSettings(Strict):
-    weights: Annotated[Lora | Full, Field(discriminator="kind")]
-    optimizer: OptimizerSettings = OptimizerSettings()
+    weights: Annotated[Lora | Full, Field(discriminator="kind")] = Field(
+        description="what trains: a LoRA, or everything",
+    )
+    optimizer: OptimizerSettings = Field(
+        OptimizerSettings(),
+        description="AdamW: whose, how many bits, its numbers",
+    )
     ema: AverageSettings | None = Field(None, description="an average of what trains")
     updates_per_step: int = Field(1, ge=1, le=10_000, description="gradient steps an iteration")
     micro_batch: int | None = Field(
         None, ge=1, description="rows (sample x step) a forward; all of an update if left out"
     )
-    max_grad_norm: float = Field(1.0, gt=0)
-    bad_updates: BadUpdateSettings = BadUpdateSettings()
+    max_grad_norm: float = Field(
+        1.0,
+        gt=0,
+        description="gradients of a larger norm, over all ranks, are scaled down to it",
+    )
+    bad_updates: BadUpdateSettings = Field(
+        BadUpdateSettings(),
+        description="when updates that could not be made (NaN, infinities) end the run",
+    )
     keep_all_rows: bool = Field(
         False, description="train rows that weigh nothing too: for comparisons of speed"
     )
@@ -102,8 +116,17 @@ class DataSettings(Strict):
         description="text file, one prompt a line, or .jsonl, one object with `prompt` a line; "
         "relative to the recipe. hf:owner/name, hf:FOLDER: a data set, by the library datasets"
     )
-    prompts_per_step: int = Field(ge=1, le=100_000)
-    images_per_prompt: int = Field(ge=1, le=10_000)
+    prompts_per_step: int = Field(
+        ge=1,
+        le=100_000,
+        description="prompts an iteration, over all ranks",
+    )
+    images_per_prompt: int = Field(
+        ge=1,
+        le=10_000,
+        description="images of each, its group: advantages compare them; algorithms that do "
+        "want 2 or more",
+    )
     weights: str | None = Field(
         WEIGHT, min_length=1, description="field of a prompt's metadata: how often it comes, "
         "relative to the others (1 where it is not said); null: all alike",
@@ -130,9 +153,18 @@ class DataSettings(Strict):
 
 
 class RunSettings(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="of the run's folder: letters, digits, dots, - and _",
+    )
     steps: int = Field(ge=1, le=10_000_000, description="iterations")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(
+        42,
+        ge=0,
+        description="of prompts, noise and all that is drawn; the same seed is the same run on any "
+        "number of ranks",
+    )
     folder: Annotated[str, AfterValidator(_at_home)] = Field(
         "runs", min_length=1, description="runs are written to FOLDER/NAME"
     )
@@ -161,18 +193,33 @@ class RunSettings(Strict):
 class Recipe(Strict):
     """One training run. `load` replaces the plug-in sections by the exact settings classes."""
 
-    model: Any
-    train: TrainSettings
-    data: DataSettings
-    sampler: SamplerSettings
-    algorithm: Any
-    rewards: dict[str, Any]
-    scoring: ScoringSettings = ScoringSettings()
-    rollout: RolloutSettings = RolloutSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
-    run: RunSettings
+    model: Any = Field(description="what is fine-tuned")
+    train: TrainSettings = Field(description="what trains, and how")
+    data: DataSettings = Field(description="prompts, and images of each")
+    sampler: SamplerSettings = Field(description="how training images are drawn")
+    algorithm: Any = Field(description="what is learned from them, and what holds it")
+    rewards: dict[str, Any] = Field(description="what images are worth, by name; each has a role")
+    scoring: ScoringSettings = Field(
+        ScoringSettings(),
+        description="rewards that are not scored in the training process",
+    )
+    rollout: RolloutSettings = Field(
+        RolloutSettings(),
+        description="how sampling, teachers and evaluations run",
+    )
+    evaluate: EvaluateSettings = Field(
+        EvaluateSettings(),
+        description="the same images again and again, to see what training does",
+    )
+    checkpoint: CheckpointSettings = Field(
+        CheckpointSettings(),
+        description="when a run is saved, and how much of it stays",
+    )
+    distributed: DistributedSettings = Field(
+        default_factory=DistributedSettings,
+        description="how a run spreads over GPUs",
+    )
+    run: RunSettings = Field(description="name, length, seed, folder")
     kernels: Literal["auto", "triton", "torch"] = Field(
         "auto",
         description="fused arithmetic by Triton kernels or by plain torch; auto: Triton on a GPU "

@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -73,6 +75,23 @@ class Strict(BaseModel):
     """Base of every settings class."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """A field that a class says anew, with another default, keeps its base's description."""
+        schema = handler(core_schema)
+        for name, field in handler.resolve_ref_schema(schema).get("properties", {}).items():
+            if "description" not in field and (inherited := _described(cls, name)):
+                field["description"] = inherited
+        return schema
+
+
+def _described(settings: type[BaseModel], name: str) -> str | None:
+    """What the nearest base of a settings class says of a field."""
+    fields = [base.model_fields.get(name) for base in settings.__mro__ if issubclass(base, Strict)]
+    return next((field.description for field in fields if field and field.description), None)
 
 
 def _tuple(value: Any) -> Any:

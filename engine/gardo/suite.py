@@ -65,13 +65,22 @@ class Suite(DiversitySettings):
 
     family_option: ClassVar[str] = "--set family="
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="of the folder that results are written to: evaluations/NAME",
+    )
     prompts: str = Field(
         description="a .txt or .jsonl file as data.prompts of a recipe, relative to the suite; or "
         "geneval:N, so many of GenEval's grammar"
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(4, ge=1, le=10_000)
+    images_per_prompt: int = Field(
+        4,
+        ge=1,
+        le=10_000,
+        description="images of each prompt, the noise the same for every model",
+    )
     seed: int = Field(0, ge=0, description="of the noise, and of generated prompts")
     steps: int = Field(ge=1, le=1000, description="denoise steps")
     guidance: float | None = Field(
@@ -94,8 +103,13 @@ class Suite(DiversitySettings):
     family: str | None = Field(
         None, description="the model's, where its folder or hub id does not tell"
     )
-    rewards: dict[str, Any]
-    scoring: ScoringSettings = ScoringSettings()
+    rewards: dict[str, Any] = Field(
+        description="what judges, by name, as in a recipe; role: held_out or features",
+    )
+    scoring: ScoringSettings = Field(
+        ScoringSettings(),
+        description="rewards that are scored elsewhere: workers, servers, limits",
+    )
     shown: int = Field(6, ge=1, description="prompts in the picture")
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads a rank, on which last bits depend; cores / "

@@ -29,8 +29,12 @@ class AdvantageSettings(Strict):
     `scale` multiplies the result.
     """
 
-    std: Std = "global"
-    scale: float = Field(1.0, gt=0)
+    std: Std = Field(
+        "global",
+        description="what r - the group's mean is divided by: nothing (GARDO), the std of all "
+        "samples (Flow-GRPO), of the group, or its unbiased one (DanceGRPO)",
+    )
+    scale: float = Field(1.0, gt=0, description="multiplies the result")
     combine: Literal["score", "advantage"] = Field(
         "score", description="several proxies: their weighted sum, or that of their advantages"
     )

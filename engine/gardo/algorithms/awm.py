@@ -43,11 +43,17 @@ class AWMSettings(KLSettings):
     times: Pair[int] | None = Field(
         None, description="first and last step that are trained; [1, steps - 3] if left out"
     )
-    clip_range: float = Field(1.0, gt=0)
+    clip_range: float = Field(1.0, gt=0, description="the ratio is clipped to 1 +- this")
     beta: float = Field(3e-3, ge=0, description="weight of the velocity error to the reference")
     ema_beta: float = Field(1.0, ge=0, description="weight of the velocity error to the EMA")
-    ema_decay: DecaySettings = DecaySettings(slope=0.001, limit=0.3)
-    advantage: AdvantageSettings = AdvantageSettings()
+    ema_decay: DecaySettings = Field(
+        DecaySettings(slope=0.001, limit=0.3),
+        description="how slowly the EMA follows",
+    )
+    advantage: AdvantageSettings = Field(
+        AdvantageSettings(),
+        description="how rewards become advantages",
+    )
     advantage_clip: float = Field(
         5.0, gt=0, description="advantages are clamped to it and divided by it"
     )

@@ -43,9 +43,16 @@ class SamplerSettings(Strict):
     train_steps: int = Field(
         ge=1, description="steps of a sample that are trained; the algorithm says which"
     )
-    sde: Sde = "flow"
+    sde: Sde = Field(
+        "flow",
+        description="a step's noise: flow, Flow-GRPO's (grows with sigma); dance: constant; "
+        "cps: keeps the noise that the schedule says",
+    )
     noise_level: float = Field(0.7, gt=0, description="the sampler's a or eta")
-    same_initial_noise: bool = False
+    same_initial_noise: bool = Field(
+        False,
+        description="the images of a prompt start from one noise and differ by that of the steps",
+    )
     schedule: Literal["model", "shifted_linear"] = Field(
         "model", description="the model family's sigmas, or linear ones that are shifted once"
     )
@@ -73,7 +80,7 @@ class SamplerSettings(Strict):
 
 
 class AlgorithmSettings(Strict):
-    name: str
+    name: str = Field(description="which algorithm: a built-in name, or module:Class of your own")
 
     @property
     def has_kl(self) -> bool:
@@ -94,9 +101,13 @@ class DecaySettings(Strict):
     slot <- d slot + (1 - d) train with d = min(slope max(n - start, 0), limit).
     """
 
-    slope: float = Field(0.001, ge=0)
-    start: int = Field(0, ge=0)
-    limit: float = Field(0.5, ge=0, lt=1)
+    slope: float = Field(0.001, ge=0, description="what d grows by with each gradient step")
+    start: int = Field(
+        0,
+        ge=0,
+        description="gradient steps before d grows; until then the slot is the weights",
+    )
+    limit: float = Field(0.5, ge=0, lt=1, description="the largest d")
 
     def rate(self, n: int) -> float:
         return min(self.slope * max(n - self.start, 0), self.limit)

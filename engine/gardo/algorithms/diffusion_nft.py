@@ -37,10 +37,23 @@ class DiffusionNFTSettings(KLSettings):
     name: Literal["diffusion_nft"] = "diffusion_nft"
     guidance_strength: float = Field(1.0, gt=0, le=1, description="b: 1 (GenEval) or 0.1 (OCR)")
     beta: float = Field(1e-4, ge=0, description="weight of the velocity error to the reference")
-    solver: Literal["ode", "dpm2"] = "dpm2"
-    advantage: AdvantageSettings = AdvantageSettings()
-    advantage_clip: float = Field(5.0, gt=0)
-    decay: DecaySettings = DecaySettings()
+    solver: Literal["ode", "dpm2"] = Field(
+        "dpm2",
+        description="what samples: Euler, or DPM-Solver++ of second order",
+    )
+    advantage: AdvantageSettings = Field(
+        AdvantageSettings(),
+        description="how rewards become advantages",
+    )
+    advantage_clip: float = Field(
+        5.0,
+        gt=0,
+        description="advantages are clamped to +- this; at its ends an image is wholly good or bad",
+    )
+    decay: DecaySettings = Field(
+        DecaySettings(),
+        description="how slowly the old weights, which sample, follow",
+    )
 
     def kl_weights(self, gated: int, samples: int) -> tuple[float, float]:
         """With `released`, ungated rows too: those of a micro-batch without a gated one count."""

@@ -47,12 +47,20 @@ if TYPE_CHECKING:
 class PolicyGradientSettings(KLSettings):
     """What every policy gradient over recorded steps has."""
 
-    kl: Literal["flow_grpo", "gaussian", "velocity"] = "flow_grpo"
+    kl: Literal["flow_grpo", "gaussian", "velocity"] = Field(
+        "flow_grpo",
+        description="the KL of a step, c mean((v - v_ref)^2): c = B^2 / (2 g^2), which beta "
+        "0.04 and the resets are calibrated to; B^2 / (2 std^2), the Gaussians' "
+        "own; or 1",
+    )
     kl_in_reward: float = Field(
         0.0, ge=0, description="weight of the trajectory's KL that is taken from the proxy"
     )
-    advantage: AdvantageSettings = AdvantageSettings()
-    advantage_clip: float = Field(5.0, gt=0)
+    advantage: AdvantageSettings = Field(
+        AdvantageSettings(),
+        description="how rewards become advantages",
+    )
+    advantage_clip: float = Field(5.0, gt=0, description="advantages are clamped to +- this")
 
     @model_validator(mode="after")
     def _one_reward(self) -> Self:
@@ -67,8 +75,19 @@ class PolicyGradientSettings(KLSettings):
 class ClippedSettings(PolicyGradientSettings):
     """With a ratio that is clipped to 1 +- clip_range."""
 
-    clip_range: float = Field(1e-4, gt=0, lt=1)
-    old_velocity: OldVelocity = "auto"
+    clip_range: float = Field(
+        1e-4,
+        gt=0,
+        lt=1,
+        description="the ratio is clipped to 1 +- this; small, for a log-probability is a mean "
+        "over a latent's elements",
+    )
+    old_velocity: OldVelocity = Field(
+        "auto",
+        description="what the ratio compares with: the rollout's velocities, the same "
+        "recomputed in the training numerics (one forward a row more), or auto: "
+        "recomputed where they differ by half the clip range",
+    )
 
 
 class FlowGRPOSettings(ClippedSettings):

@@ -52,12 +52,25 @@ class GateSettings(Strict):
     valid`) or not at all (`base: nonnegative`).
     """
 
-    fraction: float = Field(0.1, ge=0, le=1)
+    fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="k: share of the samples whose KL counts, those of the highest U; at first",
+    )
     limits: Pair[float] = Field((0.02, 0.2), description="the paper's upper limit is 1")
     warmup: int = Field(20, ge=1, description="iterations before the fraction moves")
     window: int = Field(20, ge=1, description="iterations whose extremes move the fraction")
-    sign: Literal["paper", "official_code"] = "paper"
-    population: Literal["batch", "group"] = "batch"
+    sign: Literal["paper", "official_code"] = Field(
+        "paper",
+        description="paper: the proxy ranks them higher than the auxiliaries do; official_code: "
+        "lower",
+    )
+    population: Literal["batch", "group"] = Field(
+        "batch",
+        description="among whom win rates and the most uncertain are found: all samples of an "
+        "iteration, or those of a prompt",
+    )
     base: Literal["valid", "nonnegative"] = Field(
         "valid",
         description="of which samples the fraction, and the mean that moves it, is: all, or those "
@@ -89,9 +102,16 @@ class DiversitySettings(Strict):
     `normalise: raw` is the paper's text, group_mean its release.
     """
 
-    features: str = "dinov3"
-    metric: Literal["cosine", "euclidean"] = "cosine"
-    normalise: Literal["group_mean", "raw"] = "group_mean"
+    features: str = Field("dinov3", description="name of the reward of role features")
+    metric: Literal["cosine", "euclidean"] = Field(
+        "cosine",
+        description="d: 1 - cos of two images' features, or their Euclidean distance",
+    )
+    normalise: Literal["group_mean", "raw"] = Field(
+        "group_mean",
+        description="a positive advantage is multiplied by d / (the group's mean d), the "
+        "release's, or by d, the paper's",
+    )
 
 
 class ReferenceSettings(Strict):
@@ -100,14 +120,19 @@ class ReferenceSettings(Strict):
     Each may be left out. The counts start again at a reset.
     """
 
-    reset_kl: float | None = Field(None, gt=0)
+    reset_kl: float | None = Field(
+        None,
+        gt=0,
+        description="eps_KL: an iteration's KL above it resets the reference to the policy; "
+        "never by the KL if left out",
+    )
     statistic: Literal["gated", "loss"] = Field(
         "gated",
         description="the KL that is compared with reset_kl: the mean of the gated rows, or as the "
         "loss has it, without beta: over all rows, ungated ones with their weight, mostly 0",
     )
     reset_updates: int | None = Field(None, ge=1, description="gradient steps")
-    reset_iterations: int | None = Field(None, ge=1)
+    reset_iterations: int | None = Field(None, ge=1, description="iterations since the last reset")
 
 
 class GardoSettings(WrapperSettings):
@@ -116,9 +141,18 @@ class GardoSettings(WrapperSettings):
         None,
         description="fills what is left out, all three mechanisms too: null leaves one of them out",
     )
-    gate: GateSettings | None = None
-    diversity: DiversitySettings | None = None
-    reference: ReferenceSettings | None = None
+    gate: GateSettings | None = Field(
+        None,
+        description="eq. 7: the KL for uncertain samples alone; for all of them if left out",
+    )
+    diversity: DiversitySettings | None = Field(
+        None,
+        description="eq. 8: good images unlike their group's others earn more; off if left out",
+    )
+    reference: ReferenceSettings | None = Field(
+        None,
+        description="A.1: when the KL's reference is reset to the policy; never if left out",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -58,7 +58,10 @@ class Moving(Strict):
 
 
 class Progressive(Moving):
-    kind: Literal["progressive"] = "progressive"
+    kind: Literal["progressive"] = Field(
+        "progressive",
+        description="from the first steps to the last, the same time at each start",
+    )
     iterations: int = Field(25, ge=1, description="at each start")
 
     def stay(self, start: int, last: int) -> int:
@@ -66,7 +69,7 @@ class Progressive(Moving):
 
 
 class Decay(Moving):
-    kind: Literal["decay"]
+    kind: Literal["decay"] = Field(description="as progressive, ever shorter at later starts")
     most: int = Field(10, ge=1, description="iterations at start 0")
     fewest: int = Field(1, ge=1, description="iterations at the last trained step")
 
@@ -75,17 +78,19 @@ class Decay(Moving):
 
 
 class ExpDecay(Moving):
-    kind: Literal["exp_decay"]
+    kind: Literal["exp_decay"] = Field(
+        description="as progressive, exponentially shorter past `after`",
+    )
     iterations: int = Field(25, ge=1, description="at the starts up to `after`")
-    after: int = Field(13, ge=0)
-    rate: float = Field(0.1, gt=0)
+    after: int = Field(13, ge=0, description="the start from which the time shrinks")
+    rate: float = Field(0.1, gt=0, description="how fast: exp(-rate) a step")
 
     def stay(self, start: int, last: int) -> int:
         return math.ceil(self.iterations * math.exp(-self.rate * max(start - self.after, 0)))
 
 
 class Random(Strict):
-    kind: Literal["random"]
+    kind: Literal["random"] = Field(description="drawn in every iteration")
 
     def starts(self, steps: int, width: int) -> range:
         return range(steps - 1 - width)
@@ -95,7 +100,7 @@ class Random(Strict):
 
 
 class Frozen(Strict):
-    kind: Literal["frozen"]
+    kind: Literal["frozen"] = Field(description="always at the same steps")
     at: int = Field(0, ge=0, description="the window's first step")
 
     def starts(self, steps: int, width: int) -> range:
@@ -110,7 +115,10 @@ Window = Annotated[Progressive | Random | Decay | ExpDecay | Frozen, Field(discr
 
 class MixGRPOSettings(ClippedSettings):
     name: Literal["mix_grpo"] = "mix_grpo"
-    window: Window = Progressive()
+    window: Window = Field(
+        Progressive(),
+        description="where the steps are that are stochastic and trained, and how they move",
+    )
     flash: float | None = Field(
         None, gt=0, lt=1, description="share of the steps after the window that DPM-Solver++ makes"
     )

@@ -34,10 +34,17 @@ class ReFLSettings(AlgorithmSettings):
     late: float = Field(
         0.25, gt=0, le=1, description="share of the steps, from the end, that may be trained"
     )
-    weight: float = Field(1e-3, gt=0)
+    weight: float = Field(1e-3, gt=0, description="of the loss")
     margin: float = Field(2.0, description="rewards above it have no gradient")
-    reward_mean: float = 0.1671736
-    reward_std: float = Field(1.0333395, gt=0)
+    reward_mean: float = Field(
+        0.1671736,
+        description="taken from the reward; ImageReward's by default",
+    )
+    reward_std: float = Field(
+        1.0333395,
+        gt=0,
+        description="the reward is divided by it; ImageReward's by default",
+    )
 
 
 class ReFL(Algorithm):

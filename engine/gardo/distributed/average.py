@@ -23,7 +23,12 @@ AVERAGE = "average"  # the slot
 class AverageSettings(Strict):
     """An average of what trains, over about `every` / (1 - `decay`) optimizer steps."""
 
-    decay: float = Field(0.9, ge=0, lt=1)
+    decay: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="the largest d; after n steps it is min(decay, (1 + n) / (10 + n))",
+    )
     every: int = Field(8, ge=1, description="optimizer steps from one update to the next")
     evaluate: bool = Field(True, description="evaluations draw with the average")
 

@@ -38,7 +38,11 @@ class DistributedSettings(Strict):
         "fine-tuning",
         json_schema_extra=_no_default,
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of forward and backward passes; float32 for the tiny models, bfloat16 for "
+        "full size",
+    )
     masters: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the optimizer's weights; bfloat16 (moments and gradient sums "
         "too) saves 8 bytes a trained weight and loses small steps"

@@ -35,10 +35,18 @@ class OptimizerSettings(Strict):
         "_paged: moments that move to host memory where a GPU is short of it (bitsandbytes); "
         "deepspeed_fused, deepspeed_cpu: DeepSpeed's, for GPUs and for offload",
     )
-    lr: float = Field(3e-4, gt=0)
-    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr: float = Field(
+        3e-4,
+        gt=0,
+        description="learning rate, constant; 3e-4 is Flow-GRPO's for a LoRA, full fine-tuning "
+        "wants less",
+    )
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999),
+        description="decay of the first and of the second moment",
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled, times lr")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,11 @@ HELD_OUT = "held_out"
 class DiversitySettings(Strict):
     """How images are told apart: by features, or by attributes of the tiny world."""
 
-    diversity: Diversity = "none"
+    diversity: Diversity = Field(
+        "none",
+        description="how images of a prompt are told apart: by the reward of role features, by "
+        "attributes of the tiny world, both, or not",
+    )
 
     @property
     def measures_attributes(self) -> bool:
@@ -81,7 +85,12 @@ class EvaluateSettings(DiversitySettings):
         "out: held_out, or where it keeps none the training prompts",
     )
     prompt_count: int | None = Field(None, ge=1, description="the first so many; all if left out")
-    images_per_prompt: int = Field(8, ge=1, le=10_000)
+    images_per_prompt: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="images of each prompt, the noise the same every time",
+    )
     steps: int = Field(8, ge=1, le=1000, description="denoise steps")
     batch: int = Field(16, ge=1, le=100_000, description="images a forward")
     shown: int = Field(6, ge=1, description="prompts in the sample picture")

@@ -34,7 +34,9 @@ class PolicySettings(Strict):
 
     pipeline_name: ClassVar[str]  # `_class_name` in model_index.json
 
-    family: str
+    family: str = Field(
+        description="which model family: a built-in name, or module:Class of your own",
+    )
     path: str = Field(description="hub id, local folder in diffusers format, or builtin:NAME")
     revision: str | None = Field(
         None, description="commit, tag or branch of a hub id; its main branch if left out"

@@ -29,7 +29,10 @@ HERE, WORKER = "here", "worker"
 class ScoringSettings(Strict):
     """Rewards that are not scored in the training process."""
 
-    calls: CallSettings = CallSettings()
+    calls: CallSettings = Field(
+        CallSettings(),
+        description="how long a server is waited for, and how often it is asked again",
+    )
     parallel: int = Field(4, ge=1, le=64, description="questions in flight to one server")
     pixels: Pixels = Field(
         "float32",

@@ -36,8 +36,14 @@ class RewardSettings(Strict):
     """What every reward may be told; a reward's own file adds its fields."""
 
     of_the_client: ClassVar[set[str]] = {"role", "weight", "every", "where"}  # no server's matter
-    kind: str
-    role: Role
+    kind: str = Field(
+        description="which reward: a built-in name, or module:Class of your own; the section's "
+        "name if left out",
+    )
+    role: Role = Field(
+        description="proxy: optimised; auxiliary: the gate compares the proxy with it; "
+        "held_out: only reported; features: for diversity",
+    )
     weight: float = Field(1.0, description="share in the sum of the proxies")
     every: int = Field(
         1, ge=1, description="iterations between two scorings while training, of a held-out reward"

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 class ColourStatisticsSettings(RewardSettings):
     kind: Literal["colour_statistics"] = "colour_statistics"
-    statistic: Literal["colourfulness", "saturation", "contrast"] = "colourfulness"
+    statistic: Literal["colourfulness", "saturation", "contrast"] = Field(
+        "colourfulness",
+        description="Hasler and Suesstrunk's colourfulness, mean saturation of HSV, or std of luma",
+    )
     batch: int = Field(256, ge=1, description="images that are scored at once")
 
 

@@ -52,18 +52,21 @@ STATISTICS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Fit(Strict):
     """`fitted.json`: what the heads see, their sizes, and what they were fitted to."""
 
-    version: Literal[1] = 1
-    features: Name
-    path: str
-    revision: str | None
-    size: int | None
-    width: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    hidden: int = Field(ge=0)
-    loss: Loss
-    seed: int
-    pairs: int
-    report: dict[str, Any]
+    version: Literal[1] = Field(1, description="of this file's format")
+    features: Name = Field(description="what the heads see: a name of FEATURES")
+    path: str = Field(description="folder or hub id of the features' model")
+    revision: str | None = Field(description="commit or tag of a hub id `path`")
+    size: int | None = Field(description="pixels a side that the model saw; its own if null")
+    width: int = Field(
+        ge=1,
+        description="features of a picture, with those of its prompt where it has any",
+    )
+    heads: int = Field(ge=1, description="in the ensemble")
+    hidden: int = Field(ge=0, description="units of a head; 0: linear")
+    loss: Loss = Field(description="that the heads were fitted with")
+    seed: int = Field(description="of the split, the resamples and the start")
+    pairs: int = Field(description="that they were fitted to, held-out ones included")
+    report: dict[str, Any] = Field(description="accuracies and what else the fit measured")
 
     @property
     def outputs(self) -> int:

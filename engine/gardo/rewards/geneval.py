@@ -44,7 +44,11 @@ SCORINGS = {"fraction": fraction, "strict": strict}
 
 class GenevalSettings(ModelRewardSettings):
     kind: Literal["geneval"] = "geneval"
-    scoring: Literal["fraction", "strict"] = "fraction"
+    scoring: Literal["fraction", "strict"] = Field(
+        "fraction",
+        description="share of the prompt's rules that hold, or 1 where all of them do and 0 "
+        "elsewhere",
+    )
     path: Annotated[ModelFolder, Holds("Mask2FormerForUniversalSegmentation")] = Field(
         "facebook/mask2former-swin-small-coco-instance",
         description="Mask2Former for COCO's instances: hub id or folder",

@@ -103,7 +103,7 @@ def weights_file(fields: Mapping[str, Any]) -> str:
 
 class HPSv2Settings(ModelRewardSettings):
     kind: Literal["hpsv2"] = "hpsv2"
-    version: Literal["v2", "v2.1"] = "v2.1"
+    version: Literal["v2", "v2.1"] = Field("v2.1", description="which release's weights")
     file: str | None = Field(
         None, description="weights in open_clip's names; the release's file if left out"
     )

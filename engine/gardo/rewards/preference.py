@@ -62,7 +62,10 @@ class PreferenceSettings(RewardSettings):
         None, ge=1, description="others of its group that an image meets; all if left out"
     )
     both_orders: bool = Field(True, description="ask about each pair again with the order reversed")
-    method: Literal["win_rate", "bradley_terry"] = "win_rate"
+    method: Literal["win_rate", "bradley_terry"] = Field(
+        "win_rate",
+        description="share of wins, or strengths fitted to them (Bradley-Terry)",
+    )
     prior: float = Field(
         3.0, gt=0, le=10, description="bradley_terry: standard deviation of the strengths"
     )

@@ -47,8 +47,8 @@ class VlmSettings(JudgeSettings):
     answer: Annotated[str | None, AfterValidator(_one_group)] = Field(
         None, description="a regular expression whose one group is the grade, if not `Grade: N`"
     )
-    low: float = 1.0
-    high: float = 5.0
+    low: float = Field(1.0, description="the worst grade")
+    high: float = Field(5.0, description="the best grade")
 
     @model_validator(mode="after")
     def _a_range(self) -> Self:

@@ -79,7 +79,10 @@ class JudgeSettings(ModelRewardSettings):
     path: Annotated[ConfigFolder, MODEL_WEIGHTS, TOKENIZER_FILES] = Field(
         "", description="else: hub id or folder of a Qwen2-VL or Qwen2.5-VL"
     )
-    dtype: Literal["tf32", "float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["tf32", "float32", "bfloat16", "float16"] = Field(
+        "bfloat16",
+        description="of the model in this process",
+    )
     batch: int = Field(8, ge=1, description="questions that the model in this process has at once")
     most_pixels: int = Field(
         1 << 20, ge=28 * 28, description="of a picture, for the model in this process"
@@ -93,7 +96,10 @@ class JudgeSettings(ModelRewardSettings):
     cache: int = Field(
         4096, ge=0, description="answers of an endpoint that are kept, for the same question again"
     )
-    calls: CallSettings = CallSettings(deadline=300, attempt=240)  # reasoning takes minutes
+    calls: CallSettings = Field(
+        CallSettings(deadline=300, attempt=240),
+        description="how long an endpoint is waited for; minutes, because reasoning takes them",
+    )  # reasoning takes minutes
 
     @model_validator(mode="after")
     def _someone_answers(self) -> Self:

@@ -62,9 +62,18 @@ class ServeSettings(Strict):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # the token
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        "127.0.0.1",
+        description="an address of this machine; others reach it at 0.0.0.0 or its own",
+    )
     port: int = Field(8700, ge=0, le=65535, description="0: one that is free")
-    token: str | None = Field(None, min_length=16, repr=False)
+    token: str | None = Field(
+        None,
+        min_length=16,
+        repr=False,
+        description="that clients must send; the variable GARDO_REWARD_TOKEN, never the command "
+        "line",
+    )
     body_bytes: int = Field(1 << 30, ge=1, description="of one request")
     body_seconds: float = Field(60, gt=0, description="until it has arrived")
     most_waiting: int = Field(1024, ge=1, description="images in a reward's queue")

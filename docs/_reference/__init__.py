@@ -1,0 +1,1 @@
+"""What docs/make_reference.py writes, a module a page."""
