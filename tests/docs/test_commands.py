@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from gardo.cli import app
+from gardo.cli.common import spread
 from gardo.config import full_schema, load
 from tests import ROOT
 from tests.docs.shell import OTHERS, Block, blocks, commands_of, pages
@@ -61,6 +62,7 @@ def check_run(rest: list[str]) -> None:
 
 def check_gardo(words: list[str]) -> None:
     command: Any = typer.main.get_command(app)
+    words = spread(words)
     while hasattr(command, "commands"):
         assert words and words[0] in command.commands, f"no such command: {' '.join(words)}"
         command, words = command.commands[words[0]], words[1:]
@@ -77,7 +79,8 @@ def check_gardo(words: list[str]) -> None:
 def check_recipe(recipe: str, overrides: list[str]) -> None:
     file = next((f for f in (ROOT / recipe, ROOT / "docs/examples" / recipe) if f.is_file()), None)
     if file is None:  # a reader's own
-        assert recipe == "recipe.yaml" or recipe.startswith("my_"), f"{recipe}: no such recipe"
+        its_own = recipe == "recipe.yaml" or recipe.startswith(("my_", "runs/"))
+        assert its_own, f"{recipe}: no such recipe"
     elif file.parent.name != "examples":  # whose modules lie there: test_examples.py
         files = ("data.prompts=", "train.weights.path=")  # of the reader
         load(file, [o for o in overrides if not o.startswith(files)], prompts=False)
