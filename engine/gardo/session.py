@@ -47,6 +47,7 @@ from gardo.policies.base import Policy
 from gardo.recipe import Recipe, reward_settings
 from gardo.recipe_errors import RecipeError
 from gardo.report.kept import forget_after
+from gardo.report.live import LiveReport
 from gardo.report.metrics_log import MetricsLog, missing, read_metrics
 from gardo.report.phase_clock import PhaseClock
 from gardo.report.profile import StepProfile
@@ -77,6 +78,7 @@ class Session:
     beside: Beside
     log: MetricsLog | None
     trackers: Trackers
+    live: LiveReport
     progress: Progress
     bad_updates: BadUpdates
     workers: Workers  # of this machine, where this is its first rank
@@ -93,6 +95,7 @@ class Session:
         waited = self.log.problem
         self.log.write(record)
         self.trackers.write(record)
+        self.live.write()
         if self.log.problem and not waited:
             problem = self.log.problem
             self.progress.message(f"{self.log.path}: {problem}; its lines wait in memory for room")
@@ -161,6 +164,7 @@ class Session:
         self.trackers.close()
         if self.log:
             self.log.close()
+            self.live.close()
             if self.log.problem:
                 self.progress.message(f"{self.log.path} lacks its last lines: {self.log.problem}")
         self.progress.close()
@@ -285,6 +289,7 @@ def open_session(
         beside=Beside(device, on=recipe.rollout.overlap, phase=progress.phase),
         log=None,
         trackers=Trackers(recipe.run_folder, progress.message),
+        live=LiveReport(recipe.run_folder),
         progress=progress,
         bad_updates=BadUpdates(recipe.train.bad_updates),
         workers=workers,

@@ -7,6 +7,7 @@ the page forbids both. Every string from the run (prompts, reward names, the rec
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,20 +19,27 @@ from gardo.files import write_atomically
 from gardo.report import phase_table
 from gardo.report.chart import Mark
 from gardo.report.curves import ROLES, evaluation_charts, resets, reward_names, step_charts
+from gardo.report.environment import as_html as made_with
+from gardo.report.environment import read_environment
+from gardo.report.findings import RULES, Run, findings
+from gardo.report.findings.outcome import hacked
+from gardo.report.findings.page import as_html as findings_as_html
+from gardo.report.gated import KEPT_CSS, best_and_worst_section, gated_section
 from gardo.report.metrics_log import Record, read_metrics
 from gardo.report.page import minus, number, page, picture, section, text
 from gardo.report.progress import format_duration, format_interval, format_number
 from gardo.report.verdict import judge
 
+REFRESH = 60  # seconds after which a browser reads a live page again
 _MOST_SMALL = 12  # pictures between the first, the middle and the last
 _LARGE, _SMALL = 1400, 560  # longest side of an embedded picture, pixels
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, *, live: bool = False) -> Path:
     """Write `report.html` into the run's folder, whole or not at all, and return its path.
 
-    A run still going, or one without evaluations, steps, pictures or a recipe, gets a report that
-    says what is missing.
+    A run without evaluations, steps, pictures or a recipe gets a report that says what is missing.
+    `live`: of a run that goes on; a browser then reads the page again each minute.
 
     Raises:
         FileNotFoundError: the folder has no `metrics.jsonl`.
@@ -48,21 +56,44 @@ def write_report(run_folder: Path) -> Path:
     recipe = recipe_path.read_text("utf-8", "replace") if recipe_path.exists() else ""
     name = _run_name(recipe) or run_folder.resolve().name
     marks = resets(steps)
+    run, starts = Run.of(run_folder), read_environment(run_folder)
     body = [
         f"<h1>{text(name)}</h1>",
         _facts(steps, evaluations),
-        _verdict(evaluations, steps),
+        _live() if live else "",
+        _verdict(run),
+        _findings(run),
+        _optional("What the gate caught", gated_section(run_folder)),
+        _optional("The best and the worst by the proxy", best_and_worst_section(run_folder)),
         section("Evaluations", _table(evaluations)),
         section("Pictures over time", _pictures(run_folder, evaluations)),
         section("Evaluation curves", _evaluation_curves(evaluations, marks)),
         section("Training curves", _charts(step_charts(steps, marks)) if steps else _no_steps()),
         section("Where the time went", phase_table.as_html(steps) if steps else _no_steps()),
         section("Events", _events(steps)),
+        section("Made with", made_with(run_folder, steps, run.recipe, starts)),
         section("Recipe", _recipe(recipe)),
     ]
     path = run_folder / "report.html"
-    write_atomically(path, page(name, body).encode("utf-8", "replace"))
+    again = REFRESH if live else None
+    whole = page(name, body, css=KEPT_CSS, refresh=again)
+    write_atomically(path, whole.encode("utf-8", "replace"))
     return path
+
+
+def _live() -> str:
+    now = datetime.now(UTC).isoformat(" ", "seconds").replace("+00:00", " UTC")
+    return f'<p class="soft">As of {now}. The run goes on, and so does this page.</p>'
+
+
+def _findings(run: Run) -> str:
+    """All but what the verdict says."""
+    found = findings(run, [rule for rule in RULES if rule is not hacked])
+    return section("What to look at", findings_as_html(found)) if found else ""
+
+
+def _optional(title: str, body: str) -> str:
+    return section(title, body) if body else ""
 
 
 def _run_name(recipe: str) -> str:
@@ -93,9 +124,10 @@ def _facts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     return line
 
 
-def _verdict(evaluations: Sequence[Record], steps: Sequence[Record]) -> str:
-    """The verdict's sentences, and between what they compare."""
-    verdict = judge(evaluations, steps)
+def _verdict(run: Run) -> str:
+    """The verdict's sentences, between what they compare, and what to try."""
+    evaluations = run.evaluations
+    verdict = judge(evaluations, run.steps)
     span = ""
     if verdict.sentences:
         first, last = evaluations[0]["step"], evaluations[-1]["step"]
@@ -103,6 +135,7 @@ def _verdict(evaluations: Sequence[Record], steps: Sequence[Record]) -> str:
         span = f'<p class="soft">From step {first} to step {last}: {note}</p>'
         span += f"<p>{minus(text(' '.join(verdict.sentences)))}</p>"
     conclusion = f'<p class="conclusion">{text(verdict.conclusion)}</p>'
+    conclusion += "".join(f'<p class="soft">{text(one.advice)}</p>' for one in hacked(run))
     return f'<div class="verdict {verdict.tone}">{span}{conclusion}</div>'
 
 

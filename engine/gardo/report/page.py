@@ -27,7 +27,18 @@ p{margin:8px 0;max-width:85ch}
 .verdict{border-left:5px solid var(--c7);padding:4px 0 4px 16px;margin:18px 0;font-size:17px}
 .verdict.good{border-color:var(--c2)}.verdict.bad{border-color:var(--c4)}
 .conclusion{font-weight:600}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background:
+ linear-gradient(90deg,var(--page) 40%,transparent) 0 0/40px 100% no-repeat local,
+ linear-gradient(270deg,var(--page) 40%,transparent) 100% 0/40px 100% no-repeat local,
+ linear-gradient(90deg,#8888,transparent) 0 0/14px 100% no-repeat scroll,
+ linear-gradient(270deg,#8888,transparent) 100% 0/14px 100% no-repeat scroll}
+.findings{list-style:none;padding:0;font-size:16px;max-width:95ch}
+.finding{border-left:4px solid var(--line);padding:2px 0 2px 12px;margin:10px 0}
+.finding.warning{border-color:var(--c4)}.finding.good{border-color:var(--c2)}
+.finding small{display:block;color:var(--soft);font-size:14px}
+dl.facts{display:grid;grid-template-columns:minmax(90px,max-content) minmax(0,1fr);gap:4px 18px}
+dl.facts{font-size:14px}dl.facts dt{color:var(--soft)}dl.facts dd{margin:0;overflow-wrap:anywhere}
+@media (max-width:600px){main{padding:16px 14px 40px}h1{font-size:23px}}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:6px 0 6px 22px;text-align:right;white-space:nowrap}
 tr{border-bottom:1px solid var(--line)}
@@ -55,15 +66,19 @@ _PAGE = """<!doctype html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title}</title><style>{css}</style></head>
+{again}<title>{title}</title><style>{css}</style></head>
 <body><main>{body}</main></body></html>
 """
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole page; `title` is plain text, `body` HTML."""
-    css = f"{CHART_CSS}\n{_CSS}"
-    return _PAGE.format(title=text(title), css=css, body="\n".join(body))
+def page(title: str, body: Sequence[str], *, css: str = "", refresh: int | None = None) -> str:
+    """A whole page; `title` is plain text, `body` HTML, `css` what it adds to the common style.
+
+    `refresh`: seconds after which a browser reads the file again, where it is being rewritten.
+    """
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
+    css = "\n".join(filter(None, [CHART_CSS, _CSS, css]))
+    return _PAGE.format(title=text(title), css=css, again=again, body="\n".join(body))
 
 
 def section(title: str, body: str) -> str:

@@ -1,5 +1,6 @@
 """The page: what the run did, safe to open, and it fetches nothing."""
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -47,6 +48,25 @@ def test_report_shows_the_run(run_folder: Path) -> None:
     assert len(charts) == 3 + 3 + 7 + 1
     for chart in charts:
         ET.fromstring(chart)
+
+
+def test_a_live_page_is_read_again_and_a_finished_one_is_not(run_folder: Path) -> None:
+    again = '<meta http-equiv="refresh" content="60">'
+    live = write_report(run_folder, live=True).read_text()
+    assert again in live and "The run goes on" in live
+    assert again not in write_report(run_folder).read_text()
+
+
+def test_it_says_what_to_look_at_and_what_the_run_was_made_with(run_folder: Path) -> None:
+    said = {"starts": [{"ranks": 2, "gardo": "0.1.0", "packages": {"torch": "2.13.0 <b>"}}]}
+    (run_folder / "environment.json").write_text(json.dumps(said))
+    page = write_report(run_folder).read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings.index("What to look at") < headings.index("Evaluations")
+    assert "torch 2.13.0 &lt;b&gt;" in page and "recipe.yaml --resume --gpus 2" in page
+    assert "What the gate caught" not in headings, "no picture was kept"
+    conclusion = re.findall('<p class="conclusion">(.*?)</p>', page)
+    assert len(conclusion) == 1 and page.count(conclusion[0]) == 1
 
 
 def test_a_run_on_a_gpu_shows_its_memory(tmp_path: Path) -> None:

@@ -120,10 +120,11 @@ def no_signal(run: Run) -> Iterator[Finding]:
         if len(spreads) < ENOUGH:
             continue
         now, scale = median(spreads), abs(fmean(row["mean"] for row in rows))
-        early = [s["rewards"][name].get("std", 0.0) for s in run.steps[:ENOUGH]]
+        first = [s["rewards"][name] for s in run.steps[:ENOUGH] if name in s.get("rewards", {})]
+        early = [row.get("std", 0.0) for row in first]
         if now <= 1e-6 * max(scale, 1.0):
             what = "says the same of every sample: there is nothing to learn"
-        elif len(run.steps) > 2 * ENOUGH and now < 0.05 * median(early):
+        elif early and len(run.steps) > 2 * ENOUGH and now < 0.05 * median(early):
             what = (
                 f"hardly differs between samples any more (spread {format_number(now, 2)}, "
                 f"{format_number(median(early), 2)} at the start): it is saturated"
@@ -141,7 +142,8 @@ def no_signal(run: Run) -> Iterator[Finding]:
 
 def masked_rewards(run: Run) -> Iterator[Finding]:
     """Rewards that had no value for some samples."""
-    whole = max((r.get("valid", 0) for s in run.recent for r in s["rewards"].values()), default=0)
+    every = [row for step in run.recent for row in step.get("rewards", {}).values()]
+    whole = max((row.get("valid", 0) for row in every), default=0)
     for name, rows in _rewards(run):
         valid = [row["valid"] for row in rows if "valid" in row]
         if not valid or not whole or (share := 1 - fmean(valid) / whole) <= 0.005:
