@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gardo_kernels
 from gardo import cli, machine, train
 from gardo.config import load
 from gardo.distributed.group import Group
@@ -21,7 +22,6 @@ from gardo.machine import (
 )
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
-from gardo_kernels import triton_trouble
 from tests.engine.config.recipe import written
 
 CPU = torch.device("cpu")
@@ -141,7 +141,7 @@ def test_triton_that_does_not_start_is_refused_where_it_was_asked_for(
 ) -> None:
     recipe = triton_recipe(tmp_path, "triton")
     assert kernels_trouble(recipe, CPU, "here.yaml") == ""  # the interpreter starts
-    monkeypatch.setattr(machine, "triton_trouble", lambda device: "no C compiler")
+    monkeypatch.setattr(gardo_kernels, "triton_trouble", lambda device: "no C compiler")
     with pytest.raises(RecipeError) as raised:
         kernels_trouble(recipe, CPU, "here.yaml")
     assert str(raised.value) == "here.yaml: kernels: triton: no C compiler; or use auto or torch"
@@ -155,7 +155,7 @@ def test_triton_is_tried_where_it_would_be_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, device: str, said: str
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(machine, "triton_trouble", lambda device: "no C compiler")
+    monkeypatch.setattr(gardo_kernels, "triton_trouble", lambda device: "no C compiler")
     recipe = triton_recipe(tmp_path, kernels)
     assert kernels_trouble(recipe, torch.device(device), "here.yaml") == said
 
@@ -167,7 +167,9 @@ def test_a_gpu_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CC", "/nowhere/cc")
     recipe = triton_recipe(tmp_path, "auto")
     said = kernels_trouble(recipe, torch.device("cuda", 0), "here.yaml")
-    assert said == triton_trouble(torch.device("cuda", 0)) and said.startswith("Triton needs ")
+    assert said == gardo_kernels.triton_trouble(torch.device("cuda", 0)) and said.startswith(
+        "Triton needs "
+    )
     assert f"python{sys.version_info.major}.{sys.version_info.minor}-dev" in said
 
 
