@@ -132,10 +132,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def run(recipe_path: str, sets: list[str], side: Side, count: bool) -> dict[str, Any]:
     """Trains the recipe with the side's change; what it took."""
-    recipe = load(recipe_path, [*sets, *side.sets])
+    sets = [*sets, *side.sets, "run.keep_samples=null"]  # else the counted iteration keeps some
+    recipe = load(recipe_path, sets)
     compiles = recipe.train.compile
     if count:  # hooks and modes that count would be compiled too
-        recipe = load(recipe_path, [*sets, *side.sets, "train.compile=none"])
+        recipe = load(recipe_path, [*sets, "train.compile=none"])
     session = open_session(recipe, source=recipe_path, quiet=True)
     side.change(session)
     if count:
