@@ -58,6 +58,7 @@ setup(
             "py.typed",
             "**/*.txt",
             "published/**/*.json",
+            "report/charts.js",
             "tiny/weights/**/*.json",
             "tiny/weights/**/*.safetensors",
             "tiny/weights/**/*.model",

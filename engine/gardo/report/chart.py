@@ -2,15 +2,19 @@
 
 A chart scales with the width it is given. Its colours are CSS variables, light and dark, defined
 by `CHART_CSS`, which the page must contain once; `standalone=True` puts them inside the SVG, which
-then is a file of its own.
+then is a file of its own. Else the chart carries its values as JSON in `data-chart`, for the
+script of `interactive.py`.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from itertools import pairwise
-from typing import TypeGuard
+from typing import Any
+
+from gardo.report.axes import nice_ticks, tick_labels
+from gardo.report.series import MOST_POINTS, Mark, Series, bucket, finite, smoothed, thinned
 
 CHART_CSS = """
 :root{--ink:#1d2126;--soft:#5d6570;--line:#e1e4e8;--page:#ffffff;--mark:#8b8f98;
@@ -27,51 +31,24 @@ svg.chart .unit{fill:var(--soft);font-size:12px;font-weight:400}
 svg.chart .grid{stroke:var(--line);stroke-width:1}
 svg.chart .axis{stroke:var(--soft);stroke-width:1}
 svg.chart .mark{stroke:var(--mark);stroke-width:1;stroke-dasharray:4 4}
+svg.chart .data{overflow:visible}
+svg.chart .line{stroke-width:1.8;stroke-linejoin:round}
+svg.chart .faint{stroke-opacity:.35}svg.chart .faint .line{stroke-width:1}
+svg.chart .bar{stroke-width:1.4}
+svg.chart .dot{stroke-width:6.8;stroke-linecap:round}
 """.strip()
 
 _COLORS = 8
 _LETTER = 6.7  # upper estimate of a 12 px letter's width
 _MOST_FULL_MARKS = 25
-_MOST_POINTS = 500  # more than these are drawn as means of neighbours with their range
 _MARGIN, _RIGHT, _BOTTOM, _LEGEND_ROW = 12, 20, 40, 18  # pixels
 _CENTRED = 'text-anchor="middle"'
 _Entry = tuple[str, str]  # a legend's label and how its line looks
 
 
 @dataclass(frozen=True)
-class Series:
-    """One curve. Values that are None, NaN or infinite are gaps.
-
-    `low` and `high` are drawn as error bars where `points` is set, else as a band. `faint` is for
-    raw data under a smoothed curve. `color` is one of eight; the chart chooses by position without
-    it.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    low: Sequence[float | None] | None = None
-    high: Sequence[float | None] | None = None
-    color: int | None = None
-    points: bool = False
-    faint: bool = False
-
-
-@dataclass(frozen=True)
-class Mark:
-    """An event: a dashed vertical line, hovering shows `label`.
-
-    Marks of one `kind` share a legend entry.
-    """
-
-    x: float
-    kind: str
-    label: str = ""
-
-
-@dataclass(frozen=True)
 class _Frame:
-    """The plot's rectangle and what maps data to it."""
+    """The plot's rectangle, what maps data to it, and what is drawn: around it, and of the data."""
 
     width: float
     height: float
@@ -80,19 +57,45 @@ class _Frame:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     parts: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> float:
+        return self.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - _BOTTOM
 
     def at_x(self, value: float) -> float:
         low, high = self.x_range
-        return self.left + (value - low) / (high - low) * (self.width - self.left - _RIGHT)
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
 
     def at_y(self, value: float) -> float:
         low, high = self.y_range
-        bottom = self.height - _BOTTOM
-        return bottom - (value - low) / (high - low) * (bottom - self.top)
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
 
     def path(self, x: Sequence[float], y: Sequence[float]) -> str:
         points = (f"{self.at_x(a):.1f} {self.at_y(b):.1f}" for a, b in zip(x, y, strict=True))
         return "M" + "L".join(points)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A series as it is drawn: thinned to each `stride`-th point, with its moving mean, or []."""
+
+    series: Series
+    mean: Sequence[float | None]
+    stride: int
+
+    @classmethod
+    def of(cls, one: Series) -> "_Curve":
+        few = thinned(one)
+        stride = math.ceil(len(one.y) / max(1, len(few.y)))
+        if one.smooth < 2:
+            return cls(few, [], stride)
+        mean = replace(one, y=smoothed(one.y, one.smooth), low=None, high=None)
+        return cls(few, thinned(mean).y, stride)
 
 
 def line_chart(
@@ -119,19 +122,18 @@ def line_chart(
         height: likewise.
         standalone: include namespace and colours, to be written as an `.svg` file.
     """
-    series = [
-        replace(_thin(one), color=index if one.color is None else one.color)
+    curves = [
+        _Curve.of(replace(one, color=index if one.color is None else one.color))
         for index, one in enumerate(series)
     ]
     x_all: list[float] = []
     y_all: list[float] = []
-    for one in series:
+    for one in (curve.series for curve in curves):
         for a, b, *ends in zip(one.x, one.y, one.low or one.y, one.high or one.y, strict=True):
-            if _finite(b):
+            if finite(b):
                 x_all.append(a)
-                y_all += [b, *filter(_finite, ends)]
-    legend = [(one.label, _stroke(one.color or 0, one.faint)) for one in series]
-    legend = legend if len(legend) > 1 else []  # the title names a single curve
+                y_all += [b, *filter(finite, ends)]
+    legend = _legend(curves)
     if x_all:
         marks = [mark for mark in marks if min(x_all) <= mark.x <= max(x_all)]
         legend += [(kind, 'class="mark"') for kind in dict.fromkeys(mark.kind for mark in marks)]
@@ -139,9 +141,10 @@ def line_chart(
     _head(frame, title, y_label, x_label, legend, bool(x_all))
     if x_all:
         _marks(frame, marks)
-    for index, one in enumerate(series):
-        _curve(frame, one, dodge=5.0 * (index - (len(series) - 1) / 2) if one.low else 0.0)
-    return _svg(frame, title, standalone)
+    for index, curve in enumerate(curves):
+        _curve(frame, curve, 5.0 * (index - (len(curves) - 1) / 2) if curve.series.low else 0.0)
+    said = _values(frame, curves, y_from_zero, marks if x_all else ())
+    return _svg(frame, title, None if standalone else said)
 
 
 def stacked_chart(
@@ -156,93 +159,43 @@ def stacked_chart(
     standalone: bool = False,
 ) -> str:
     """Areas stacked, the first at the bottom; missing values count as 0. Else as `line_chart`."""
-    size = max(1, math.ceil(len(x) / _MOST_POINTS))
-    x = _bucket(x, size)
+    size = max(1, math.ceil(len(x) / MOST_POINTS))
+    x = bucket(x, size)
     base = [0.0] * len(x)
     outlines: list[tuple[list[float], list[float]]] = []
-    for values in layers.values():
-        thinned = _bucket([value if _finite(value) else 0.0 for value in values], size)
-        top = [below + value for below, value in zip(base, thinned, strict=True)]
+    curves: list[_Curve] = []
+    for label, values in layers.items():
+        layer = bucket([value if finite(value) else 0.0 for value in values], size)
+        top = [below + value for below, value in zip(base, layer, strict=True)]
+        curves.append(_Curve(Series(label, x, layer, color=len(curves)), [], size))
         outlines.append((base, top))
         base = top
     full = bool(x) and bool(layers)
     legend = [(label, _stroke(index)) for index, label in enumerate(layers)] if full else []
     frame = _frame(x if full else [], base if full else [], True, legend, (width, height))
     _head(frame, title, y_label, x_label, legend, full)
-    for index, (below, top) in enumerate(outlines if full else []):
+    for index, (below, top) in enumerate(outlines if full else ()):
         outline = frame.path([*x, *reversed(x)], [*top, *reversed(below)])
         color = _color(index)
-        add = frame.parts.append
+        add = frame.data.append
         add(f'<path d="{outline}Z" fill="{color}" fill-opacity=".7" stroke="{color}"/>')
-    return _svg(frame, title, standalone)
+    said = {**_values(frame, curves, True, ()), "stacked": True}
+    return _svg(frame, title, None if standalone else said)
 
 
-def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], about `target` of them."""
-    raw = (high - low) / max(target, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """One notation for all: as many decimals as their distance needs, or a common power of ten."""
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    if largest == 0:
-        return ["0" for _ in ticks]
-    distance = min((b - a for a, b in pairwise(ticks)), default=largest)
-    power = math.floor(math.log10(largest) + 1e-9)
-    exponent = power if not -3 <= power < 5 else 0
-    decimals = max(0, exponent - math.floor(math.log10(distance) + 1e-9))
-    labels = []
-    for tick in ticks:
-        zero = abs(tick) < distance * 1e-6
-        text = "0" if zero else f"{tick / 10.0**exponent:.{decimals}f}"
-        labels.append(
-            (text if zero or not exponent else f"{text}e{exponent}").replace("-", "\u2212")
+def _legend(curves: Sequence[_Curve]) -> list[_Entry]:
+    """What the title does not say: the curves where they are several, and what is smoothed."""
+    if len(curves) > 1:
+        return [(one.series.label, _stroke(one.series.color or 0)) for one in curves]
+    return [
+        entry
+        for one in curves
+        if one.mean
+        for entry in (
+            ("each step", _stroke(one.series.color or 0, faint=True)),
+            (f"mean of {one.series.smooth} steps", _stroke(one.series.color or 0)),
         )
-    return labels
-
-
-def smoothed(y: Sequence[float | None], window: int) -> list[float | None]:
-    """Centred moving mean of the finite values over `window` neighbours; None where none is."""
-    half = window // 2
-    result: list[float | None] = []
-    for index in range(len(y)):
-        near = [value for value in y[max(0, index - half) : index + half + 1] if _finite(value)]
-        result.append(_mean(near) if near else None)
-    return result
-
-
-def _finite(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _bucket(values: Sequence[float], size: int) -> list[float]:
-    return [_mean(values[start : start + size]) for start in range(0, len(values), size)]
-
-
-def _thin(one: Series) -> Series:
-    """A long curve as means of neighbours, with their smallest and largest value as a band."""
-    if len(one.y) <= _MOST_POINTS or one.points:
-        return one
-    size = math.ceil(len(one.y) / _MOST_POINTS)
-    rows = [
-        [value for value in one.y[start : start + size] if _finite(value)]
-        for start in range(0, len(one.y), size)
     ]
-    return replace(
-        one,
-        x=_bucket(one.x, size),
-        y=[_mean(row) if row else None for row in rows],
-        low=[min(row, default=None) for row in rows],
-        high=[max(row, default=None) for row in rows],
-    )
 
 
 def _frame(
@@ -302,15 +255,17 @@ def _head(
         y = 40.0 + _LEGEND_ROW * row
         add(f'<line x1="{left:.0f}" x2="{left + 18:.0f}" y1="{y - 4}" y2="{y - 4}" {style}/>')
         add(f'<text x="{left + 24:.0f}" y="{y}">{escape(label)}</text>')
-    bottom, right = frame.height - _BOTTOM, frame.width - _RIGHT
+    bottom, right = frame.bottom, frame.right
     if not full:
         add(f'<text x="{frame.width / 2}" y="{(frame.top + bottom) / 2}" {_CENTRED}>no data</text>')
         return
+    add('<g class="y-ticks">')
     ticks = nice_ticks(*frame.y_range)
     for tick, label in zip(ticks, tick_labels(ticks), strict=True):
         y = frame.at_y(tick)
         add(f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         add(f'<text x="{frame.left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    add('</g><g class="x-ticks">')
     ticks = nice_ticks(*frame.x_range, target=max(2, int((right - frame.left) / 75)))
     if len(ticks) > 1 and ticks[1] - ticks[0] < 1:  # steps are whole
         ticks = [tick for tick in ticks if abs(tick - round(tick)) < 1e-6]
@@ -318,77 +273,72 @@ def _head(
         x = frame.at_x(tick)
         add(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         add(f'<text x="{x:.1f}" y="{bottom + 17}" {_CENTRED}>{label}</text>')
-    add(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    add(f'</g><line class="axis" x1="{frame.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     add(f'<text x="{right}" y="{bottom + 33}" text-anchor="end">{escape(x_label)}</text>')
 
 
 def _marks(frame: _Frame, marks: Sequence[Mark]) -> None:
     """Full-height lines, or short ones over the axis where many would hide the curves."""
-    length = frame.height - _BOTTOM - frame.top if len(marks) <= _MOST_FULL_MARKS else 12
+    length = frame.bottom - frame.top if len(marks) <= _MOST_FULL_MARKS else 12
+    frame.parts.append('<g class="marks">')
     for mark in marks:
-        if frame.x_range[0] <= mark.x <= frame.x_range[1]:
-            x = f"{frame.at_x(mark.x):.1f}"
-            hover = f"<title>{escape(mark.label or mark.kind)}, step {mark.x:g}</title>"
-            ends = f'y1="{frame.height - _BOTTOM - length}" y2="{frame.height - _BOTTOM}"'
-            frame.parts.append(f'<line class="mark" x1="{x}" x2="{x}" {ends}>{hover}</line>')
+        x = f"{frame.at_x(mark.x):.1f}"
+        hover = f"<title>{escape(mark.label or mark.kind)}, step {mark.x:g}</title>"
+        ends = f'y1="{frame.bottom - length}" y2="{frame.bottom}"'
+        frame.parts.append(f'<line class="mark" x1="{x}" x2="{x}" {ends}>{hover}</line>')
+    frame.parts.append("</g>")
 
 
-def _curve(frame: _Frame, one: Series, dodge: float) -> None:
-    """A curve with its band or its error bars; gaps where values are missing."""
-    add, color = frame.parts.append, _color(one.color or 0)
-    rows = [
-        (a, b, low, high)
-        for a, b, low, high in zip(one.x, one.y, one.low or one.y, one.high or one.y, strict=True)
-    ]
-    if not one.points:
-        band = [(a, low, high) for a, _, low, high in rows if _finite(low) and _finite(high)]
-        if one.low and len(band) > 1:
+def _curve(frame: _Frame, curve: _Curve, dodge: float) -> None:
+    """A curve with its band or its error bars, and its mean; gaps where values are missing."""
+    one = curve.series
+    add, color = frame.data.append, _color(one.color or 0)
+    add(f'<g class="curve" stroke="{color}" fill="none" transform="translate({dodge:g} 0)">')
+    rows = list(zip(one.x, one.y, one.low or one.y, one.high or one.y, strict=True))
+    if one.low and not one.points:
+        band = [(a, low, high) for a, _, low, high in rows if finite(low) and finite(high)]
+        if len(band) > 1:
             at, lows, highs = zip(*band, strict=True)
             outline = frame.path([*at, *reversed(at)], [*highs, *reversed(lows)])
-            add(f'<path d="{outline}Z" fill="{color}" fill-opacity=".16"/>')
-    look = 'stroke-opacity=".35" stroke-width="1"' if one.faint else 'stroke-width="1.8"'
-    if one.points:
-        look += f' transform="translate({dodge:g} 0)"'
+            add(f'<path d="{outline}Z" fill="{color}" fill-opacity=".16" stroke="none"/>')
+    faint = ' class="faint"' if curve.mean else ""
+    add(f"<g{faint}>")
     for piece in _pieces(one.x, one.y):
-        if len(piece) == 1 and not one.points:
-            x, y = frame.at_x(piece[0][0]), frame.at_y(piece[0][1])
-            add(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.6" fill="{color}"/>')
-        else:
-            path = frame.path(*zip(*piece, strict=True))
-            add(f'<path d="{path}" fill="none" stroke="{color}" stroke-linejoin="round" {look}/>')
+        if len(piece) > 1:
+            add(f'<path class="line" d="{frame.path(*zip(*piece, strict=True))}"/>')
+        elif not one.points:
+            add(_dot(frame.at_x(piece[0][0]), frame.at_y(piece[0][1])))
+    add("</g>")
+    for piece in _pieces(one.x, curve.mean) if curve.mean else ():
+        add(f'<path class="line mean" d="{frame.path(*zip(*piece, strict=True))}"/>')
     if one.points:
         for a, b, low, high in rows:
-            if _finite(b):
-                add(_point(frame, one.label, color, dodge, (a, b, low, high)))
+            if finite(b):
+                add(_point(frame, one.label, (a, b, low, high)))
+    add("</g>")
 
 
-def _point(
-    frame: _Frame,
-    label: str,
-    color: str,
-    dodge: float,
-    row: tuple[float, float, float | None, float | None],
-) -> str:
-    """A dot, its error bar with caps, and what shows on hovering."""
+def _point(frame: _Frame, label: str, row: tuple[float, float, float | None, float | None]) -> str:
+    """A dot, its error bar, and what shows on hovering."""
     a, b, low, high = row
-    x, y = frame.at_x(a) + dodge, frame.at_y(b)
+    x, y = frame.at_x(a), frame.at_y(b)
     bar, hover = "", f"{label}, step {a:g}: {b:.4g}"
-    if _finite(low) and _finite(high) and low < high:
-        top, bottom = frame.at_y(high), frame.at_y(low)
-        lines = f"M{x:.1f} {top:.1f}V{bottom:.1f}" + "".join(
-            f"M{x - 4:.1f} {end:.1f}h8" for end in (top, bottom)
-        )
-        bar = f'<path d="{lines}" fill="none" stroke="{color}" stroke-width="1.4"/>'
+    if finite(low) and finite(high) and low < high:
+        bar = f'<path class="bar" d="M{x:.1f} {frame.at_y(high):.1f}V{frame.at_y(low):.1f}"/>'
         hover += f" [{low:.4g}, {high:.4g}]"
-    dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{color}"/>'
-    return f"<g><title>{escape(hover)}</title>{bar}{dot}</g>"
+    return f"<g><title>{escape(hover)}</title>{bar}{_dot(x, y)}</g>"
+
+
+def _dot(x: float, y: float) -> str:
+    """A line without length: it stays round where a chart is stretched."""
+    return f'<path class="dot" d="M{x:.1f} {y:.1f}h0"/>'
 
 
 def _pieces(x: Sequence[float], y: Sequence[float | None]) -> list[list[tuple[float, float]]]:
     """Runs of finite values."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for a, b in zip(x, y, strict=True):
-        if _finite(b):
+        if finite(b):
             pieces[-1].append((a, b))
         elif pieces[-1]:
             pieces.append([])
@@ -403,10 +353,53 @@ def _stroke(index: int, faint: bool = False) -> str:
     return f'stroke="{_color(index)}" stroke-width="3"' + (' stroke-opacity=".4"' if faint else "")
 
 
-def _svg(frame: _Frame, title: str, standalone: bool) -> str:
-    extra, style = "", ""
-    if standalone:
-        extra = f' xmlns="http://www.w3.org/2000/svg" width="{frame.width}" height="{frame.height}"'
-        style = f'<style>{CHART_CSS}</style><rect width="100%" height="100%" fill="var(--page)"/>'
-    head = f'<svg class="chart"{extra} viewBox="0 0 {frame.width} {frame.height}" role="img"'
-    return f'{head} aria-label="{escape(title)}">{style}{"".join(frame.parts)}</svg>'
+def _values(
+    frame: _Frame, curves: Sequence[_Curve], y_from_zero: bool, marks: Sequence[Mark]
+) -> dict[str, Any]:
+    """What the script needs to say values and to stretch the chart; missing values are null."""
+    return {
+        "plot": [round(edge, 1) for edge in (frame.left, frame.top, frame.right, frame.bottom)],
+        "x": frame.x_range,
+        "y": frame.y_range,
+        "fromZero": y_from_zero,
+        "marks": [[mark.x, mark.label or mark.kind] for mark in marks],
+        "curves": [
+            {
+                "label": curve.series.label,
+                "color": _color(curve.series.color or 0),
+                "smooth": curve.series.smooth,
+                "stride": curve.stride,
+                **{
+                    name: [_brief(value) for value in getattr(curve.series, name) or ()]
+                    for name in ("x", "y", "low", "high")
+                },
+            }
+            for curve in curves
+        ],
+    }
+
+
+def _brief(value: float | None) -> float | None:
+    """Five significant digits, or null."""
+    return float(f"{value:.5g}") if finite(value) else None
+
+
+def _svg(frame: _Frame, title: str, values: Mapping[str, Any] | None) -> str:
+    """The whole drawing; without `values` it is a file of its own."""
+    left, top, wide, high = (
+        frame.left,
+        frame.top,
+        frame.right - frame.left,
+        frame.bottom - frame.top,
+    )
+    place = f'x="{left:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{high:.1f}"'
+    box = f'viewBox="{left:.1f} {top:.1f} {wide:.1f} {high:.1f}"'
+    data = f'<svg class="data" {place} {box}><g>{"".join(frame.data)}</g></svg>'
+    size = f'viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(title)}"'
+    body = "".join(frame.parts) + (data if frame.data else "")
+    if values is not None:
+        said = escape(json.dumps(values, separators=(",", ":")))
+        return f'<svg class="chart" {size} data-chart="{said}">{body}</svg>'
+    alone = f'xmlns="http://www.w3.org/2000/svg" width="{frame.width}" height="{frame.height}"'
+    style = f'<style>{CHART_CSS}</style><rect width="100%" height="100%" fill="var(--page)"/>'
+    return f'<svg class="chart" {alone} {size}>{style}{body}</svg>'

@@ -1,10 +1,25 @@
-"""The curves of a run's report: evaluations, training metrics, time and memory, over steps."""
+"""The curves of a run's report, and of several runs': evaluations, metrics, time and memory.
+
+Every function takes the records of each run under its name; the page of one run calls it "". Then
+colours tell roles, else runs. A chart without a value is left out, and so is one whose values never
+change or are those of another chart: notes say so in a line.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
-from gardo.report.chart import Mark, Series, line_chart, smoothed, stacked_chart
+from gardo.report.chart import line_chart, stacked_chart
+from gardo.report.glossary import meaning
+from gardo.report.interactive import figure, figures
 from gardo.report.metrics_log import Record
+from gardo.report.page import number, text
+from gardo.report.series import Mark, Series, finite
+from gardo.report.verdict import Gap, gaps
+
+Runs = Mapping[str, Sequence[Record]]
 
 ROLES = {"proxy": "proxy", "held_out": "held out", "auxiliary": "auxiliary"}  # in reading order
 _COLOR = {"proxy": 0, "held_out": 1, "auxiliary": 2}
@@ -31,95 +46,211 @@ _METRICS = {
     "lr": ("Learning rate", "", 1.0, True),
 }
 _EXACT = ("kl", "lr")  # a saw tooth and a schedule: a moving mean would only blur them
+_JUDGES = {
+    "proxy": "What the run optimises.",
+    "held_out": "Not seen by the run: where it falls as the proxy rises, the proxy is exploited.",
+    "auxiliary": "Judges beside the proxy: the gate is where their ranks disagree with its.",
+}
+_GAP = (
+    "How far the proxy has moved since the first evaluation, and how far the held-out rewards, in "
+    "standard deviations between prompts. A gap that grows because held-out falls is hacking."
+)
+_SMOOTHED = 15  # a moving mean covers this part of a run; it is drawn from 3 steps on
 
 
-def evaluation_charts(evaluations: Sequence[Record], marks: Sequence[Mark]) -> list[str]:
-    """A chart for each reward with its intervals, one for diversity."""
-    x = [one["step"] for one in evaluations]
-    charts = []
-    for name, role in reward_names(evaluations).items():
-        rows = [one.get("rewards", {}).get(name, {}) for one in evaluations]
-        ends = {key: [row.get(key) for row in rows] for key in ("mean", "low", "high")}
-        series = Series(
-            name, x, ends["mean"], ends["low"], ends["high"], color=_COLOR.get(role, 7), points=True
-        )
+@dataclass
+class Charts:
+    """Figures of some runs, and what needs no figure."""
+
+    runs: Runs
+    marks: Sequence[Mark] = ()
+    made: list[str] = field(default_factory=list)
+    unchanged: dict[str, float] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
+    _seen: dict[object, str] = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        return len(self.runs) == 1
+
+    def add(
+        self, series: Sequence[Series], title: str, unit: str, path: str, *, zero: bool = False
+    ) -> None:
+        """A line chart; `path` is what the glossary calls its values, or a sentence on them."""
+        values = tuple(tuple(map(str, one.y)) for one in series)
+        distinct = {value for one in series for value in one.y if finite(value)}
+        points = sum(len(one.y) for one in series)
+        if not distinct:
+            return
+        if values in self._seen:
+            self.same[title] = self._seen[values]
+        elif len(distinct) == 1 and points > len(series):
+            self.unchanged[title] = distinct.pop()
+        else:
+            self._seen[values] = title
+            entry = meaning(path)
+            drawn = line_chart(series, title, y_label=unit, marks=self.marks, y_from_zero=zero)
+            sentence = path if path.endswith(".") else ""
+            self.made.append(figure(drawn, entry.meaning if entry else sentence))
+
+    def add_each(
+        self,
+        keys: Sequence[str],
+        title: str,
+        unit: str,
+        path: str,
+        *,
+        factor: float = 1.0,
+        zero: bool = False,
+        color: int = 5,
+        smooth: bool = True,
+    ) -> None:
+        """A line chart of the value under `keys` in every record, a curve for each run."""
+        series = []
+        for index, (label, records) in enumerate(self.runs.items()):
+            y = [_at(record, keys) for record in records]
+            if not any(map(finite, y)):
+                continue
+            y = [factor * value if finite(value) else None for value in y]
+            window = len(y) // _SMOOTHED
+            series.append(
+                Series(
+                    label,
+                    [record["step"] for record in records],
+                    y,
+                    color=color if self.single else index,
+                    smooth=(window if window >= 3 else 1) if smooth else 0,
+                )
+            )
+        self.add(series, title, unit, path, zero=zero)
+
+    def as_html(self) -> str:
+        notes = [f"{title} {number(value)}" for title, value in self.unchanged.items()]
+        lines = [f"Without change: {', '.join(notes)}."] if notes else []
+        lines += [f"{title}: the values of {other}." for title, other in self.same.items()]
+        said = f'<p class="soft">{text(" ".join(lines))}</p>' if lines else ""
+        return figures(self.made) + said
+
+
+def evaluation_charts(runs: Runs, marks: Sequence[Mark] = ()) -> Charts:
+    """A chart for each reward with its intervals, one of proxy against held-out, diversity."""
+    charts = Charts(runs, marks)
+    for name, role in reward_names(chain.from_iterable(runs.values())).items():
+        series = []
+        for index, (label, records) in enumerate(runs.items()):
+            rows = [one.get("rewards", {}).get(name, {}) for one in records]
+            mean, low, high = ([row.get(key) for row in rows] for key in ("mean", "low", "high"))
+            if any(map(finite, mean)):
+                color = _COLOR.get(role, 7) if charts.single else index
+                x = [one["step"] for one in records]
+                series.append(Series(label, x, mean, low, high, color=color, points=True))
         unit = f"{ROLES.get(role, role)}, mean and 95 % interval"
-        charts.append(line_chart([series], name, y_label=unit, marks=marks))
-    charts.append(_diversity_chart(evaluations, marks))
+        charts.add(series, name, unit, _JUDGES.get(role, ""))
+    _add_gap(charts)
+    _add_diversity(charts)
     return charts
 
 
-def _diversity_chart(evaluations: Sequence[Record], marks: Sequence[Mark]) -> str:
-    """Every kind of diversity relative to its start, so that kinds of any size share the axis."""
-    x = [one["step"] for one in evaluations]
-    rows = [one.get("diversity", {}) for one in evaluations]
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row.get(name) for row in rows] for name in names}
-    relative = all(value[0] is not None and value[0] > 0 for value in values.values())
+def _add_gap(charts: Charts) -> None:
+    """What the proxy gained beside what held-out rewards did; of several runs the difference."""
+    found = {label: gaps(records) for label, records in charts.runs.items()}
+    unit = "change in standard deviations between prompts"
+    if charts.single:
+        (moves,) = found.values()
+        series = [_moves("proxy", moves, 0), _moves("held_out", moves, 1)] if moves else []
+    else:
+        series = [
+            _moves("gap", moves, index, label)
+            for index, (label, moves) in enumerate(found.items())
+            if moves
+        ]
+        unit = f"proxy's less held-out's {unit}"
+    charts.add(series, "Proxy against held-out", unit, _GAP, zero=True)
+
+
+def _moves(what: str, moves: Sequence[Gap], color: int, label: str = "") -> Series:
+    x, y = [one.step for one in moves], [getattr(one, what) for one in moves]
+    return Series(label or ROLES[what], x, y, color=color, points=True)
+
+
+def _add_diversity(charts: Charts) -> None:
+    """Of one run every kind relative to its start, on one axis; of several a chart for each."""
+    records = list(chain.from_iterable(charts.runs.values()))
+    names = dict.fromkeys(name for one in records for name in one.get("diversity", {}))
+    if not charts.single:
+        for name in names:
+            keys = ("diversity", name)
+            charts.add_each(keys, f"Diversity: {name}", "", ".".join(keys), smooth=False)
+        return
+    x = [one["step"] for one in records]
+    values = {name: [_at(one, ("diversity", name)) for one in records] for name in names}
+    relative = all(finite(value[0]) and value[0] > 0 for value in values.values())
     series = []
     for index, (name, y) in enumerate(values.items()):
-        if relative:
-            y = [None if value is None else 100 * value / y[0] for value in y]
+        start = y[0]
+        if relative and finite(start):
+            y = [100 * value / start if finite(value) else None for value in y]
         series.append(Series(name, x, y, color=3 + index, points=True))
-    unit = f"% of its value at step {x[0]}" if relative else "higher is more varied"
-    return line_chart(series, "Diversity", y_label=unit, marks=marks)
+    unit = f"% of its value at step {x[0]}" if relative and x else "higher is more varied"
+    charts.add(series, "Diversity", unit, "How unlike the images of a prompt are.")
 
 
-def step_charts(steps: Sequence[Record], marks: Sequence[Mark]) -> list[str]:
+def step_charts(runs: Runs, marks: Sequence[Mark] = ()) -> Charts:
     """Rewards while training, then every metric, then time and memory of each phase."""
-    x = [step["step"] for step in steps]
-    charts = []
-    for name, role in reward_names(steps).items():
-        y = [step.get("rewards", {}).get(name, {}).get("mean") for step in steps]
+    charts = Charts(runs, marks)
+    records = list(chain.from_iterable(runs.values()))
+    for name, role in reward_names(records).items():
         unit = f"{ROLES.get(role, role)}, mean over a step's samples"
-        charts.append(_noisy(x, y, f"{name} while training", unit, marks, _COLOR.get(role, 7)))
+        keys, color = ("rewards", name, "mean"), _COLOR.get(role, 7)
+        charts.add_each(keys, f"{name} while training", unit, "", color=color)
     known = list(_METRICS)
-    seen = dict.fromkeys(name for step in steps for name in step.get("metrics", {}))
+    seen = dict.fromkeys(name for step in records for name in step.get("metrics", {}))
     for name in sorted(seen, key=lambda name: known.index(name) if name in known else len(known)):
         title, unit, factor, zero = _METRICS.get(name, (name, "", 1.0, False))
-        values = [step.get("metrics", {}).get(name) for step in steps]
-        y = [None if value is None else factor * value for value in values]
-        charts.append(_noisy(x, y, title, unit, marks, 5, zero, name not in _EXACT))
-    phases = dict.fromkeys(name for step in steps for name in step.get("seconds", {}))
-    layers = {name: [step.get("seconds", {}).get(name, 0.0) for step in steps] for name in phases}
-    charts.append(stacked_chart(x, layers, "Time of a step", y_label="seconds, by phase"))
-    if any("images_per_second" in step for step in steps):
-        rate = [step.get("images_per_second") for step in steps]
-        charts.append(_noisy(x, rate, "Throughput", "images a second, all ranks", marks, 5, True))
-    if any("memory" in step for step in steps):
-        charts.append(_memory_chart(steps, x))
+        charts.add_each(
+            ("metrics", name),
+            title,
+            unit,
+            f"metrics.{name}",
+            factor=factor,
+            zero=zero,
+            smooth=name not in _EXACT,
+        )
+    _add_spent(charts, records)
     return charts
 
 
-def _memory_chart(steps: Sequence[Record], x: Sequence[float]) -> str:
-    rows = [step.get("memory", {}) for step in steps]
-    phases = dict.fromkeys(name for row in rows for name in row)
-    series = [Series(name, x, [row.get(name, math.nan) / 1e9 for row in rows]) for name in phases]
+def _add_spent(charts: Charts, records: Sequence[Record]) -> None:
+    """Seconds by phase, throughput, memory by phase; of several runs without phases."""
+    if charts.single and records:
+        x = [step["step"] for step in records]
+        phases = dict.fromkeys(name for step in records for name in step.get("seconds", {}))
+        layers = {
+            name: [_at(step, ("seconds", name)) or 0.0 for step in records] for name in phases
+        }
+        drawn = stacked_chart(x, layers, "Time of a step", y_label="seconds, by phase")
+        charts.made.append(figure(drawn, "Seconds that the first rank spent in each phase."))
+    keys, unit = ("images_per_second",), "images a second, all ranks"
+    charts.add_each(keys, "Throughput", unit, keys[0], zero=True)
+    names = dict.fromkeys(name for step in records for name in step.get("memory", {}))
     unit = "GB allocated at a phase's peak, fullest rank"
-    return line_chart(series, "Memory of a step", y_label=unit, y_from_zero=True)
-
-
-def _noisy(
-    x: Sequence[float],
-    y: Sequence[float | None],
-    title: str,
-    unit: str,
-    marks: Sequence[Mark],
-    color: int,
-    zero: bool = False,
-    smooth: bool = True,
-) -> str:
-    """A per-step curve; a long one is drawn faint under its moving mean."""
-    window = len(x) // 15
-    if window < 3 or not smooth:
-        series = [Series("", x, y, color=color)]
-    else:
-        label = f"mean of {window} steps"
+    if not charts.single:
+        charts.add_each(("peak_bytes",), "Memory", "GB", "peak_bytes", factor=1e-9, zero=True)
+    elif names:
+        x = [step["step"] for step in records]
         series = [
-            Series("each step", x, y, color=color, faint=True),
-            Series(label, x, smoothed(y, window), color=color),
+            Series(name, x, [(_at(step, ("memory", name)) or math.nan) / 1e9 for step in records])
+            for name in names
         ]
-    return line_chart(series, title, y_label=unit, marks=marks, y_from_zero=zero)
+        charts.add(series, "Memory of a step", unit, "memory.*", zero=True)
+
+
+def _at(record: Mapping[str, Any], keys: Sequence[str]) -> float | None:
+    """The number under these keys, or None."""
+    found: Any = record
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, int | float) else None
 
 
 def resets(steps: Sequence[Record]) -> list[Mark]:
@@ -132,7 +263,7 @@ def resets(steps: Sequence[Record]) -> list[Mark]:
     ]
 
 
-def reward_names(records: Sequence[Record]) -> dict[str, str]:
+def reward_names(records: Iterable[Record]) -> dict[str, str]:
     """Every reward's role, proxies first."""
     roles = {
         name: str(value.get("role", ""))

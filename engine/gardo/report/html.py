@@ -1,8 +1,9 @@
 """One self-contained `report.html` from a run's folder.
 
 Verdict, evaluations, pictures over time, curves, events and the resolved recipe, all from
-`metrics.jsonl`, `samples/` and `recipe.yaml`. No script and nothing fetched: a content policy in
-the page forbids both. Every string from the run (prompts, reward names, the recipe) is escaped.
+`metrics.jsonl`, `samples/` and `recipe.yaml`. Nothing is fetched, and no script runs but that of
+the charts: a content policy in the page forbids both. Every string from the run (prompts, reward
+names, the recipe) is escaped.
 """
 
 import math
@@ -17,7 +18,6 @@ from PIL import Image
 
 from gardo.files import write_atomically
 from gardo.report import phase_table
-from gardo.report.chart import Mark
 from gardo.report.curves import ROLES, evaluation_charts, resets, reward_names, step_charts
 from gardo.report.environment import as_html as made_with
 from gardo.report.environment import read_environment
@@ -25,6 +25,7 @@ from gardo.report.findings import RULES, Run, findings
 from gardo.report.findings.outcome import hacked
 from gardo.report.findings.page import as_html as findings_as_html
 from gardo.report.gated import KEPT_CSS, best_and_worst_section, gated_section
+from gardo.report.interactive import FIGURE_CSS, script
 from gardo.report.metrics_log import Record, read_metrics
 from gardo.report.page import minus, number, page, picture, section, text
 from gardo.report.progress import format_duration, format_interval, format_number
@@ -67,8 +68,8 @@ def write_report(run_folder: Path, *, live: bool = False) -> Path:
         _optional("The best and the worst by the proxy", best_and_worst_section(run_folder)),
         section("Evaluations", _table(evaluations)),
         section("Pictures over time", _pictures(run_folder, evaluations)),
-        section("Evaluation curves", _evaluation_curves(evaluations, marks)),
-        section("Training curves", _charts(step_charts(steps, marks)) if steps else _no_steps()),
+        _optional("Evaluation curves", evaluation_charts({"": evaluations}, marks).as_html()),
+        _optional("Training curves", step_charts({"": steps}, marks).as_html()),
         section("Where the time went", phase_table.as_html(steps) if steps else _no_steps()),
         section("Events", _events(steps)),
         section("Made with", made_with(run_folder, steps, run.recipe, starts)),
@@ -76,7 +77,8 @@ def write_report(run_folder: Path, *, live: bool = False) -> Path:
     ]
     path = run_folder / "report.html"
     again = REFRESH if live else None
-    whole = page(name, body, css=KEPT_CSS, refresh=again)
+    css = f"{FIGURE_CSS}\n{KEPT_CSS}"
+    whole = page(name, body, css=css, script=script(), refresh=again)
     write_atomically(path, whole.encode("utf-8", "replace"))
     return path
 
@@ -231,12 +233,6 @@ def _image(run_folder: Path, evaluation: Record, longest: int) -> str:
     return picture(path.read_bytes(), longest, f"samples at step {evaluation['step']}")
 
 
-def _evaluation_curves(evaluations: Sequence[Record], marks: Sequence[Mark]) -> str:
-    if not evaluations:
-        return _no_evaluations()
-    return _charts(evaluation_charts(evaluations, marks))
-
-
 def _events(steps: Sequence[Record]) -> str:
     """Events of the same name on one line, with their steps."""
     by_name: dict[str, list[int]] = {}
@@ -268,10 +264,6 @@ def _no_evaluations() -> str:
 
 def _no_steps() -> str:
     return _missing("No training step was logged.")
-
-
-def _charts(charts: Iterable[str]) -> str:
-    return f'<div class="charts">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>'
 
 
 def _numbers(value: Any) -> Iterable[float]:

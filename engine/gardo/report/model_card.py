@@ -18,11 +18,12 @@ from gardo.files import write_atomically
 from gardo.licences import Licence
 from gardo.report.card_pictures import Shown, write_pictures
 from gardo.report.card_usage import usage
-from gardo.report.chart import Series, line_chart
+from gardo.report.chart import line_chart
 from gardo.report.curves import ROLES, reward_names
 from gardo.report.markdown import code, escape, escape_line, fenced, table
 from gardo.report.metrics_log import Record
 from gardo.report.progress import format_interval
+from gardo.report.series import Series
 from gardo.report.verdict import judge
 
 CARD, BESIDE = "README.md", "card"  # the file, and the folder of its pictures

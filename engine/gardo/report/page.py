@@ -1,10 +1,11 @@
 """What the self-contained HTML pages share: style, skeleton, and text made safe for them.
 
-No script and nothing fetched: a content policy in the page forbids both. Every string that is not
-ours goes through `text`.
+Nothing is fetched and no script runs but a page's own: a content policy in the page forbids both.
+Every string that is not ours goes through `text`.
 """
 
 import base64
+import hashlib
 import html
 import io
 import re
@@ -45,8 +46,6 @@ tr{border-bottom:1px solid var(--line)}
 th{vertical-align:bottom;font-weight:600}th:first-child,td:first-child{padding-left:0}
 td{vertical-align:top}
 td small,th small{display:block;color:var(--soft);font-weight:400}
-.charts{display:grid;gap:18px 28px}
-.charts{grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr))}
 .grids{display:grid;gap:6px 14px;align-items:start;overflow-x:auto}
 .grids .prompts{display:grid;align-self:stretch;contain:size;font-size:13px;line-height:1.2}
 .grids .prompts span{display:flex;align-items:safe center;min-height:0;overflow:hidden}
@@ -61,24 +60,48 @@ ul{padding-left:20px;font-size:14px}
 """.strip()
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="en"{live}><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{scripts}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 {again}<title>{title}</title><style>{css}</style></head>
-<body><main>{body}</main></body></html>
+<body><main>{body}</main>{script}</body></html>
 """
 
 
-def page(title: str, body: Sequence[str], *, css: str = "", refresh: int | None = None) -> str:
+def page(
+    title: str,
+    body: Sequence[str],
+    *,
+    css: str = "",
+    script: str = "",
+    refresh: int | None = None,
+) -> str:
     """A whole page; `title` is plain text, `body` HTML, `css` what it adds to the common style.
 
-    `refresh`: seconds after which a browser reads the file again, where it is being rewritten.
+    `script`: JavaScript, the only one that the page lets run. `refresh`: seconds after which the
+    file is read again, where it is being rewritten: by the script, which waits for who is reading
+    a chart, or by a browser that runs none.
     """
-    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
-    css = "\n".join(filter(None, [CHART_CSS, _CSS, css]))
-    return _PAGE.format(title=text(title), css=css, again=again, body="\n".join(body))
+    live, again, scripts = "", "", ""
+    if refresh:
+        live = f' data-refresh="{refresh}"'
+        again = f'<meta http-equiv="refresh" content="{refresh}">'
+        again = f"<noscript>{again}</noscript>\n" if script else f"{again}\n"
+    if script:
+        sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+        scripts = f"; script-src 'sha256-{sha256}'"
+        script = f"<script>{script}</script>"
+    return _PAGE.format(
+        title=text(title),
+        css="\n".join(filter(None, [CHART_CSS, _CSS, css])),
+        body="\n".join(body),
+        live=live,
+        again=again,
+        scripts=scripts,
+        script=script,
+    )
 
 
 def section(title: str, body: str) -> str:

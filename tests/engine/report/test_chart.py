@@ -1,5 +1,6 @@
 """Charts: ticks, gaps, extremes, and nothing outside the picture."""
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gardo.report.chart import Mark, Series, line_chart, nice_ticks, stacked_chart, tick_labels
+from gardo.report.axes import nice_ticks, tick_labels
+from gardo.report.chart import line_chart, stacked_chart
+from gardo.report.series import Mark, Series
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 10))
@@ -44,8 +47,8 @@ Points = list[tuple[float, float]]
 def drawn(chart: str, *, filled: bool) -> list[Points]:
     """Points of every line in the chart, or of every filled area."""
     found = []
-    for element in svg(chart).iter():
-        if element.tag.endswith("path") and (element.get("fill") != "none") == filled:
+    for element in svg(chart).iter("path"):
+        if (element.get("fill") is not None) == filled and element.get("class") != "dot":
             numbers = re.findall(r"-?[\d.]+", element.get("d", "").split("V")[0])
             found.append(
                 [(float(a), float(b)) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
@@ -59,7 +62,7 @@ def test_a_line_has_gaps_where_values_are_missing() -> None:
     first, second = drawn(chart, filled=False)
     assert len(first) == 2 and len(second) == 2
     assert first[0][1] > first[1][1], "larger values are higher up"
-    assert len(svg(chart).findall(".//circle")) == 1, "3.0 has no neighbour"
+    assert len(svg(chart).findall(".//path[@class='dot']")) == 1, "3.0 has no neighbour"
 
 
 def test_everything_drawn_is_inside_the_chart() -> None:
@@ -67,10 +70,38 @@ def test_everything_drawn_is_inside_the_chart() -> None:
         "a", [0, 10, 20], [1.0, 5.0, -2.0], [0.0, 4.0, -9.0], [2.0, 9.0, 0.0], points=True
     )
     chart = svg(line_chart([series, series], "t", marks=[Mark(10, "reset"), Mark(99, "late")]))
-    xs = [float(e.get(key, 0)) for e in chart.iter() for key in ("x1", "x2", "cx")]
-    ys = [float(e.get(key, 0)) for e in chart.iter() for key in ("y1", "y2", "cy")]
+    dots = [e.get("d", "").strip("Mh0").split() for e in chart.iterfind(".//path[@class='dot']")]
+    assert len(dots) == 6
+    xs = [float(e.get(key, 0)) for e in chart.iter() for key in ("x1", "x2")]
+    ys = [float(e.get(key, 0)) for e in chart.iter() for key in ("y1", "y2")]
+    xs, ys = xs + [float(x) for x, _ in dots], ys + [float(y) for _, y in dots]
     assert max(xs) <= 560 and max(ys) <= 280 and min(xs + ys) >= 0
     assert sum(e.get("class") == "mark" for e in chart.iter()) == 2  # one, and its legend
+
+
+def test_a_chart_carries_its_values_for_the_script_and_a_file_does_not() -> None:
+    series = Series('a "b"', [0, 1], [1.0, math.nan], [0.123456, None], [2.0, math.inf])
+    chart = line_chart([series], "t", marks=[Mark(1, "reset", "reset <kl>")])
+    values = json.loads(svg(chart).get("data-chart", ""))
+    (curve,) = values["curves"]
+    assert curve["label"] == 'a "b"' and curve["x"] == [0, 1] and curve["y"] == [1.0, None]
+    assert curve["low"] == [0.12346, None] and curve["high"] == [2.0, None]
+    assert values["marks"] == [], "the mark is outside the known values"
+    assert "data-chart" not in line_chart([series], "t", standalone=True)
+
+
+def test_what_may_be_smoothed_is_drawn_faint_under_its_mean() -> None:
+    chart = svg(line_chart([Series("a", range(40), [0.0, 1.0] * 20, smooth=4)], "t"))
+    (mean,) = chart.iterfind(".//path[@class='line mean']")
+    (faint,) = chart.iterfind(".//g[@class='faint']/path")
+
+    def height(path: ET.Element) -> float:
+        ys = [float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", path.get("d", ""))]
+        return max(ys) - min(ys)
+
+    assert height(mean) < 0.4 * height(faint)
+    plain = svg(line_chart([Series("a", range(40), [0.0, 1.0] * 20, smooth=1)], "t"))
+    assert plain.find(".//path[@class='line mean']") is None
 
 
 @pytest.mark.parametrize(
