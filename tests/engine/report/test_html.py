@@ -23,7 +23,7 @@ def run_folder(tmp_path: Path) -> Path:
     records = [evaluation_record(0)]
     for step in range(1, 61):
         record = step_record(step, events=["reference reset (kl)"] * (step == 7))
-        record["metrics"] |= {name: step / 1000 for name in ("loss", "policy_loss", "ratio_error")}
+        record["metrics"] |= dict.fromkeys(("loss", "policy_loss", "ratio_error"), step / 1000)
         record["metrics"] |= {"kl": step / 100, "gate_share": (step % 5) / 100}
         records.append(record)
     records.append(evaluation_record(60, proxy=0.1, held_out=-0.002))
