@@ -16,6 +16,7 @@ EXTRAS = {
     "track": ["tensorboard", "wandb"],
     "datasets": ["datasets>=4"],  # data.prompts: hf:owner/name; before 4 it runs code of the hub
     "docs": DOCS,
+    "browser": ["playwright"],  # tests/engine/report/test_browser.py, docs/make_pictures.py
     "dev": [
         "bitsandbytes",  # its 8-bit AdamW runs on CPUs too
         "pytest",

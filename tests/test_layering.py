@@ -95,6 +95,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "selftest":      "* | torch",
     "reward_service": "config data recipe_errors rewards tiny types | torch",
     "fitting":       "data evaluation rewards reward_service types | torch",
+    "compare":       "evaluation report | torch",
     "cli":           "* | torch typer rich",
 }
 AT_START = {  # when the module is imported, as opposed to when a function of it runs

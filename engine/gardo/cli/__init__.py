@@ -11,6 +11,7 @@ import typer
 
 from gardo import lazily
 from gardo.cli import (
+    compare,
     doctor,
     evaluate,
     export,
@@ -39,6 +40,7 @@ for command, name in (
     (sample.sample, "sample"),
     (evaluate.eval_, "eval"),
     (report.report, "report"),
+    (compare.compare, "compare"),
     (export.export, "export"),
     (export.import_, "import"),
     (doctor.doctor, "doctor"),

@@ -23,7 +23,8 @@ function ticks(low, high, target, least) {
   for (let k = Math.ceil(low / by - 1e-9); k * by <= high + 1e-9 * by; k++) {
     const value = k * by;
     const plain = Math.abs(value) < 1e5 && decimals < 5;
-    const label = plain ? value.toFixed(decimals) : value.toExponential(1);
+    const digits = plain ? value.toFixed(decimals) : value.toExponential(1);
+    const label = Math.abs(value) < 1e-6 * by ? "0" : digits;
     found.push([value, label.replace("-", "\u2212")]);
   }
   return found;

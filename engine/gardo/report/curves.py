@@ -164,7 +164,7 @@ def _add_gap(charts: Charts) -> None:
             for index, (label, moves) in enumerate(found.items())
             if moves
         ]
-        unit = f"proxy's less held-out's {unit}"
+        unit = "the gap, in standard deviations"
     charts.add(series, "Proxy against held-out", unit, _GAP, zero=True)
 
 

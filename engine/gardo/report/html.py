@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from gardo.files import write_atomically
 from gardo.report import phase_table
@@ -27,8 +26,9 @@ from gardo.report.findings.page import as_html as findings_as_html
 from gardo.report.gated import KEPT_CSS, best_and_worst_section, gated_section
 from gardo.report.interactive import FIGURE_CSS, script
 from gardo.report.metrics_log import Record, read_metrics
-from gardo.report.page import minus, number, page, picture, section, text
+from gardo.report.page import minus, number, page, section, text
 from gardo.report.progress import format_duration, format_interval, format_number
+from gardo.report.samples import image, picture_path, side_by_side
 from gardo.report.verdict import judge
 
 REFRESH = 60  # seconds after which a browser reads a live page again
@@ -174,30 +174,23 @@ def _table(evaluations: Sequence[Record]) -> str:
 
 def _pictures(run_folder: Path, evaluations: Sequence[Record]) -> str:
     """The grids: first, middle and last side by side with their prompts, the others small."""
-    shown = [one for one in evaluations if _picture_path(run_folder, one)]
+    shown = [one for one in evaluations if picture_path(run_folder, one)]
     if not shown:
         return _missing("No evaluation left a picture.")
     large = sorted({0, len(shown) // 2, len(shown) - 1})
     others = [index for index in range(len(shown)) if index not in large]
     kept = _spread(others, _MOST_SMALL)
-    captions = "".join(
-        f'<div class="caption"><b>step {shown[index]["step"]}</b></div>' for index in large
-    )
-    images = "".join(_image(run_folder, shown[index], _LARGE) for index in large)
-    prompts = shown[-1].get("prompts", [])
-    labels = "".join(f'<span title="{text(prompt)}">{text(prompt)}</span>' for prompt in prompts)
-    rows = f"grid-template-rows:repeat({max(1, len(prompts))},minmax(0,1fr))"
-    columns = f"grid-template-columns:minmax(90px,150px) repeat({len(large)},minmax(240px,1fr))"
+    columns = [
+        (f"step {shown[index]['step']}", image(run_folder, shown[index], _LARGE)) for index in large
+    ]
     body = (
         '<p class="soft">The same prompts and the same noise at every evaluation: one row for each '
         "prompt. Rows that come to look alike, or pictures no prompt asks for, are what a reward "
-        "cannot see.</p>"
-        f'<div class="grids" style="{columns}"><div></div>{captions}'
-        f'<div class="prompts" style="{rows}">{labels}</div>{images}</div>'
+        f"cannot see.</p>{side_by_side(columns, shown[-1].get('prompts', []))}"
     )
     if kept:
         small = "".join(
-            f'<div>{_image(run_folder, shown[index], _SMALL)}<div class="caption">'
+            f'<div>{image(run_folder, shown[index], _SMALL)}<div class="caption">'
             f"step {shown[index]['step']}</div></div>"
             for index in kept
         )
@@ -209,28 +202,6 @@ def _pictures(run_folder: Path, evaluations: Sequence[Record]) -> str:
     if missing:
         body += f'<p class="soft">{_count(missing, "evaluation")} without a readable picture.</p>'
     return body
-
-
-def _picture_path(run_folder: Path, evaluation: Record) -> Path | None:
-    """The evaluation's picture, if it is a readable PNG inside the run's folder."""
-    if not isinstance(evaluation.get("images"), str):
-        return None
-    path: Path = (run_folder / evaluation["images"]).resolve()
-    if not path.is_relative_to(run_folder.resolve()) or not path.is_file():
-        return None
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow's ways to refuse
-        return None
-    return path
-
-
-def _image(run_folder: Path, evaluation: Record, longest: int) -> str:
-    """The evaluation's picture as an `<img>`."""
-    path = _picture_path(run_folder, evaluation)
-    assert path is not None, "only evaluations with a picture come here"
-    return picture(path.read_bytes(), longest, f"samples at step {evaluation['step']}")
 
 
 def _events(steps: Sequence[Record]) -> str:
