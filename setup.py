@@ -1,10 +1,13 @@
 """Packaging: `gardo` out of engine/ and `gardo_kernels` out of kernels/, one distribution."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
 
 SERVER = ["fastapi", "uvicorn", "prometheus-client"]  # of rewards outside the training process
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo", "latex2mathml>=3"]  # of the site: ./run docs
@@ -43,6 +46,20 @@ EXTRAS = {
     ],
 }
 
+
+class WithRecipes(build_py):
+    """Puts recipes/ and suites/ into wheels, where `gardo.shipped` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # then they are found in the checkout
+            return
+        for part in ("recipes", "suites"):
+            target = Path(self.build_lib) / "gardo" / "_shipped" / part
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 setup(
     name="gardo-engine",
     version="0.1.0",
@@ -54,6 +71,7 @@ setup(
     packages=find_packages("engine") + find_packages("kernels"),
     package_dir={"gardo": "engine/gardo", "gardo_kernels": "kernels/gardo_kernels"},
     include_package_data=False,
+    cmdclass={"build_py": WithRecipes},
     package_data={
         "gardo": [
             "py.typed",

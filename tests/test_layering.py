@@ -65,6 +65,7 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "meeting":       "machine recipe recipe_errors run_folder policies data evaluation hf_prompts"
                      " | torch",
     "run_lock":      "ending |",
+    "shipped":       "|",
     "run_folder":    "config recipe recipe_errors report distributed run_lock |",
     "evaluation":    "types hf_prompts rollout policies rewards distributed report recipe_errors"
                      " gardo_kernels tiny | torch transformers",

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 
+from gardo import shipped
 from tests import ROOT
 
 SOURCES = {"gardo": ROOT / "engine/gardo", "gardo_kernels": ROOT / "kernels/gardo_kernels"}
@@ -24,13 +25,13 @@ NOT_SHIPPED = {"README.md"}  # for readers of the source
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel built from a clean copy of the checkout."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a clean copy of the checkout."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for name in ("engine", "kernels", "recipes", "benchmarks", "tests"):
+    for name in ("engine", "kernels", "recipes", "suites", "benchmarks", "tests"):
         if (ROOT / name).exists():
             ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "results")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
@@ -41,7 +42,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*.whl")
     assert path.name == "gardo_engine-0.1.0-py3-none-any.whl"
-    return {name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/")}
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> set[str]:
+    """The names in it."""
+    return {name for name in zipfile.ZipFile(built).namelist() if not name.endswith("/")}
 
 
 def test_containers_are_not_packages() -> None:
@@ -69,8 +76,14 @@ def test_wheel_has_every_file_of_the_packages(wheel: set[str]) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.name not in NOT_SHIPPED and not is_cache(path)
     }
-    shipped = {name for name in wheel if ".dist-info/" not in name}
-    assert shipped == expected, "mend package_data in setup.py, or add an __init__.py"
+    expected |= {
+        f"gardo/_shipped/{path.relative_to(ROOT).as_posix()}"
+        for part in shipped.PARTS
+        for path in (ROOT / part).rglob("*")
+        if path.is_file() and not is_cache(path)
+    }
+    found = {name for name in wheel if ".dist-info/" not in name}
+    assert found == expected, "mend package_data in setup.py, or add an __init__.py"
 
 
 def test_tiny_weights_are_shipped(wheel: set[str]) -> None:
@@ -85,6 +98,33 @@ def test_wheel_has_the_command_and_the_licence(wheel: set[str]) -> None:
     info = {name.split("/", 1)[1] for name in wheel if ".dist-info/" in name}
     assert "entry_points.txt" in info
     assert any(name.endswith("LICENSE") for name in info)
+
+
+def test_the_demo_runs_from_the_wheel_in_an_empty_folder(built: Path, tmp_path: Path) -> None:
+    site, here = tmp_path / "site", tmp_path / "empty"
+    here.mkdir()
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    environment = {**os.environ, "PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu"}
+
+    def gardo(*arguments: str) -> str:
+        command = [sys.executable, "-m", "gardo.cli", *arguments]
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    smaller = "run.steps=1 data.prompts_per_step=2 data.images_per_prompt=4 train.micro_batch=8"
+    fewer = "evaluate.prompt_count=1 evaluate.images_per_prompt=1 distributed.engine=local"
+    gardo("demo", "--gpus", "1", "--set", *smaller.split(), *fewer.split())
+    run = here / "runs/tiny-flux-gardo"
+    assert (run / "report.html").exists() and list(run.glob("export/*.safetensors"))
+    assert gardo("recipes").startswith("recipes: ")
+    assert (here / "recipes/tiny_prompts.txt").exists() and (here / "suites/tiny.yaml").exists()
+    (here / "suites/tiny.yaml").write_text("mine")
+    assert "left alone, because they were there: " in gardo("recipes")
+    assert (here / "suites/tiny.yaml").read_text() == "mine"
+    planned = gardo("train", "recipes/tiny_flux_gardo.yaml", "--dry-run")
+    assert "nothing was started" in planned
 
 
 def pinned(name: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import typer
 from gardo import lazily
 from gardo.cli import (
     compare,
+    demo,
     doctor,
     evaluate,
     export,
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 
 for command, name in (
+    (demo.demo, "demo"),
+    (demo.recipes, "recipes"),
     (train.train, "train"),
     (plan.plan, "plan"),
     (sample.sample, "sample"),
