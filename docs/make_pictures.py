@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"
 BROWSERS = ("chromium", "google-chrome", "chrome")
 RUN = ROOT / "runs" / "tiny-flux-gardo"  # of ./run demo
-ARMS = [ROOT / "runs" / "study" / f"{arm}-seed3" for arm in ("no_kl", "uniform_kl", "gardo")]
+ARMS = [ROOT / "runs" / "study" / f"{arm}_counts-seed3" for arm in ("no_kl", "uniform_kl", "gardo")]
 ANCHOR = "h2"  # pictures begin and end at headings
 
 

@@ -32,16 +32,22 @@ _PAIRS = {
     ),
 }
 
+_BARS = (
+    "A bar is the share of the step's samples that a picture beats by that reward: blue the proxy, "
+    "green an auxiliary, orange held out."
+)
+
 KEPT_CSS = """
 .pair{display:grid;gap:18px 28px;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr))}
 .pair h4{margin:0;font-size:15px}
-.kept{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
+.kept{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(125px,1fr))}
 .kept figure{margin:0;font-size:13px;line-height:1.35}
 .kept img{display:block;width:100%;height:auto;image-rendering:pixelated}
 .kept .large{image-rendering:auto}
 .kept figcaption{overflow-wrap:anywhere}
 .kept ul{list-style:none;margin:4px 0 0;padding:0;font-size:12px;color:var(--soft)}
-.kept .bar{display:block;height:4px;background:var(--line)}
+.kept li{margin-top:3px;display:flex;justify-content:space-between;flex-wrap:wrap;gap:0 6px}
+.kept .bar{flex:100%}.kept .bar{display:block;height:4px;background:var(--line)}
 .kept .bar i{display:block;height:4px;background:var(--c7)}
 .kept .proxy i{background:var(--c0)}.kept .held_out i{background:var(--c1)}
 .kept .auxiliary i{background:var(--c2)}
@@ -69,7 +75,7 @@ def _section(run_folder: Path, kind: str) -> str:
     ]
     if not records:
         return ""
-    body = _pair(run_folder, records[-1], kind)
+    body = f'<p class="soft">{_BARS}</p>' + _pair(run_folder, records[-1], kind)
     earlier = _spread(records[:-1], _EARLIER)
     if earlier:
         older = "".join(_pair(run_folder, record, kind) for record in earlier)
@@ -124,10 +130,14 @@ def _figure(sample: Mapping[str, Any], tile: bytes, alt: str) -> str:
         if reward.get("role") == role
     )
     facts = [("uncertainty", sample.get("uncertainty")), ("advantage", sample.get("advantage"))]
-    more = " · ".join(f"{name} {number(value, 2)}" for name, value in facts if value is not None)
+    more = "".join(
+        f"<li><span>{name}</span><span>{number(value, 2)}</span></li>"
+        for name, value in facts
+        if value is not None
+    )
     return (
         f"<figure>{image}<figcaption>{text(sample.get('prompt', ''))}"
-        f"<ul>{lines}<li>{more}</li></ul></figcaption></figure>"
+        f"<ul>{lines}{more}</ul></figcaption></figure>"
     )
 
 
@@ -136,11 +146,12 @@ def _line(name: str, reward: Mapping[str, Any]) -> str:
     role, rank = str(reward.get("role", "")), reward.get("rank")
     if rank is None:
         return f"<li>{text(name)}: no value</li>"
-    said = minus(f"{text(name)} {number(reward.get('value'), 3)}, beats {format_share(rank)}")
     width = 100 * min(max(float(rank), 0.0), 1.0)
     return (
-        f'<li class="{text(role)}">{said}'
-        f'<span class="bar"><i style="width:{width:.0f}%"></i></span></li>'
+        f'<li class="{text(role)}"><span>{text(name)}</span>'
+        f"<span>{minus(number(reward.get('value'), 3))}</span>"
+        f'<span class="bar" title="beats {format_share(rank)}">'
+        f'<i style="width:{width:.0f}%"></i></span></li>'
     )
 
 

@@ -127,18 +127,17 @@ def _facts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """The verdict's sentences, between what they compare, and what to try."""
+    """The conclusion with what to try, then the sentences that it rests on."""
     evaluations = run.evaluations
     verdict = judge(evaluations, run.steps)
-    span = ""
+    said = f'<p class="conclusion">{text(verdict.conclusion)}</p>'
+    said += "".join(f'<p class="soft">{text(one.advice)}</p>' for one in hacked(run))
     if verdict.sentences:
         first, last = evaluations[0]["step"], evaluations[-1]["step"]
+        lines = "".join(f"<li>{minus(text(sentence))}</li>" for sentence in verdict.sentences)
         note = "intervals are 95 % over prompts, changes are paired by prompt."
-        span = f'<p class="soft">From step {first} to step {last}: {note}</p>'
-        span += f"<p>{minus(text(' '.join(verdict.sentences)))}</p>"
-    conclusion = f'<p class="conclusion">{text(verdict.conclusion)}</p>'
-    conclusion += "".join(f'<p class="soft">{text(one.advice)}</p>' for one in hacked(run))
-    return f'<div class="verdict {verdict.tone}">{span}{conclusion}</div>'
+        said += f'<ul>{lines}</ul><p class="soft">From step {first} to step {last}: {note}</p>'
+    return f'<div class="verdict {verdict.tone}">{said}</div>'
 
 
 def _table(evaluations: Sequence[Record]) -> str:

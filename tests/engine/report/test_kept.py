@@ -87,9 +87,14 @@ def test_gated_stand_beside_trusted_with_their_ranks(tmp_path: Path) -> None:
         kept(tmp_path, step)
     kept(tmp_path, 8, ("best", "worst"))  # an iteration whose gate took none
     gated = gated_section(tmp_path)
-    assert gated.startswith("<h3>Step 7</h3>") and "Before: step 6, 3, 1" in gated
+    assert gated.startswith('<p class="soft">A bar is the share of the step')
+    assert (
+        gated.index("<h3>Step 7</h3>") < gated.index("<h3>Step 6</h3>")
+        and "Before: step 6, 3, 1" in gated
+    )
     assert greys(gated) == [0.0, 0.3] * 4
-    assert "count 0.900, beats 96 %" in gated and 'style="width:12%"' in gated
+    assert "<span>count</span><span>0.900</span>" in gated and 'title="beats 96\u00a0%"' in gated
+    assert 'style="width:12%"' in gated
     assert "judge: no value" in gated and "uncertainty 0.83 · advantage 1.5" in gated
     proxy, auxiliary, judge = (gated.index(name) for name in ("count 0", "shape", "judge:"))
     assert proxy < auxiliary < judge
