@@ -19,8 +19,9 @@ project = "gardo"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
 include_patterns = [
-    "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md", "recipes/README.md", "suites/README.md",
-    "benchmarks/README.md", "benchmarks/results/*.md", "docs/**.md",
+    "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md",
+    "recipes/README.md", "recipes/prompts/README.md", "suites/README.md", "benchmarks/README.md",
+    "benchmarks/results/*.md", "docs/**.md",
 ]  # fmt: skip
 html_theme = "furo"
 html_title = "gardo"
@@ -35,12 +36,13 @@ pygments_style = "friendly"
 
 NAVIGATION = {  # beside each page of the site; on GitHub the table of docs/index.md does it
     "Start": "quickstart one-gpu eight-gpus first-day cluster troubleshooting coming-from",
-    "Use": "choosing report trackers prompts rewards judges reward-servers fitting-rewards evaluation files "
-    "../recipes/README ../suites/README",
+    "Use": "choosing report trackers prompts rewards judges reward-servers fitting-rewards "
+    "evaluation files ../recipes/README ../recipes/prompts/README ../suites/README",
     "Understand": "gardo algorithms distributed kernels reliability evidence ../benchmarks/README "
     "../benchmarks/results/toy",
     "Extend": "plug-ins library ../CONTRIBUTING ../RELEASING",
-    "Reference": "reference/recipe reference/metrics reference/cli ../README ../CHANGELOG ../SECURITY",
+    "Reference": "reference/recipe reference/metrics reference/cli ../README ../CHANGELOG "
+    "../SECURITY",
 }
 
 
