@@ -13,13 +13,14 @@ from tests import ROOT
 TINY = (
     "run.name=run", "distributed.engine=local", "distributed.precision=float32",
     "distributed.threads=1", "model.size=[32, 32]", "model.text_tokens=8",
-    "data.prompts_per_step=2", "data.images_per_prompt=4", "train.micro_batch=16",
+    "data.prompts_per_step=2", "data.images_per_prompt=4", "train.micro_batch=8",
+    "sampler.steps=3", "sampler.train_steps=2", "evaluate.steps=2",
     "rewards.clipscore={kind: colour_statistics, role: proxy, statistic: contrast}",
     "rewards.dinov2={kind: dinov3, role: features, path: 'builtin:dinov3', size: 32}",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sd3", marks=pytest.mark.full)])
 def test_a_smoke_recipe_has_every_part(family: str, tmp_path: Path) -> None:
     sets = [*TINY, f"model.path=builtin:{family}", f"run.folder={tmp_path}"]
     recipe = str(ROOT / f"recipes/smoke_{family}.yaml")
