@@ -50,12 +50,12 @@ SMALL = (
     "rewards.bright={{kind: 'real_width:Tone', role: proxy}}",
     "rewards.contrast={{kind: 'real_width:Tone', part: std, role: auxiliary}}",
     "rewards.dinov3={{role: features, path: 'builtin:dinov3', size: 32}}",
-    "data.prompts={root}/recipes/tiny_prompts.txt", "data.prompts_per_step=2",
-    "data.images_per_prompt=2", "sampler.steps=3", "sampler.train_steps=2",
-    "train.updates_per_step=1", "model.size=[256, 256]", "model.text_tokens=64",
-    "evaluate.prompt_count=2", "evaluate.images_per_prompt=2", "evaluate.batch=2",
-    "evaluate.steps=1", "evaluate.every=2", "run.steps=2", "distributed.threads=1",
-    "model.encoders=free",
+    "data.prompts={root}/recipes/tiny_prompts.txt", "evaluate.prompts=null",
+    "data.prompts_per_step=2", "data.images_per_prompt=2", "sampler.steps=3",
+    "sampler.train_steps=2", "train.updates_per_step=1", "model.size=[256, 256]",
+    "model.text_tokens=64", "evaluate.prompt_count=2", "evaluate.images_per_prompt=2",
+    "evaluate.batch=2", "evaluate.steps=1", "evaluate.every=2", "run.steps=2",
+    "distributed.threads=1", "model.encoders=free",
 )  # fmt: skip
 LORA, FULL = "train.weights.rank=16", "train.weights={{kind: full}}"
 

@@ -20,8 +20,8 @@ extensions = ["myst_parser"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md",
-    "recipes/README.md", "suites/README.md", "benchmarks/README.md", "benchmarks/results/*.md",
-    "docs/**.md",
+    "recipes/README.md", "recipes/prompts/README.md", "suites/README.md", "benchmarks/README.md",
+    "benchmarks/results/*.md", "docs/**.md",
 ]  # fmt: skip
 html_theme = "furo"
 html_title = "gardo"
@@ -37,7 +37,7 @@ pygments_style = "friendly"
 NAVIGATION = {  # beside each page of the site; on GitHub the table of docs/index.md does it
     "Start": "quickstart one-gpu eight-gpus first-day cluster troubleshooting coming-from",
     "Use": "choosing report trackers prompts rewards judges reward-servers fitting-rewards "
-    "evaluation files ../recipes/README ../suites/README",
+    "evaluation files ../recipes/README ../recipes/prompts/README ../suites/README",
     "Understand": "gardo algorithms distributed kernels reliability evidence ../benchmarks/README "
     "../benchmarks/results/toy",
     "Extend": "plug-ins library ../CONTRIBUTING ../RELEASING",

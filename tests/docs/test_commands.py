@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,8 +83,8 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
         its_own = recipe == "recipe.yaml" or recipe.startswith(("my_", "runs/"))
         assert its_own, f"{recipe}: no such recipe"
     elif file.parent.name != "examples":  # whose modules lie there: test_examples.py
-        files = ("data.prompts=", "train.weights.path=")  # of the reader
-        load(file, [o for o in overrides if not o.startswith(files)], prompts=False)
+        files = re.compile(r"data\.prompts=(?!hf:)|train\.weights\.path=")  # of the reader
+        load(file, [o for o in overrides if not files.match(o)], prompts=False)
 
 
 full = cache(full_schema)

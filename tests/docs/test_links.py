@@ -12,7 +12,10 @@ from tests import ROOT
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-    *(ROOT / folder / "README.md" for folder in ("recipes", "benchmarks", "suites")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in ("recipes", "recipes/prompts", "benchmarks", "suites")
+    ),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from gardo.cli import app
 from gardo.data import load_prompts
-from gardo.rewards import geneval_prompts, ocr_prompts
+from gardo.rewards import caption_prompts, geneval_prompts, ocr_prompts
 from gardo.rewards.geneval_metadata import request_of
 from gardo.rewards.ocr import target_of
 from gardo.rewards.ocr_prompts import plain
@@ -31,7 +33,7 @@ def refused(*arguments: str) -> str:
     return done.stderr.strip()
 
 
-@pytest.mark.parametrize("kind", ["ocr", "geneval"])
+@pytest.mark.parametrize("kind", ["ocr", "geneval", "captions"])
 def test_files_are_the_same_for_the_same_seed(tmp_path: Path, kind: str) -> None:
     held_out = tmp_path / "kept.jsonl"
     kept = ("--held-out", str(held_out))
@@ -105,6 +107,54 @@ def test_tasks_have_equal_shares_as_far_as_they_can(tmp_path: Path) -> None:
     assert {request_of(prompt).objects[0].count for prompt in numbers} == {7}
 
 
+def test_the_first_of_a_file_are_of_all_tasks(tmp_path: Path) -> None:
+    """An evaluation takes the first so many."""
+    held_out = tmp_path / "kept.jsonl"
+    written(tmp_path, "geneval", "--count", "900", "--held-out", str(held_out))
+    first = [prompt.metadata["tag"] for prompt in load_prompts(held_out)[:64]]
+    assert len(set(first)) >= 5 and max(map(first.count, first)) < 32
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+
+def expansions(rule: str) -> int:
+    """How many texts a rule of the grammar can become, if words might come twice."""
+    return sum(
+        math.prod(expansions(name) for name in caption_prompts.RULE.findall(one) if name != "it")
+        for one in caption_prompts.grammar()[rule]
+    )
+
+
+def test_the_grammar_is_whole() -> None:
+    """Every rule that is named is there, none is never named, and none has an alternative twice."""
+    rules = caption_prompts.grammar()
+    named = {name for every in rules.values() for one in every for name in
+             caption_prompts.RULE.findall(one)}  # fmt: skip
+    assert (named - {"it"}) | {*caption_prompts.SHOWN, *caption_prompts.SHOWN.values()} == {*rules}
+    assert all(len(set(every)) == len(every) > 1 and all(every) for every in rules.values())
+    share = caption_prompts.MOST / len(caption_prompts.KINDS)
+    assert min(expansions(kind) for kind in caption_prompts.KINDS) > 10 * share
+
+
+def test_captions_are_of_all_kinds_in_plain_english(tmp_path: Path) -> None:
+    prompts = written(tmp_path, "captions", "--count", "1100", "--seed", "3")
+    tags = [prompt.metadata["tag"] for prompt in prompts]
+    assert {tag: tags.count(tag) for tag in set(tags)} == dict.fromkeys(caption_prompts.KINDS, 100)
+    for prompt in prompts:
+        assert re.fullmatch(r"[A-Za-z0-9 ,'-]+", prompt), prompt
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |\b(\w+) \1\b| ,", prompt), prompt
+        assert 3 < len(prompt.split()) < 50
+
+
+def test_no_two_captions_show_the_same_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the medium, the light and the camera they still differ, in both files."""
+    plain = dict.fromkeys(caption_prompts.KINDS, "it")
+    monkeypatch.setattr(caption_prompts, "SHOWN", plain)
+    trained, held_out = caption_prompts.prompts(3000, 5, 300)
+    assert len({one["prompt"] for one in trained + held_out}) == 3300
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -122,6 +172,9 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert refused(*few, nowhere) == f"--out {nowhere}: No such file or directory; give another"
     assert refused("ocr", "--count", "1000001", "--out", out) == (
         "count: 1000001 prompts; at most 1000000"
+    )
+    assert refused("captions", "--count", "20000", "--out", out, "--held-out", out + "l.jsonl") == (
+        "count: 22000 prompts; at most 20000"
     )
     assert refused("geneval", "--count", "241", "--task", "counting", "--out", out) == (
         "count: counting can ask 240 things, not 241"

@@ -67,6 +67,21 @@ def geneval(
     _write(drawn, count, out, held_out, held_out_count)
 
 
+@prompts.command()
+def captions(
+    count: CountOption,
+    out: OutOption,
+    seed: SeedOption = 0,
+    held_out: HeldOutOption = None,
+    held_out_count: HeldOutCountOption = None,
+) -> None:
+    """Captions of all kinds of pictures, for rewards that judge any; no two show the same thing."""
+    from gardo.rewards import caption_prompts
+
+    _write(lambda kept: caption_prompts.prompts(count, seed, kept), count, out, held_out,
+           held_out_count)  # fmt: skip
+
+
 def _write(
     drawn: Callable[[int], tuple[Objects, Objects]],
     count: int,

@@ -119,7 +119,7 @@ def as_text(of: Plan) -> str:
         f"{time.flops / 1e15:.2f} PFLOP a GPU",
         f"gathering  {time.gathering:.1f} s, if nothing of it is hidden "
         f"({(NVLINK if of.nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",
-        f"run        {recipe.run.steps} iterations: {of.hours:.1f} hours, {of.images:,} images, "
+        f"run        {recipe.run.steps} iterations: {_long(of.hours)}, {of.images:,} images, "
         "without rewards and evaluations",
         f"disk       {gigabytes(_disk(recipe, shadow))} GB of checkpoints and export",
     ]
@@ -187,6 +187,10 @@ def advice_line(recipe: Recipe, found: tuple[list[Change], Memory] | None) -> st
     changes, memory = found
     settings = " ".join(change.on(recipe) for change in changes)
     return f"fits with  {settings}   (peak {gigabytes(memory.peak)} GB)"
+
+
+def _long(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _disk(recipe: Recipe, shadow: Shadow) -> int:

@@ -208,8 +208,9 @@ def files(
 ) -> tuple[list[Any], list[Any]]:
     """(`count` objects of a .jsonl file, `held_out` others): {"prompt": ..., "tag": TASK} each.
 
-    The tasks have equal shares; what one cannot ask any more, the others do. ValueError where all
-    together cannot ask that many.
+    The tasks have equal shares; what one cannot ask any more, the others do. They stand in no
+    order, so that the first few of a file are of all tasks. ValueError where all together cannot
+    ask that many.
     """
     for name in tasks:
         known(name, TASKS, "a task of GenEval's")
@@ -233,11 +234,8 @@ def files(
         for task in room
         for prompt in prompts(task, shares[task], seed, numbers=numbers)
     ]
-    kept = set(random.Random(f"held out {seed}").sample(range(len(every)), held_out))
-    return (
-        [one for at, one in enumerate(every) if at not in kept],
-        [one for at, one in enumerate(every) if at in kept],
-    )
+    random.Random(f"held out {seed}").shuffle(every)
+    return every[held_out:], every[:held_out]
 
 
 def _request(task: Task, index: int, classes: Sequence[str], numbers: Sequence[int]) -> Request:

@@ -21,17 +21,19 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
-def test_every_full_size_recipe_loads_and_fits(path: Path, tmp_path: Path) -> None:
-    """With prompts that its rewards know; without, it says which file is missing."""
-    prompt = 'a sign that says "OPEN"' if "ocr" in path.stem else "a photo of a bench"
-    (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
-    recipe = load(path, [f"data.prompts={tmp_path / 'prompts.txt'}"])
+def test_every_full_size_recipe_loads_and_fits(path: Path) -> None:
+    """With prompts that lie beside it, of which its rewards know every line."""
+    recipe = load(path)
     for ranks in (1, 2, 4, 8):
         plan = geometry(recipe, rank=0, world=ranks)
         assert plan.rows == plan.micro_batch * plan.accumulation
     stage = {"lora": 1, "full": 3}[recipe.train.weights.kind]  # a LoRA's base is whole everywhere
     assert recipe.distributed.precision == "bfloat16" and recipe.distributed.stage == stage
-    assert "data.prompts: no such file" in refusal(path)
+    trained, evaluated = recipe.prompts(), recipe.evaluation_prompts()
+    assert len(trained) == len(set(trained)) >= 1000 > len(evaluated) > 1
+    assert not set(trained) & set(evaluated)
+    for field in ("data.prompts", "evaluate.prompts"):
+        assert refusal(path, [f"{field}=nowhere.txt"]).startswith(f"--set {field}: no such file")
 
 
 # The scripts of DanceGRPO and MixGRPO take FluxPipeline's default, the others name their number.

@@ -276,7 +276,7 @@ def test_the_command(tmp_path):
     good = CliRunner().invoke(app, ["plan", tiny, "--gpus", "2", "--gpu-memory", "8GB"])
     assert good.exit_code == 0, good.output
     assert "2 GPUs of 8.0 GB" in good.output and ": fits" in good.output
-    assert "not measured" in good.output
+    assert "not measured" in good.output and "iterations: 0.0 minutes, " in good.output
     small = CliRunner().invoke(app, ["plan", tiny, "--gpus", "2", "--gpu-memory", "0.5GB"])
     assert small.exit_code == 1
     assert "does not fit" in small.output and "nothing that was tried" in small.output
