@@ -71,7 +71,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "report":        "types licences policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow machine nvidia policies gardo_kernels | torch",
+    "doctor":        "machine nvidia policies gardo_kernels recipe recipe_errors recipe_rules licences"
+                     " distributed hf_prompts planner rewards | torch",
     "loading":       "data machine recipe recipe_errors distributed planner policies rewards types"
                      " | torch diffusers transformers",
     "suite":         "config data evaluation recipe recipe_errors recipe_rules policies rewards"

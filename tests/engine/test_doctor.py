@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gardo import cli, doctor
-from gardo.doctor import Finding
+from gardo import cli
+from gardo.doctor import machine as doctor
+from gardo.doctor.finding import Finding
 from gardo_kernels import Backend
 from gardo_kernels._examples import Examples, On, op_modules
 from tests import ROOT

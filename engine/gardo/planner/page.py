@@ -121,7 +121,7 @@ def as_text(of: Plan) -> str:
         f"({(NVLINK if of.nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",
         f"run        {recipe.run.steps} iterations: {of.hours:.1f} hours, {of.images:,} images, "
         "without rewards and evaluations",
-        f"disk       {gigabytes(_disk(recipe, shadow))} GB of checkpoints and export",
+        f"disk       {gigabytes(disk_bytes(recipe, shadow))} GB of checkpoints and export",
     ]
     return "\n".join(lines)
 
@@ -159,7 +159,7 @@ def as_data(of: Plan) -> dict[str, Any]:
         "modelled_seconds": {**of.time.phases, "total": of.time.total},
         "modelled_hours": of.hours,
         "images": of.images,
-        "disk_bytes": _disk(recipe, of.shadow),
+        "disk_bytes": disk_bytes(recipe, of.shadow),
     }
 
 
@@ -189,7 +189,7 @@ def advice_line(recipe: Recipe, found: tuple[list[Change], Memory] | None) -> st
     return f"fits with  {settings}   (peak {gigabytes(memory.peak)} GB)"
 
 
-def _disk(recipe: Recipe, shadow: Shadow) -> int:
+def disk_bytes(recipe: Recipe, shadow: Shadow) -> int:
     """Checkpoints that are kept, one that is being written, and the exported weights."""
     moments = moment_bytes(recipe.train.optimizer.name, recipe.distributed.masters)
     of_one = ceil(shadow.trainable * (4 + moments + 4 * len(recipe.slots)))
