@@ -57,6 +57,7 @@ setup(
         "gardo": [
             "py.typed",
             "**/*.txt",
+            "new/*.yaml",
             "published/**/*.json",
             "tiny/weights/**/*.json",
             "tiny/weights/**/*.safetensors",

@@ -14,6 +14,7 @@ from gardo.cli import (
     doctor,
     evaluate,
     export,
+    new,
     plan,
     prompts,
     report,
@@ -29,11 +30,12 @@ app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
     "(GARDO).",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
 for command, name in (
+    (new.new, "new"),
     (train.train, "train"),
     (plan.plan, "plan"),
     (sample.sample, "sample"),

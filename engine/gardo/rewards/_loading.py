@@ -6,16 +6,18 @@ Rewards of one panel that run the same weights have one copy of them: `one_copy_
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from gardo.hub import download_error
 from gardo.rewards.base import Weights, tower_of, weights_dtype
-from gardo.settings import model_path
+from gardo.settings import FieldError, is_hub_id, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,16 +35,22 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
+def read_weights(
+    path: str, file: str, revision: str | None, *, field: str = "path"
+) -> dict[str, Tensor]:
     """The state dict in `file` (.safetensors, or torch's format) of a folder or hub id.
 
-    A training checkpoint's is under `state_dict`. ValueError where the file holds none.
+    A training checkpoint's is under `state_dict`. ValueError where the file holds none, and,
+    opening with the `field` that names it, where there is no such file.
     """
 
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    found = cached_file(model_path(path), file, revision=revision)
+    try:
+        found = cached_file(model_path(path), file, revision=revision)
+    except OSError as error:
+        raise _not_had(error, field, path, revision, "weights", [file]) from error
     try:
         if file.endswith(".safetensors"):
             return load_file(found)
@@ -86,7 +94,22 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{where} holds no weights: {error}") from error
+        files = ["config.json", "model*.safetensors*"]
+        raise _not_had(error, field, path, revision, "weights", files) from error
+
+
+def _not_had(
+    error: Exception,
+    field: str,
+    path: str,
+    revision: str | None,
+    what: str,
+    files: Sequence[str],
+) -> FieldError:
+    """What is said of a model that is not to be had: of a hub id how it is got."""
+    if is_hub_id(path) and not Path(model_path(path)).is_dir():
+        return download_error(error, field, path, revision, files)
+    return FieldError(f"{field}: {path!r} holds no {what}: {error}")
 
 
 def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
@@ -104,7 +127,8 @@ def type_of(where: str, path: str, revision: str | None) -> str | None:
     try:
         config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} holds no model: {error}") from error
+        field = where.partition(":")[0]
+        raise _not_had(error, field, path, revision, "model", ["config.json"]) from error
     found: str | None = config.get("model_type")
     return found
 

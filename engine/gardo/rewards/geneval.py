@@ -68,7 +68,6 @@ class GenevalSettings(ModelRewardSettings):
 
 class Geneval(Reward):
     Settings = GenevalSettings
-    packages = ("scipy",)  # of transformers' Mask2Former
     limits = (0.0, 1.0)
     about = About(
         "share of the prompt's rules that hold, or all of them",
