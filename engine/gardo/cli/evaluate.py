@@ -53,6 +53,10 @@ def eval_(
 
     All models get the same noise. The same command again goes on where it was cut; a finished one
     draws nothing again, with --against only compares.
+
+    gardo eval builtin:flux --suite suites/tiny.yaml
+
+    gardo eval --run runs/one --suite suites/tiny.yaml --against evaluations/tiny/builtin-flux
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo import launch

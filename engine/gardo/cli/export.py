@@ -33,7 +33,12 @@ def export(
         typer.Option("--universal", help="DeepSpeed's universal checkpoint instead, with moments"),
     ] = False,
 ) -> None:
-    """Write a run's trained weights for other programs, and a model card: docs/files.md."""
+    """Write a run's trained weights for other programs, and a model card: docs/files.md.
+
+    gardo export runs/tiny-flux-gardo
+
+    gardo export runs/tiny-flux-gardo --format kohya --step 20 --out my-lora
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.export import export_run, export_universal
     from gardo.loading import quiet_libraries
@@ -59,7 +64,10 @@ def import_(
     lora: Annotated[Path, typer.Argument(help="a LoRA: PEFT's folder, or a file of diffusers")],
     out: Annotated[Path, typer.Option(help="the folder to write to")],
 ) -> None:
-    """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it."""
+    """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it.
+
+    gardo import my-lora --out imported
+    """
     import yaml
 
     from gardo.files import made_folder

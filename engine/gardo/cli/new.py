@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +51,14 @@ def new(
     from gardo.planner.page import bytes_of
     from gardo.recipe_errors import RecipeError
 
-    command = shlex.join(["gardo", *sys.argv[1:]])
+    options: list[tuple[str, object]] = [
+        ("--model", model),
+        *(("--reward", name) for name in reward),
+        ("--gpus", gpus),
+    ]
+    options += [("--gpu-memory", gpu_memory), ("--weights", weights), ("--algorithm", algorithm)]
+    options += [("--prompts", prompts)] if prompts else []
+    command = shlex.join(["gardo", "new", str(out), *(str(w) for o in options for w in o)])
     try:
         if weights not in ("lora", "full"):
             raise ValueError(f"--weights {weights}: lora or full")

@@ -16,11 +16,15 @@ import torch
 from safetensors import SafetensorError
 
 from gardo.hub import download_error
+from gardo.rewards._files import WEIGHTS
 from gardo.rewards.base import Weights, tower_of, weights_dtype
 from gardo.settings import FieldError, is_hub_id, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+CONFIG = ("config.json",)
+FILES = (*CONFIG, *WEIGHTS)
 
 _TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", default=None)
 
@@ -82,7 +86,7 @@ def load_model(
     the `field` that names it, where that is not so or as `filled_model` says.
     """
     where = f"{field}: {path!r}"
-    check_type(where, path, revision, model_class.config_class.model_type, also)
+    check_type(where, path, revision, model_class.config_class.model_type, also, files=FILES)
     try:
         return filled_model(
             model_class,
@@ -94,8 +98,7 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, SafetensorError) as error:
-        files = ["config.json", "model*.safetensors*"]
-        raise _not_had(error, field, path, revision, "weights", files) from error
+        raise _not_had(error, field, path, revision, "weights", FILES) from error
 
 
 def _not_had(
@@ -112,23 +115,34 @@ def _not_had(
     return FieldError(f"{field}: {path!r} holds no {what}: {error}")
 
 
-def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
+def check_type(
+    where: str,
+    path: str,
+    revision: str | None,
+    *kinds: str | None,
+    files: Sequence[str] = CONFIG,
+) -> None:
     """ValueError unless the config.json is of one of the types of models."""
-    found = type_of(where, path, revision)
+    found = type_of(where, path, revision, files)
     if found not in kinds:
         wanted = " or ".join(filter(None, kinds))
         raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
 
 
-def type_of(where: str, path: str, revision: str | None) -> str | None:
-    """The type of model that the config.json says. ValueError where there is none."""
+def type_of(
+    where: str, path: str, revision: str | None, files: Sequence[str] = CONFIG
+) -> str | None:
+    """The type of model that the config.json says. ValueError where there is none.
+
+    `files` are those of the model that are needed, for who has to get them.
+    """
     from transformers import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
     except (OSError, ValueError) as error:
         field = where.partition(":")[0]
-        raise _not_had(error, field, path, revision, "model", ["config.json"]) from error
+        raise _not_had(error, field, path, revision, "model", files) from error
     found: str | None = config.get("model_type")
     return found
 
