@@ -87,8 +87,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " rewards |",
     "export":        "recipe recipe_text card config distributed recipe_errors policies loading"
                      " report | torch",
-    "new":           "config planner recipe recipe_errors recipe_rules recipe_text hf_prompts"
-                     " licences rewards suite tiny |",
+    "new":           "config data planner recipe recipe_errors recipe_rules recipe_text hf_prompts"
+                     " licences rewards suite tiny types |",
     "reward_worker": "config machine recipe_errors rewards | torch",
     "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",

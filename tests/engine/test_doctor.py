@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gardo_kernels
 from gardo import cli
 from gardo.doctor import machine as doctor
 from gardo.doctor.finding import Finding
@@ -166,7 +167,7 @@ def test_triton_that_does_not_start_is_said_once(
 ) -> None:
     """And no kernel is tried after it: each would say the same."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(doctor, "triton_trouble", lambda device: "no C compiler")
+    monkeypatch.setattr(gardo_kernels, "triton_trouble", lambda device: "no C compiler")
     first, *rest = doctor._kernels(torch.device("cuda", 0), kernels)
     assert first == Finding("kernels", state, "no C compiler")
     assert {finding.detail for finding in rest} == {"plain torch"}

@@ -64,7 +64,7 @@ def new(
             raise ValueError(f"--weights {weights}: lora or full")
         asked = Asked(
             model=model, rewards=reward, gpus=gpus, room=bytes_of(gpu_memory), weights=weights,
-            algorithm=algorithm, prompts="", held_out=0, name=run_name(out),
+            algorithm=algorithm, prompts="", prompt=None, held_out=0, name=run_name(out),
         )  # fmt: skip
         lines = write_recipe(out, asked, prompts, command)
     except (RecipeError, ValueError) as error:

@@ -15,9 +15,10 @@ from gardo.settings import described
 WIDTH = 100
 
 
-def commented(raw: Mapping[str, Any], recipe: Recipe, head: str) -> str:
-    """`raw` are the values, `recipe` what they were checked to be; `head` is said above."""
-    lines = [*_comment(head, "")]
+def commented(raw: Mapping[str, Any], recipe: Recipe, command: str, head: str) -> str:
+    """`raw` are the values, `recipe` what they were checked to be; `command` and `head` are said
+    above, the command on a line of its own."""
+    lines = ["# Written by", f"#     {command}", *_comment(head, "")]
     for name, section in raw.items():
         lines += ["", *_comment(_said(recipe, name), ""), f"{name}:"]
         lines += _rewards(section, recipe) if name == "rewards" else _fields(

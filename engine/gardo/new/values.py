@@ -14,12 +14,14 @@ from gardo import plugins
 from gardo.config import check
 from gardo.planner import geometry
 from gardo.planner.geometry import divisors
-from gardo.planner.page import Plan, plan
+from gardo.planner.page import plan, verdict_line
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.recipe_rules import WITHOUT_PROMPTS
 from gardo.recipe_text import read, read_yaml
 from gardo.suite import family_of
+from gardo.tiny import world
+from gardo.types import Prompt
 
 USUAL_GPUS = 8  # that the batches of the starts are for
 LEAST = 12  # prompts an iteration, where fewer GPUs take fewer; a smaller start stays as it is
@@ -37,6 +39,7 @@ class Asked:
     weights: Literal["lora", "full"]
     algorithm: str
     prompts: str  # as the recipe names them
+    prompt: Prompt | None  # the first of them, where they are known
     held_out: float  # share of them
     name: str  # of the run
 
@@ -88,6 +91,8 @@ def values(asked: Asked) -> Raw:
         "distributed": distributed,
         "run": {"name": asked.name, **start["run"]},
     }
+    if raw["evaluate"]["diversity"] == "attributes" and not _of_the_tiny_world(asked.prompt):
+        raw["evaluate"]["diversity"] = "features"
     if asked.held_out:
         raw["data"]["held_out"] = asked.held_out
         raw["evaluate"]["prompts"] = "held_out"
@@ -107,11 +112,12 @@ def panel(asked: Asked, start: Mapping[str, Mapping[str, Raw]]) -> Raw:
     for name in others:
         roles[name] = "features" if _gives_features(named[name]) else checks
     if checks not in roles.values():
-        roles |= {name: checks for name in start["auxiliary"] if name not in roles}
+        roles |= {n: checks for n in start["auxiliary"] if n not in roles and _suits(n, asked)}
     if "features" not in roles.values():
         roles |= dict.fromkeys(start["features"], "features")
     if checks != "held_out":
-        roles |= {next(n for n in start["held_out"] if n not in roles): "held_out"}
+        left = [name for name in start["held_out"] if name not in roles and _suits(name, asked)]
+        roles |= dict.fromkeys(left[:1], "held_out")
     return {
         name: {
             **({"kind": named[name]} if named.get(name, name) != name else {}),
@@ -120,6 +126,24 @@ def panel(asked: Asked, start: Mapping[str, Mapping[str, Raw]]) -> Raw:
         }
         for name, role in roles.items()
     }
+
+
+def _suits(name: str, asked: Asked) -> bool:
+    """Whether a reward of the start can score the prompts: those of the tiny world ask for it."""
+    try:
+        if asked.prompt is not None:
+            plugins.resolve("gardo.rewards", name).check_prompt(asked.prompt)
+    except ValueError:
+        return False
+    return True
+
+
+def _of_the_tiny_world(prompt: Prompt | None) -> bool:
+    try:
+        world.parse(prompt or "")
+    except ValueError:
+        return False
+    return True
 
 
 def _gives_features(name: str) -> bool:
@@ -132,23 +156,24 @@ def _gives_features(name: str) -> bool:
 # ---- a batch that splits, in memory that is there ------------------------------------------------
 
 
-def fitted(raw: Raw, asked: Asked, source: str) -> tuple[Raw, Plan | None]:
-    """With a batch that splits over the GPUs, and what makes it fit there, and the plan of it.
+def fitted(raw: Raw, asked: Asked, source: str) -> tuple[Raw, str]:
+    """With a batch that splits over the GPUs, and what makes it fit there; and the verdict.
 
-    No plan of a model that is too small to ask, or not known without a download. RecipeError.
+    None, "", of a model that is too small to ask. RecipeError.
     """
     raw = split(raw, asked.gpus, source)
     recipe = _checked(raw, source)
     if recipe.model.path.startswith("builtin:"):
-        return raw, None
+        return raw, ""
     planned = plan(recipe, world=asked.gpus, room=asked.room, source=source)
-    if not planned.fits and planned.advice:
-        for change in planned.advice[0]:
-            for setting in filter(None, change.on(recipe).split("--set ")):
-                field, _, value = setting.strip().partition("=")
-                put(raw, field.split("."), read_yaml(value, field))
-        planned = plan(_checked(raw, source), world=asked.gpus, room=asked.room, source=source)
-    return raw, planned
+    if planned.fits or not planned.advice:
+        return raw, verdict_line(planned.memory, planned.room, planned.settled)
+    changes, memory = planned.advice
+    for change in changes:
+        for setting in filter(None, change.on(recipe).split("--set ")):
+            field, _, value = setting.strip().partition("=")
+            put(raw, field.split("."), read_yaml(value, field))
+    return raw, verdict_line(memory, planned.room, _checked(raw, source))
 
 
 def split(raw: Raw, gpus: int, source: str) -> Raw:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gardo.config import check, load
+from gardo.data import load_prompts, prompt_of
 from gardo.files import write_atomically
 from gardo.hf_prompts import is_dataset
 from gardo.licences import licence_of
 from gardo.new.text import commented
 from gardo.new.values import Asked, Raw, fitted, starts, values
-from gardo.planner.page import verdict_line
 from gardo.recipe_errors import RecipeError
 from gardo.recipe_rules import WITHOUT_PROMPTS
 from gardo.tiny import world
+from gardo.types import Prompt
 
 COUNT, HELD_OUT = 640, 0.1  # prompts that are written, and the share for evaluations
 
@@ -38,18 +39,25 @@ def write_recipe(out: Path, asked: Asked, prompts: str | None, command: str) -> 
     rows = [] if prompts else prompts_for(asked)
     share = 0.0 if prompts or asked.model.startswith("builtin:") else HELD_OUT
     named = _named(prompts, out.parent) if prompts else made.name
-    asked = replace(asked, prompts=named, held_out=share)
-    raw, planned = fitted(values(asked), asked, str(out))
+    first = prompt_of(dict(rows[0]), "prompt") if rows else _first_of(prompts)
+    asked = replace(asked, prompts=named, prompt=first, held_out=share)
+    raw, verdict = fitted(values(asked), asked, str(out))
     recipe = check(raw, str(out), rules=WITHOUT_PROMPTS)
-    text = commented(raw, recipe, _head(asked, raw, command))
+    text = commented(raw, recipe, command, _head(asked, raw))
     files = {out: text.encode()}
     if rows:
         files[made] = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
     _write(files, lambda: load(out))
     lines = [f"{made}: {len(rows)} prompts"] if rows else []
     lines += [f"{out}: {raw['algorithm']['name']}, {' '.join(raw['rewards'])}"]
-    lines += [verdict_line(planned.memory, planned.room, planned.settled)] if planned else []
+    lines += [verdict] if verdict else []
     return [*lines, *_next(out, asked.gpus)]
+
+
+def _first_of(prompts: str | None) -> Prompt | None:
+    """Of a file; none of what is no file here, which the recipe's check says."""
+    file = Path(prompts or "").expanduser()
+    return load_prompts(file)[0] if file.is_file() else None
 
 
 def _named(prompts: str, folder: Path) -> str:
@@ -87,13 +95,12 @@ def _write(files: dict[Path, bytes], works: Callable[[], Any]) -> None:
         raise
 
 
-def _head(asked: Asked, raw: Raw, command: str) -> str:
+def _head(asked: Asked, raw: Raw) -> str:
     models, path = starts()["models"], raw["model"]["path"]
     base = models.get(asked.model) or models[raw["model"]["family"]]
     licence = licence_of(path)
     of = f" Licence of {path}: {licence.title}. {licence.terms}" if licence.terms else ""
     return (
-        f"Written by `{command}`.\n"
         f"The numbers are those of the recipe {base['recipe']} that comes with gardo, but for what "
         "the rewards, the GPUs and their memory asked to be changed; they belong to its batch."
         f"{of}\nEvery field that is not here has a default: docs/reference/recipe.md, "
