@@ -46,7 +46,7 @@ def switched(
 
 
 def _is_default(field: Any, value: Any) -> bool:
-    kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:
         given = TypeAdapter(kind).validate_python(value)
     except ValidationError:

@@ -178,7 +178,7 @@ def test_a_full_size_recipe_fits_where_it_is_to_run(tmp_path: Path) -> None:
         (("--model", "flux", "--reward", "hps"), "rewards.hps.kind: 'hps' is none of aesthetic"),
         (("--model", "no/such", "--reward", "ocr"), "--model no/such: no folder of Flux or SD3"),
         ((*TINY, "--algorithm", "grpo"), "algorithm.name: 'grpo' is none of awm"),
-        ((*TINY, "--weights", "some"), "--weights some: lora or full"),
+        ((*TINY, "--weights", "some"), "Invalid value for '--weights'"),
         ((*TINY, "--gpu-memory", "big"), "'big' is no memory size"),
         ((*TINY, "--prompts", "none.txt"), "data.prompts: no such file"),
         ((*TINY, "--reward", "yes_no"), "rewards.yes_no.path: is missing"),

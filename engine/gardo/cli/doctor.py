@@ -51,17 +51,23 @@ def doctor(
         room = bytes_of(gpu_memory) if gpu_memory else None
     except ValueError as error:
         refuse(f"--gpu-memory {error}")
-    every, data = [], []
+    every: list[tuple[str, Finding]] = []
     for part, finding in _findings(found, str(recipe), gpus, room):
         if not as_json:
-            title = "" if any(p == part for p, _ in every) or not recipe else f"{part}\n"
-            print(f"{chr(10) if title and every else ''}{title}{finding.as_text()}", flush=True)
+            _print(part, finding, after=every[-1][0] if every else "", titled=found is not None)
         every.append((part, finding))
-        data.append({"about": part, **finding.as_data()})
     state = worst(finding for _, finding in every)
     if as_json:
+        data = [{"about": part, **finding.as_data()} for part, finding in every]
         print(json.dumps({"findings": data, "worst": state}, indent=1))
     raise typer.Exit(int(state == "problem"))
+
+
+def _print(part: str, finding: Finding, *, after: str, titled: bool) -> None:
+    """A line, behind the title of its part where that begins."""
+    if titled and part != after:
+        print("\n" * bool(after) + part)
+    print(finding.as_text(), flush=True)
 
 
 def _findings(

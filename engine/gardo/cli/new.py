@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gardo.cli.common import refuse
+
+
+class Weights(StrEnum):
+    LORA = "lora"
+    FULL = "full"
 
 
 def new(
@@ -24,7 +30,7 @@ def new(
     ],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that it is to run on")] = 8,
     gpu_memory: Annotated[str, typer.Option(help="of each: 80GB, 79GiB")] = "80GB",
-    weights: Annotated[str, typer.Option(help="what trains: lora, or full")] = "lora",
+    weights: Annotated[Weights, typer.Option(help="what trains")] = Weights.LORA,
     algorithm: Annotated[
         str, typer.Option(help="gardo around the model's usual one, or another alone")
     ] = "gardo",
@@ -56,14 +62,17 @@ def new(
         *(("--reward", name) for name in reward),
         ("--gpus", gpus),
     ]
-    options += [("--gpu-memory", gpu_memory), ("--weights", weights), ("--algorithm", algorithm)]
+    options += [
+        ("--gpu-memory", gpu_memory),
+        ("--weights", weights.value),
+        ("--algorithm", algorithm),
+    ]
     options += [("--prompts", prompts)] if prompts else []
     command = shlex.join(["gardo", "new", str(out), *(str(w) for o in options for w in o)])
+    full = weights is Weights.FULL
     try:
-        if weights not in ("lora", "full"):
-            raise ValueError(f"--weights {weights}: lora or full")
         asked = Asked(
-            model=model, rewards=reward, gpus=gpus, room=bytes_of(gpu_memory), weights=weights,
+            model=model, rewards=reward, gpus=gpus, room=bytes_of(gpu_memory), full=full,
             algorithm=algorithm, prompts="", prompt=None, held_out=0, name=run_name(out),
         )  # fmt: skip
         lines = write_recipe(out, asked, prompts, command)

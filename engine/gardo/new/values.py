@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import gcd
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gardo import plugins
 from gardo.config import check
@@ -36,7 +36,7 @@ class Asked:
     rewards: Sequence[str]
     gpus: int
     room: int  # bytes of each GPU
-    weights: Literal["lora", "full"]
+    full: bool  # all weights train, not a LoRA
     algorithm: str
     prompts: str  # as the recipe names them
     prompt: Prompt | None  # the first of them, where they are known
@@ -73,7 +73,7 @@ def values(asked: Asked) -> Raw:
         asked.algorithm
     )
     train, distributed = start["train"], start["distributed"]
-    if asked.weights == "full":
+    if asked.full:
         train = {**train, **copy.deepcopy(starts()["full"]["train"])}
         distributed = {**distributed, "stage": 3}
     data = {**start["data"], **own.get("data", {})}
