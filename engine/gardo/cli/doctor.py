@@ -45,7 +45,7 @@ def doctor(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     found = checked(recipe, set_, prompts=False) if recipe else None
     from gardo.doctor.finding import worst
-    from gardo.planner.page import bytes_of
+    from gardo.planner.sizes import bytes_of
 
     try:
         room = bytes_of(gpu_memory) if gpu_memory else None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gardo import lazily
 from gardo.cli.common import refuse
 
 
@@ -40,9 +41,10 @@ def export(
     gardo export runs/tiny-flux-gardo --format kohya --step 20 --out my-lora
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _refuse_early(run)
     from gardo.export import export_run, export_universal
     from gardo.loading import quiet_libraries
-    from gardo.planner.page import bytes_of
+    from gardo.planner.sizes import bytes_of
     from gardo.recipe_errors import RecipeError
 
     quiet_libraries()
@@ -58,6 +60,15 @@ def export(
                              shard_bytes=shard))  # fmt: skip
     except (RecipeError, ValueError) as error:
         refuse(error)
+
+
+def _refuse_early(run: Path) -> None:
+    """A folder of no run, before torch is loaded."""
+    from gardo.distributed.saved import no_run
+
+    if problem := no_run(run):
+        refuse(problem)
+    lazily.load_now()
 
 
 def import_(

@@ -54,7 +54,7 @@ def new(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.new.values import Asked
     from gardo.new.write import run_name, write_recipe
-    from gardo.planner.page import bytes_of
+    from gardo.planner.sizes import bytes_of
     from gardo.recipe_errors import RecipeError
 
     options: list[tuple[str, object]] = [

@@ -14,7 +14,6 @@ from gardo import plugins
 from gardo.config import check
 from gardo.planner import geometry
 from gardo.planner.geometry import divisors
-from gardo.planner.page import plan, verdict_line
 from gardo.recipe import Recipe
 from gardo.recipe_errors import RecipeError
 from gardo.recipe_rules import WITHOUT_PROMPTS
@@ -165,6 +164,8 @@ def fitted(raw: Raw, asked: Asked, source: str) -> tuple[Raw, str]:
     recipe = _checked(raw, source)
     if recipe.model.path.startswith("builtin:"):
         return raw, ""
+    from gardo.planner.page import plan, verdict_line  # seconds, and none of a refusal's
+
     planned = plan(recipe, world=asked.gpus, room=asked.room, source=source)
     if planned.fits or not planned.advice:
         return raw, verdict_line(planned.memory, planned.room, planned.settled)

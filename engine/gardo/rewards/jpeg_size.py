@@ -18,17 +18,20 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
+from gardo.lazily import no_grad
 from gardo.rewards._pixels import eight_bits
 from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KILO = 1000  # as DDPO has it
 
@@ -55,7 +58,7 @@ class JpegSize(Reward):
         verified="in full, with Pillow's encoder",
     )
 
-    @torch.no_grad()
+    @no_grad
     def score(self, images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         sign = -1 if self.settings.compress else 1
         values = [
