@@ -241,8 +241,8 @@ def _writable(folder: Path) -> Path | None:
 
 def checkpoint_of(folder: Path, step: int | None) -> Saved:
     """The checkpoint of a step, or the newest."""
-    if problem := no_run(folder):
-        raise RecipeError(problem)
+    if nothing := no_run(folder):
+        raise RecipeError(nothing)
     found = committed(folder / "checkpoints")
     wanted = [p for p in found if step is None or step_of(p) == step]
     if not wanted:
