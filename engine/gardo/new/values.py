@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -155,10 +155,12 @@ def _gives_features(name: str) -> bool:
 # ---- a batch that splits, in memory that is there ------------------------------------------------
 
 
-def fitted(raw: Raw, asked: Asked, source: str) -> tuple[Raw, str]:
+def fitted(
+    raw: Raw, asked: Asked, source: str, say: Callable[[str], object] = print
+) -> tuple[Raw, str]:
     """With a batch that splits over the GPUs, and what makes it fit there; and the verdict.
 
-    None, "", of a model that is too small to ask. RecipeError.
+    None, "", of a model that is too small to ask. `say` is told what takes long. RecipeError.
     """
     raw = split(raw, asked.gpus, source)
     recipe = _checked(raw, source)
@@ -166,6 +168,7 @@ def fitted(raw: Raw, asked: Asked, source: str) -> tuple[Raw, str]:
         return raw, ""
     from gardo.planner.page import plan, verdict_line  # seconds, and none of a refusal's
 
+    say(f"planning for --gpus {asked.gpus} of {asked.room / 1e9:g} GB, up to a minute")
     planned = plan(recipe, world=asked.gpus, room=asked.room, source=source)
     if planned.fits or not planned.advice:
         return raw, verdict_line(planned.memory, planned.room, planned.settled)

@@ -23,7 +23,7 @@ from gardo.recipe_rules import WITHOUT_PROMPTS
 from gardo.tiny import world
 from gardo.types import Prompt
 
-COUNT, HELD_OUT = 640, 0.1  # prompts that are written, and the share for evaluations
+COUNT, HELD_OUT = 800, 0.1  # prompts that are written, and the share for evaluations
 
 
 def write_recipe(out: Path, asked: Asked, prompts: str | None, command: str) -> list[str]:
@@ -41,7 +41,7 @@ def write_recipe(out: Path, asked: Asked, prompts: str | None, command: str) -> 
     named = _named(prompts, out.parent) if prompts else made.name
     first = prompt_of(dict(rows[0]), "prompt") if rows else _first_of(prompts)
     asked = replace(asked, prompts=named, prompt=first, held_out=share)
-    raw, verdict = fitted(values(asked), asked, str(out))
+    raw, verdict = fitted(values(asked), asked, str(out), lambda text: print(text, flush=True))
     recipe = check(raw, str(out), rules=WITHOUT_PROMPTS)
     text = commented(raw, recipe, command, _head(asked, raw))
     files = {out: text.encode()}
