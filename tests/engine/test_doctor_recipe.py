@@ -178,6 +178,20 @@ def test_memory_is_planned_for_gpus_that_are_not_here(room: int, state: str) -> 
     assert {"disk", "device", "host memory"}.isdisjoint(said), "they are other machines'"
 
 
+def test_gpus_that_are_here_need_their_host_too() -> None:
+    offload = ["distributed.offload=optimizer", "train.weights={kind: full}"]
+    asked = load(TINY, offload, prompts=False)
+    where = needs.Where(gpus=2, room=80 * 10**9, here=True)
+    said = {f.name: f for f in needs.examine(asked, str(TINY), where)}
+    assert said["host memory"].state == said["disk"].state == "ok"
+    assert 0 < said["host memory"].facts["bytes"] < said["host memory"].facts["host_bytes"]
+
+
+def test_a_data_set_of_the_hub_is_not_asked_for() -> None:
+    told = found(TINY, ["data.prompts=hf:some-owner/prompts"])["data.prompts"]
+    assert told.state == "note" and "from the hub or its cache" in told.detail
+
+
 def test_a_disk_that_is_too_small_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2, 1, 1))
