@@ -76,6 +76,7 @@ setup(
         "gardo": [
             "py.typed",
             "**/*.txt",
+            "new/*.yaml",
             "published/**/*.json",
             "report/charts.js",
             "tiny/weights/**/*.json",

@@ -54,9 +54,10 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "recipe":        "types data hf_prompts bad_updates algorithms distributed evaluation policies"
                      " report rewards |",
     "recipe_text":   "recipe_errors |",
+    "recipe_switch": "recipe_errors |",
     "recipe_rules":  "recipe algorithms distributed policies rewards types |",
-    "config":        "recipe recipe_rules recipe_errors recipe_text algorithms distributed policies"
-                     " evaluation hf_prompts rewards |",
+    "config":        "recipe recipe_rules recipe_errors recipe_switch recipe_text algorithms"
+                     " distributed policies evaluation hf_prompts rewards |",
     "nvidia":        "| torch",
     "ending":        "|",
     "launch":        "distributed ending |",
@@ -72,7 +73,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
     "report":        "types licences policies rewards gardo_kernels | torch rich tensorboard wandb",
     "planner":       "types recipe distributed recipe_errors policies rewards gardo_kernels"
                      " | torch diffusers transformers accelerate rich",
-    "doctor":        "flow machine nvidia policies gardo_kernels | torch",
+    "doctor":        "machine nvidia policies gardo_kernels recipe recipe_errors recipe_rules"
+                     " licences distributed hf_prompts planner rewards | torch",
     "loading":       "data machine recipe recipe_errors distributed planner policies rewards types"
                      " | torch diffusers transformers",
     "suite":         "config data evaluation recipe recipe_errors recipe_rules policies rewards"
@@ -86,6 +88,8 @@ MAY_IMPORT = {  # parts of gardo, and gardo_kernels | watched libraries
                      " rewards |",
     "export":        "recipe recipe_text card config distributed recipe_errors policies loading"
                      " report | torch",
+    "new":           "config data planner recipe recipe_errors recipe_rules recipe_text hf_prompts"
+                     " licences rewards suite tiny types |",
     "reward_worker": "config machine recipe_errors rewards | torch",
     "scored":        "types distributed rewards session | torch",
     "session":       "* | torch",

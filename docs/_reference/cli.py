@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 from gardo.cli import app
+from gardo.cli.common import EXIT_CODES
 
 from .markdown import MADE, code, paragraph, prose, table
 
@@ -20,19 +21,20 @@ INTRO = f"""{MADE}
 
 In a checkout without an environment of its own, write `./run` for `gardo`. `gardo COMMAND --help`
 says the same as this page.
-
-| exit code | meaning |
-|---|---|
-| 0 | done |
-| 1 | it ran, and something failed: a recipe does not fit, a check failed |
-| 2 | bad input, with one line that names the file, the field and the mend |
-| 124 | a run hung and its watchdog ended it |
-| 128 + n | ended by signal n |
+"""
+COMPLETION = """`gardo --install-completion` has the shell complete commands and options with
+the tab key; `--show-completion` prints what it would add to the shell's configuration.
 """
 
 
 def page() -> str:
-    return "\n".join([INTRO, *commands(typer.main.get_command(app), "gardo")]).rstrip() + "\n"
+    codes = table(("exit code", "meaning"), EXIT_CODES.items())
+    return (
+        "\n".join(
+            [INTRO, *codes, COMPLETION, *commands(typer.main.get_command(app), "gardo")]
+        ).rstrip()
+        + "\n"
+    )
 
 
 def commands(command: Any, name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ loads.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from gardo.policies.base import Policy
 from gardo.policies.settings import PolicySettings
 from gardo.recipe import Recipe
 from gardo.recipe_errors import Origin, RecipeError, explained, placed, shown
+from gardo.recipe_switch import switched
 from gardo.recipe_text import read, write_yaml
 from gardo.recipe_text import read_yaml as read_yaml  # for who reads recipes that are written
 from gardo.rewards.assembly import ScoringSettings, check_places
@@ -50,8 +52,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prompts: bool = Tru
 def _overridden(path: Path, overrides: Sequence[str], origin: Origin) -> dict[str, Any]:
     """What a file says, with `a.b=c` overrides applied and its files found."""
     raw = read(path)
+    before = copy.deepcopy(raw.get("algorithm"))
     for override in overrides:
         _override(raw, override, origin)
+    if "algorithm" in raw:
+        raw["algorithm"] = switched(before, raw["algorithm"], origin)
     _absolute_paths(raw, path.parent)
     return raw
 

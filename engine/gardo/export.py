@@ -14,7 +14,7 @@ from torch import Tensor
 from gardo.card import card_facts
 from gardo.config import check
 from gardo.distributed.average import AVERAGE
-from gardo.distributed.saved import Saved, Unusable, committed, step_of
+from gardo.distributed.saved import Saved, Unusable, committed, no_run, step_of
 from gardo.distributed.universal import write_universal
 from gardo.files import made_folder
 from gardo.loading import build_policy
@@ -241,11 +241,9 @@ def _writable(folder: Path) -> Path | None:
 
 def checkpoint_of(folder: Path, step: int | None) -> Saved:
     """The checkpoint of a step, or the newest."""
+    if nothing := no_run(folder):
+        raise RecipeError(nothing)
     found = committed(folder / "checkpoints")
-    if not found:
-        raise RecipeError(
-            f"{folder}: no checkpoints; name the folder of a run, such as runs/tiny-flux-gardo"
-        )
     wanted = [p for p in found if step is None or step_of(p) == step]
     if not wanted:
         have = ", ".join(p.name for p in found)

@@ -194,4 +194,6 @@ def _folder_fits(recipe: Recipe) -> None:
 
 
 WITHOUT_PROMPTS = (_rewards_fit, _algorithm_fits, _distributed_fits, _attention_fits)
-ALL = (*WITHOUT_PROMPTS, _model_fits, _folder_fits, _start_fits, _prompts_fit, _diversity_fits)
+OF_FILES = (_folder_fits, _start_fits)
+OF_PROMPTS = (_prompts_fit, _diversity_fits)
+ALL = (*WITHOUT_PROMPTS, _model_fits, *OF_FILES, *OF_PROMPTS)

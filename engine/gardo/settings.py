@@ -83,12 +83,12 @@ class Strict(BaseModel):
         """A field that a class says anew, with another default, keeps its base's description."""
         schema = handler(core_schema)
         for name, field in handler.resolve_ref_schema(schema).get("properties", {}).items():
-            if "description" not in field and (inherited := _described(cls, name)):
+            if "description" not in field and (inherited := described(cls, name)):
                 field["description"] = inherited
         return schema
 
 
-def _described(settings: type[BaseModel], name: str) -> str | None:
+def described(settings: type[BaseModel], name: str) -> str | None:
     """What the nearest base of a settings class says of a field."""
     fields = [base.model_fields.get(name) for base in settings.__mro__ if issubclass(base, Strict)]
     return next((field.description for field in fields if field and field.description), None)

@@ -224,7 +224,7 @@ def model_settings(
 
     `like` are those that a run trained it with: what only its family knows is taken from there.
     """
-    family = like.family if like else asked.family or _family(path, asked.family_option)
+    family = like.family if like else asked.family or family_of(path, asked.family_option)
     try:
         plugin = plugins.resolve("gardo.policies", family)
     except ValueError as error:
@@ -250,7 +250,7 @@ def model_settings(
     return found
 
 
-def _family(path: str, option: str) -> str:
+def family_of(path: str, option: str) -> str:
     """The family whose pipeline a folder or a published hub id holds. RecipeError."""
     names = plugins.names("gardo.policies")
     folder = config_folder(path)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import gardo_kernels
-from gardo import cli, doctor
-from gardo.doctor import Finding
+from gardo import cli
+from gardo.doctor import machine as doctor
+from gardo.doctor.finding import Finding
 from gardo_kernels import Backend
 from gardo_kernels._examples import Examples, On, op_modules
 from tests import ROOT

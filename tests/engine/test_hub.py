@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx2
@@ -10,8 +11,9 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from gardo.hub import download_error
+from gardo.hub import download_command, download_error
 from gardo.policies.flux import FluxPolicy, FluxSettings
+from gardo.policies.settings import files_of
 from gardo.settings import FieldError, model_path
 from gardo.train import main
 from tests import ROOT
@@ -82,6 +84,31 @@ def test_a_refusal_is_one_line(error, revision, said, around) -> None:
 def test_the_files_of_a_model_are_quoted_for_a_shell() -> None:
     said = str(download_error(OSError(), "path", ID, None, ["config.json", "model*"]))
     assert f"`{GET} --include config.json --include 'model*'`" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], ""),
+        (["model.pt"], " model.pt"),
+        (["a b.pt"], " 'a b.pt'"),
+        (["one.pt", "or.pt"], " --include one.pt --include or.pt"),  # which of them is there?
+        (["vae/*", "!*.fp16*"], " --include 'vae/*' --exclude '*.fp16*'"),
+    ],
+)
+def test_the_command_gets_these_files(files: list[str], words: str) -> None:
+    assert download_command(ID, files=files) == GET + words
+    assert download_command(ID, "v1", files) == f"{GET}{words} --revision v1"
+
+
+def test_a_published_model_is_got_without_its_other_copies() -> None:
+    """As one file for other programs, and in float16; of an unknown one nothing is left out."""
+    files = files_of("black-forest-labs/FLUX.1-dev")
+    names = ["model_index.json", "transformer/config.json", "flux1-dev.safetensors",
+             "text_encoder/model.fp16.safetensors"]  # fmt: skip
+    wanted = [n for n in names if any(fnmatch(n, f) for f in files if f[0] != "!")]
+    assert [n for n in wanted if not fnmatch(n, files[-1][1:])] == names[:2]
+    assert files_of(ID) == []
 
 
 @pytest.fixture

@@ -42,6 +42,19 @@ def test_what_is_loaded_stays():
     """) == "True True"  # fmt: skip
 
 
+def test_the_schema_and_the_catalogue_are_made_without_torch():
+    assert said_by("""
+        import sys
+        from gardo.lazily import put_off
+        put_off()
+        from gardo.config import full_schema
+        from gardo.rewards.catalogue import as_text
+        from gardo.suite import load_suite
+        from gardo.new.values import starts
+        print(bool(full_schema() and as_text() and starts()), "torch._C" in sys.modules)
+    """) == "True False"  # fmt: skip
+
+
 def test_no_grad_is_torchs():
     weight = torch.ones(1, requires_grad=True)
 

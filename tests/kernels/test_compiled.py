@@ -208,7 +208,7 @@ def test_the_gates_find_a_new_op(with_one_more: Path) -> None:
 
 def test_the_doctor_finds_a_new_op(with_one_more: Path) -> None:
     code = """
-from gardo.doctor import examine
+from gardo.doctor.machine import examine
 print([f.detail for f in examine("triton") if f.name == "kernel twice"])"""
     path = os.pathsep.join([str(ROOT / "engine"), str(with_one_more)])
     done = subprocess.run(

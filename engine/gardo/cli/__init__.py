@@ -16,6 +16,7 @@ from gardo.cli import (
     doctor,
     evaluate,
     export,
+    new,
     plan,
     prompts,
     report,
@@ -25,19 +26,20 @@ from gardo.cli import (
     selftest,
     train,
 )
-from gardo.cli.common import spread
+from gardo.cli.common import EXIT_CODES, spread
 
 app = typer.Typer(
     help="Fine-tune Flux and SD3.5 with reinforcement learning that does not cheat its reward "
     "(GARDO).",
+    epilog="Exit codes: " + "; ".join(f"{code}: {said}" for code, said in EXIT_CODES.items()),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 for command, name in (
     (demo.demo, "demo"),
     (demo.recipes, "recipes"),
+    (new.new, "new"),
     (train.train, "train"),
     (plan.plan, "plan"),
     (sample.sample, "sample"),

@@ -24,6 +24,14 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="as data, for scripts")]
 
+EXIT_CODES = {
+    "0": "done",
+    "1": "it ran, and something failed: a recipe does not fit, a check failed",
+    "2": "bad input, with one line that names the file, the field and the mend",
+    "124": "a run hung and its watchdog ended it",
+    "128 + n": "ended by signal n",
+}
+
 FIELD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
 
 

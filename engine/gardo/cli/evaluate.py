@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gardo import lazily
 from gardo.cli.common import refuse
 
 SuiteSetOption = Annotated[
@@ -53,8 +54,13 @@ def eval_(
 
     All models get the same noise. The same command again goes on where it was cut; a finished one
     draws nothing again, with --against only compares.
+
+    gardo eval builtin:flux --suite suites/tiny.yaml
+
+    gardo eval --run runs/one --suite suites/tiny.yaml --against evaluations/tiny/builtin-flux
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _refuse_early(suite, set_)
     from gardo import launch
     from gardo.evaluate import arguments_of, check_here, main, task
     from gardo.nvidia import gpus_here
@@ -77,3 +83,15 @@ def eval_(
     if where.ranks == 1:
         raise typer.Exit(main(arguments))
     raise typer.Exit(launch.run(where, command, on_cpu=not here))
+
+
+def _refuse_early(suite: Path, overrides: list[str] | None) -> None:
+    """A suite that is none, before torch is loaded."""
+    from gardo.recipe_errors import RecipeError
+    from gardo.suite import load_suite
+
+    try:
+        load_suite(suite, overrides or [])
+    except RecipeError as error:
+        refuse(error)
+    lazily.load_now()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gardo import lazily
 from gardo.cli.common import refuse
 
 
@@ -33,11 +34,17 @@ def export(
         typer.Option("--universal", help="DeepSpeed's universal checkpoint instead, with moments"),
     ] = False,
 ) -> None:
-    """Write a run's trained weights for other programs, and a model card: docs/files.md."""
+    """Write a run's trained weights for other programs, and a model card: docs/files.md.
+
+    gardo export runs/tiny-flux-gardo
+
+    gardo export runs/tiny-flux-gardo --format kohya --step 20 --out my-lora
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _refuse_early(run)
     from gardo.export import export_run, export_universal
     from gardo.loading import quiet_libraries
-    from gardo.planner.page import bytes_of
+    from gardo.planner.sizes import bytes_of
     from gardo.recipe_errors import RecipeError
 
     quiet_libraries()
@@ -55,11 +62,23 @@ def export(
         refuse(error)
 
 
+def _refuse_early(run: Path) -> None:
+    """A folder of no run, before torch is loaded."""
+    from gardo.distributed.saved import no_run
+
+    if problem := no_run(run):
+        refuse(problem)
+    lazily.load_now()
+
+
 def import_(
     lora: Annotated[Path, typer.Argument(help="a LoRA: PEFT's folder, or a file of diffusers")],
     out: Annotated[Path, typer.Option(help="the folder to write to")],
 ) -> None:
-    """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it."""
+    """Make another program's LoRA a diffusers LoRA with all that a recipe must say of it.
+
+    gardo import my-lora --out imported
+    """
     import yaml
 
     from gardo.files import made_folder

@@ -28,10 +28,11 @@ def plan(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     found = checked(recipe, set_, prompts=False)
     from gardo.planner import page
+    from gardo.planner.sizes import bytes_of
     from gardo.recipe_errors import RecipeError
 
     try:
-        room = page.bytes_of(gpu_memory)
+        room = bytes_of(gpu_memory)
         planned = page.plan(found, world=gpus, room=room, nodes=nodes, source=str(recipe))
     except (RecipeError, ValueError) as error:
         refuse(error)

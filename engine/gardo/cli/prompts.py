@@ -36,7 +36,10 @@ def ocr(
     held_out: HeldOutOption = None,
     held_out_count: HeldOutCountOption = None,
 ) -> None:
-    """Prompts with a text to write, for the reward ocr; no text comes twice."""
+    """Prompts with a text to write, for the reward ocr; no text comes twice.
+
+    gardo prompts ocr --count 1000 --out train.jsonl --held-out held_out.jsonl
+    """
     from gardo.rewards import ocr_prompts
 
     _write(lambda kept: ocr_prompts.prompts(count, seed, kept), count, out, held_out,
@@ -57,7 +60,10 @@ def geneval(
     held_out: HeldOutOption = None,
     held_out_count: HeldOutCountOption = None,
 ) -> None:
-    """Prompts of GenEval's templates, as many of each task as it can ask, for the reward geneval"""
+    """Prompts of GenEval's templates, as many of each task as it can ask, for the reward geneval.
+
+    gardo prompts geneval --count 1000 --task counting --task position --out train.jsonl
+    """
     from gardo.rewards import geneval_prompts
 
     def drawn(kept: int) -> tuple[Objects, Objects]:

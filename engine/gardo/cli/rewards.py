@@ -30,7 +30,10 @@ def list_(
         bool, typer.Option("--markdown", help="the table of docs/rewards.md")
     ] = False,
 ) -> None:
-    """Every reward: formula, usual values, default weights, their licence, what was verified."""
+    """Every reward: formula, usual values, default weights, their licence, what was verified.
+
+    gardo rewards list
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.rewards.catalogue import as_markdown, as_text
 
@@ -50,7 +53,10 @@ def check(
         Path | None, typer.Option(help="compare with the values of such a file")
     ] = None,
 ) -> None:
-    """Load or reach each reward of a recipe and score the same pictures; exit 1 where one fails."""
+    """Load or reach each reward of a recipe and score the same pictures; exit 1 where one fails.
+
+    gardo rewards check recipes/tiny_flux_gardo.yaml --only tiny_count
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.recipe_errors import RecipeError
     from gardo.reward_service import check_rewards
@@ -76,6 +82,8 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="images that may wait for a reward")] = 1024,
 ) -> None:
     """Serve a recipe's rewards over HTTP: those whose `where` is a URL, or all if none is.
+
+    gardo rewards serve recipes/tiny_flux_gardo.yaml --host 0.0.0.0 --port 8700
 
     The token is the environment variable GARDO_REWARD_TOKEN, here and where runs ask.
     """
@@ -122,7 +130,10 @@ def fit(
         int | None, typer.Option(min=1, help="pictures that the model sees at once")
     ] = None,
 ) -> None:
-    """Fit a reward of your own to pairs of pictures: small heads on a frozen model's features."""
+    """Fit a reward of your own to pairs of pictures: small heads on a frozen model's features.
+
+    gardo rewards fit pairs.jsonl --features dinov3 --out my-reward
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.fitting.command import Wanted, fit_reward
 

@@ -18,7 +18,10 @@ def selftest(
         bool, typer.Option("--markdown", help="print the table and run nothing")
     ] = False,
 ) -> None:
-    """Do to small runs what can go wrong with real ones; exit 1 where something does not hold."""
+    """Do to small runs what can go wrong with real ones; exit 1 where something does not hold.
+
+    gardo selftest reliability --quick
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from gardo.selftest import reliability
 

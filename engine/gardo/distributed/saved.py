@@ -148,6 +148,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def no_run(folder: Path) -> str:
+    """What is said of a folder that should be a run's and has no checkpoint; "" of one with any."""
+    if committed(folder / "checkpoints"):
+        return ""
+    return f"{folder}: no checkpoints; name the folder of a run, such as runs/tiny-flux-gardo"
+
+
 def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a run's `checkpoints/`, newest first."""
     found = [p for p in folder.glob("step-*") if COMMITTED.fullmatch(p.name) and p.is_dir()]

@@ -37,6 +37,7 @@ class Part:
     assumed: bool = False
 
 
+SHARED = "ranks share them"
 CUDA = Part("CUDA, NCCL", CONTEXT, assumed=True)
 
 
@@ -134,7 +135,7 @@ class Counted:
             evaluate,
         )
         if recipe.model.encoders == "offload":
-            shared = replace(self._text_encoders(recipe), name="text encoders (ranks share them)")
+            shared = replace(self._text_encoders(recipe), name=f"text encoders ({SHARED})")
             host = (*host, shared)
         return Memory(
             stays,

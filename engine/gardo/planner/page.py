@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -13,20 +12,9 @@ from gardo.planner.advice import Change, advise
 from gardo.planner.geometry import Geometry, geometry
 from gardo.planner.memory import Counted, Memory, Part, total
 from gardo.planner.shadow import Shadow
+from gardo.planner.sizes import gigabytes
 from gardo.planner.time import MATMUL, NETWORK, NVLINK, SHARE, Seconds, seconds
 from gardo.recipe import Recipe
-
-
-def bytes_of(text: str) -> int:
-    """80GB, 79.1GiB, 24g -> bytes. ValueError says what is understood."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GIB|G|)\s*", text.upper())
-    if not found or not float(found[1]):
-        raise ValueError(f"{text!r} is no memory size; write 80GB or 79GiB")
-    return int(float(found[1]) * (2**30 if found[2] == "GIB" else 10**9))
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f}" if count >= 1e8 else f"{count / 1e9:.3f}"
 
 
 def _parts(parts: Iterable[Part]) -> str:
@@ -121,7 +109,7 @@ def as_text(of: Plan) -> str:
         f"({(NVLINK if of.nodes == 1 else NETWORK) / 1e9:.0f} GB/s)",
         f"run        {recipe.run.steps} iterations: {_long(of.hours)}, {of.images:,} images, "
         "without rewards and evaluations",
-        f"disk       {gigabytes(_disk(recipe, shadow))} GB of checkpoints and export",
+        f"disk       {gigabytes(disk_bytes(recipe, shadow))} GB of checkpoints and export",
     ]
     return "\n".join(lines)
 
@@ -159,7 +147,7 @@ def as_data(of: Plan) -> dict[str, Any]:
         "modelled_seconds": {**of.time.phases, "total": of.time.total},
         "modelled_hours": of.hours,
         "images": of.images,
-        "disk_bytes": _disk(recipe, of.shadow),
+        "disk_bytes": disk_bytes(recipe, of.shadow),
     }
 
 
@@ -193,7 +181,7 @@ def _long(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
-def _disk(recipe: Recipe, shadow: Shadow) -> int:
+def disk_bytes(recipe: Recipe, shadow: Shadow) -> int:
     """Checkpoints that are kept, one that is being written, and the exported weights."""
     moments = moment_bytes(recipe.train.optimizer.name, recipe.distributed.masters)
     of_one = ceil(shadow.trainable * (4 + moments + 4 * len(recipe.slots)))

@@ -27,7 +27,7 @@ from gardo.policies.kohya import Layout
 from gardo.policies.lora_files import LoraFile, lora_config
 from gardo.policies.lora_linear import fold_adapters
 from gardo.policies.quantised import BASES, placing, quantise
-from gardo.policies.settings import PolicySettings, check_size
+from gardo.policies.settings import PolicySettings, check_size, files_of
 from gardo.policies.targets import check_targets
 from gardo.policies.weights import (
     Place,
@@ -113,7 +113,7 @@ class Policy:
         try:
             return Path(download(path, revision=revision, use_safetensors=True))
         except Exception as error:  # whatever a hub, a network or a disk can say
-            raise download_error(error, "model.path", path, revision) from error
+            raise download_error(error, "model.path", path, revision, files_of(path)) from error
 
     def _read(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         """The pipeline, frozen; its transformer on the meta device, the VAE on `device`.

@@ -138,11 +138,33 @@ def check_parts(path: str) -> None:
     if not folder.is_dir():
         return
     try:
-        for name, made_by in read_object(folder / "model_index.json").items():
-            if isinstance(made_by, list) and None not in made_by:
-                _check_part(folder / name)
+        check_pipeline(folder)
     except ValueError as error:
         raise FieldError(f"model.path: {error}") from None
+
+
+def check_pipeline(folder: Path) -> None:
+    """As `check_parts`, of a folder. ValueError."""
+    for part in parts_of(folder):
+        _check_part(part)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of a pipeline's parts, as its index names them. ValueError without one."""
+    index = read_object(folder / "model_index.json")
+    return [folder / n for n, by in index.items() if isinstance(by, list) and None not in by]
+
+
+def files_of(path: str) -> list[str]:
+    """Patterns of the files of a hub id that a run reads; none where its parts are not known here.
+
+    A repository may also have the same weights in one file for other programs, and in float16.
+    """
+    folder = config_folder(path)
+    if folder is None or not (folder / "model_index.json").is_file():
+        return []
+    parts = [f"{part.name}/*" for part in parts_of(folder)]
+    return ["model_index.json", *parts, "!*.fp16*"]
 
 
 def _check_part(part: Path) -> None:

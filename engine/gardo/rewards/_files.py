@@ -11,7 +11,7 @@ the field `revision` if `path` names it, else in FIELD_revision.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -118,49 +118,80 @@ class ModelRewardSettings(RewardSettings):
         return {}
 
 
+@dataclass(frozen=True)
+class Need:
+    """The files that a field of a reward's settings names a folder or a hub id of."""
+
+    field: str  # its place in the recipe
+    path: str
+    revision: str | None
+    marks: tuple[Files, ...]
+    fields: Mapping[str, Any]  # of the settings, by which a mark may choose its files
+
+    @property
+    def patterns(self) -> list[str]:
+        """Of all files that a run reads."""
+        needed = [n for mark in self.marks for names in mark.alternatives(self.fields)
+                  for n in names]  # fmt: skip
+        return [*needed, *(pattern for mark in self.marks for pattern in mark.loaded)]
+
+    def lacking(self, folder: Path) -> str:
+        """In words, what a folder does not have of them; "" where it has all."""
+        return " and ".join(
+            text for mark in self.marks for text in mark.absent(folder, self.fields)
+        )
+
+    def find(self) -> None:
+        """Downloads those of a hub id. ValueError, opening with the field, where one is missing."""
+        folder, hub = Path(model_path(self.path)), is_hub_id(self.path)
+        if hub:
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(
+                    snapshot_download(
+                        self.path, revision=self.revision, allow_patterns=self.patterns
+                    )
+                )
+            except Exception as error:  # whatever a network, a proxy or a cache can say
+                raise self._error(error) from error
+        lacks = self.lacking(folder)
+        if lacks and hub:
+            raise self._error(FileNotFoundError(f"no {lacks} in {folder}"))
+        if lacks:
+            raise FieldError(f"{self.field}: {self.path!r} holds no {lacks}")
+
+    def _error(self, error: Exception) -> FieldError:
+        return download_error(error, self.field, self.path, self.revision, self.patterns)
+
+
 def find_files(settings: RewardSettings, where: str) -> None:
     """Looks for every file that the fields name, of a judge inside too, and downloads those of hubs
 
     ValueError, opening with the field behind `where`, for the first that is not there. Of a reward
     that is scored elsewhere nothing is needed here.
     """
-    if settings.where != "here":
+    for need in needs_of(settings, where):
+        need.find()
+
+
+def needs_of(settings: RewardSettings, where: str, *, workers: bool = False) -> Iterator[Need]:
+    """What `find_files` looks for; with `workers` also what the workers of this machine need."""
+    here = settings.where == "here" or (workers and settings.where.startswith("worker"))
+    if not here:
         return
-    for field in type(settings).model_fields:
+    for field, about in type(settings).model_fields.items():
         value, place = getattr(settings, field), f"{where}.{field}"
         if isinstance(value, RewardSettings):
-            find_files(value, place)
-        _find_of(settings, field, place)
+            yield from needs_of(value, place, workers=workers)
+        if marks := tuple(mark for mark in about.metadata if isinstance(mark, Files)):
+            yield _need(settings, field, place, marks)
     inside = settings.models_inside() if isinstance(settings, ModelRewardSettings) else {}
     for field, its in inside.items():
-        _find_of(its, "path", f"{where}.{field}")
+        marks = tuple(m for m in type(its).model_fields["path"].metadata if isinstance(m, Files))
+        yield _need(its, "path", f"{where}.{field}", marks)
 
 
-def _find_of(settings: RewardSettings, field: str, place: str) -> None:
-    marks = [m for m in type(settings).model_fields[field].metadata if isinstance(m, Files)]
-    if marks:
-        name = "revision" if field == "path" else f"{field}_revision"
-        path, revision = getattr(settings, field), getattr(settings, name)
-        _find(path, revision, marks, vars(settings), place)
-
-
-def _find(
-    path: str, revision: str | None, marks: list[Files], fields: Mapping[str, Any], place: str
-) -> None:
-    needed = [name for mark in marks for names in mark.alternatives(fields) for name in names]
-    patterns = [*needed, *(pattern for mark in marks for pattern in mark.loaded)]
-    folder, hub = Path(model_path(path)), is_hub_id(path)
-    if hub:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-        except Exception as error:  # whatever a network, a proxy or a cache can say
-            raise download_error(error, place, path, revision, patterns) from error
-    lacks = " and ".join(text for mark in marks for text in mark.absent(folder, fields))
-    if lacks and hub:
-        raise download_error(
-            FileNotFoundError(f"no {lacks} in {folder}"), place, path, revision, patterns
-        )
-    if lacks:
-        raise FieldError(f"{place}: {path!r} holds no {lacks}")
+def _need(settings: RewardSettings, field: str, place: str, marks: tuple[Files, ...]) -> Need:
+    revision = getattr(settings, "revision" if field == "path" else f"{field}_revision")
+    return Need(place, getattr(settings, field), revision, marks, vars(settings))

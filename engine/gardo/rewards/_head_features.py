@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from gardo import plugins
 from gardo.rewards._files import ModelRewardSettings
 from gardo.rewards.base import Reward
 from gardo.settings import config_folder, read_object
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Name = Literal["dinov3", "dinov2", "clip"]
 

@@ -6,19 +6,25 @@ Rewards of one panel that run the same weights have one copy of them: `one_copy_
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from gardo.hub import download_error
+from gardo.rewards._files import WEIGHTS
 from gardo.rewards.base import Weights, tower_of, weights_dtype
-from gardo.settings import model_path
+from gardo.settings import FieldError, is_hub_id, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+CONFIG = ("config.json",)
+FILES = (*CONFIG, *WEIGHTS)
 
 _TOWERS: ContextVar[dict[object, nn.Module] | None] = ContextVar("towers", default=None)
 
@@ -33,16 +39,22 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def read_weights(path: str, file: str, revision: str | None) -> dict[str, Tensor]:
+def read_weights(
+    path: str, file: str, revision: str | None, *, field: str = "path"
+) -> dict[str, Tensor]:
     """The state dict in `file` (.safetensors, or torch's format) of a folder or hub id.
 
-    A training checkpoint's is under `state_dict`. ValueError where the file holds none.
+    A training checkpoint's is under `state_dict`. ValueError where the file holds none, and,
+    opening with the `field` that names it, where there is no such file.
     """
 
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    found = cached_file(model_path(path), file, revision=revision)
+    try:
+        found = cached_file(model_path(path), file, revision=revision)
+    except OSError as error:
+        raise _not_had(error, field, path, revision, "weights", [file]) from error
     try:
         if file.endswith(".safetensors"):
             return load_file(found)
@@ -74,7 +86,7 @@ def load_model(
     the `field` that names it, where that is not so or as `filled_model` says.
     """
     where = f"{field}: {path!r}"
-    check_type(where, path, revision, model_class.config_class.model_type, also)
+    check_type(where, path, revision, model_class.config_class.model_type, also, files=FILES)
     try:
         return filled_model(
             model_class,
@@ -86,25 +98,51 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{where} holds no weights: {error}") from error
+        raise _not_had(error, field, path, revision, "weights", FILES) from error
 
 
-def check_type(where: str, path: str, revision: str | None, *kinds: str | None) -> None:
+def _not_had(
+    error: Exception,
+    field: str,
+    path: str,
+    revision: str | None,
+    what: str,
+    files: Sequence[str],
+) -> FieldError:
+    """What is said of a model that is not to be had: of a hub id how it is got."""
+    if is_hub_id(path) and not Path(model_path(path)).is_dir():
+        return download_error(error, field, path, revision, files)
+    return FieldError(f"{field}: {path!r} holds no {what}: {error}")
+
+
+def check_type(
+    where: str,
+    path: str,
+    revision: str | None,
+    *kinds: str | None,
+    files: Sequence[str] = CONFIG,
+) -> None:
     """ValueError unless the config.json is of one of the types of models."""
-    found = type_of(where, path, revision)
+    found = type_of(where, path, revision, files)
     if found not in kinds:
         wanted = " or ".join(filter(None, kinds))
         raise ValueError(f"{where} holds a model of type {found!r}; it must be {wanted}")
 
 
-def type_of(where: str, path: str, revision: str | None) -> str | None:
-    """The type of model that the config.json says. ValueError where there is none."""
+def type_of(
+    where: str, path: str, revision: str | None, files: Sequence[str] = CONFIG
+) -> str | None:
+    """The type of model that the config.json says. ValueError where there is none.
+
+    `files` are those of the model that are needed, for who has to get them.
+    """
     from transformers import PretrainedConfig
 
     try:
         config, _ = PretrainedConfig.get_config_dict(model_path(path), revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} holds no model: {error}") from error
+        field = where.partition(":")[0]
+        raise _not_had(error, field, path, revision, "model", files) from error
     found: str | None = config.get("model_type")
     return found
 

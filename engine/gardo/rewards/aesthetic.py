@@ -31,6 +31,7 @@ from gardo.rewards._files import ModelFolder, ModelRewardSettings, holding
 from gardo.rewards._loading import frozen, load_model, read_weights
 from gardo.rewards._pixels import for_clip
 from gardo.rewards.base import About, Holds, Reward, weights_of
+from gardo.settings import FieldError
 from gardo.types import Prompt
 
 if TYPE_CHECKING:
@@ -68,8 +69,12 @@ class Aesthetic(Reward):
         where = f"head: {settings.head_file} of {settings.head!r}"
         try:
             weight_E, bias = collapse(
-                read_weights(settings.head, settings.head_file, settings.head_revision)
+                read_weights(
+                    settings.head, settings.head_file, settings.head_revision, field="head"
+                )
             )
+        except FieldError:
+            raise
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         width = model.config.projection_dim

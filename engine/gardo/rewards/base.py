@@ -120,6 +120,7 @@ class About:
     scale: str  # usual values
     licence: str = "-"  # of the default weights, as their publishers say it
     verified: str = "formula and preprocessing, on tiny random models; published weights: no"
+    gated: bool = False  # the default weights: their licence is accepted on their page
 
 
 class Reward:
@@ -128,6 +129,7 @@ class Reward:
     Settings: ClassVar[type[RewardSettings]]
     about: ClassVar[About | None] = None
     differentiable: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()  # beside gardo's own, of its extra `rewards`
     gives_features: bool = False
     scores_alone: bool = True  # an image has a score without others to compare with
     limits: tuple[float, float] = (-math.inf, math.inf)  # a value outside of them is a failure

@@ -25,7 +25,7 @@ class Dinov3Settings(DinoSettings):
 
 class Dinov3(Dino):
     Settings = Dinov3Settings
-    about = About("mean patch token at 256 pixels", "features", "DINOv3 License, gated")
+    about = About("mean patch token at 256 pixels", "features", "DINOv3 License, gated", gated=True)
     model_class = "DINOv3ViTModel"
 
 

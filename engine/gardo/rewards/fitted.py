@@ -26,19 +26,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
-from torch import Tensor
 
 from gardo.rewards._files import Files, ModelRewardSettings
 from gardo.rewards._head_features import FEATURES, HeadFeatures, Name
-from gardo.rewards._heads import Heads, filled
 from gardo.rewards._loading import read_weights
 from gardo.rewards.base import About, Held, Reward, RewardSettings
 from gardo.settings import Strict, model_path
 from gardo.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS = "fitted.json", "heads.safetensors"
 Loss = Literal["bradley_terry", "ties", "margin", "uncertainty"]
@@ -180,6 +181,8 @@ class Fitted(Reward):
     differentiable = True
 
     def __init__(self, settings: FittedSettings, device: torch.device) -> None:
+        from gardo.rewards._heads import Heads, filled
+
         super().__init__(settings, device)
         fit = settings.fit()
         self.features: HeadFeatures = FEATURES[fit.features]

@@ -137,8 +137,8 @@ class ImageReward(Reward):
         folder, revision = model_path(settings.path), settings.revision
         name = next((n for n in WEIGHTS if (Path(folder) / n).is_file()), WEIGHTS[-1])
         where = f"path: {name} of {settings.path!r}"
-        med = Path(cached_file(folder, TEXT_CONFIG, revision=revision))
         weights = read_weights(settings.path, name, revision)
+        med = Path(cached_file(folder, TEXT_CONFIG, revision=revision))
         if f"{VISION}cls_token" not in weights:
             raise ValueError(f"{where} is not ImageReward's: no tensor {VISION}cls_token")
         try:

@@ -46,7 +46,7 @@ from gardo.lazily import no_grad
 from gardo.rewards._pixels import eight_bits
 from gardo.rewards.base import About, Reward, RewardSettings
 from gardo.rewards.ocr_prompts import plain
-from gardo.rewards.ocr_reader import end_with_parent, read, require
+from gardo.rewards.ocr_reader import LIBRARIES, end_with_parent, read, require
 from gardo.types import Prompt
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def sign(text: str) -> np.ndarray:
 
 class Ocr(Reward):
     Settings = OcrSettings
+    packages = LIBRARIES
     limits = (0.0, 1.0)
     about = About(
         "1 - min(edit, len) / len of the quoted text",

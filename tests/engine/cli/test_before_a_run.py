@@ -99,3 +99,23 @@ def test_help_is_quick(command: str | None) -> None:
     done = gardo(*filter(None, [command]), "--help")
     assert done.returncode == 0 and "Usage:" in done.stdout and done.stderr == ""
     assert time.monotonic() - began < 5
+
+
+def test_help_says_the_exit_codes_and_the_shell_completes_commands() -> None:
+    said = CliRunner().invoke(app, ["--help"]).output
+    for code in ("0: done", "124: a run hung", "128 + n"):
+        assert code in " ".join(said.replace("│", " ").split())
+    env = {"_TYPER_COMPLETE_ARGS": "gardo doct", "_GARDO_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from gardo.cli import app; app(prog_name='gardo')"],
+        env={**os.environ, **env, "COMP_WORDS": "gardo doct", "COMP_CWORD": "1",
+             "PYTHONPATH": f"{ROOT}/engine:{ROOT}/kernels"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["doctor"], done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in {"rewards", "prompts"}])
+def test_every_command_has_an_example(command: str) -> None:
+    said = get_command(app).commands[command].help or ""  # type: ignore[attr-defined]
+    assert f"\n    gardo {command}" in said or f"\ngardo {command}" in said

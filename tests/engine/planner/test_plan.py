@@ -8,8 +8,8 @@ from gardo.config import load
 from gardo.planner import geometry
 from gardo.planner.advice import Change, advise, changed, variants
 from gardo.planner.memory import CONTEXT, Counted
-from gardo.planner.page import bytes_of
 from gardo.planner.shadow import Shadow
+from gardo.planner.sizes import bytes_of
 from gardo.planner.time import SHARE, seconds
 from gardo.planner.verdict import verdict
 from gardo.recipe import reward_settings

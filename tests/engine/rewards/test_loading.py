@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from gardo.config import reward_sections
+from gardo.hub import download_command
+from gardo.rewards._files import TOKENIZER, WEIGHTS
+from gardo.rewards.assembly import load_rewards
 from tests.engine.rewards.clip_models import (
     build,
 )
@@ -86,3 +90,35 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(clip_folder: Path, tmp_pat
     CLIPTokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has 2 tokens, the model \d+"):
         build("pickscore", clip_folder, tokenizer=str(tmp_path))
+
+
+ID = "some-owner/some-model"
+MODEL = ("config.json", *WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "files"),
+    [
+        ("clipscore", {}, MODEL),
+        ("aesthetic", {}, MODEL),
+        ("dinov3", {}, MODEL),
+        ("hpsv2", {"base": ID}, ("HPS_v2.1_compressed.pt",)),
+        ("imagereward", {"tokenizer": ID}, ("ImageReward.pt",)),
+        ("geneval", {"clip": ID}, MODEL),
+        ("yes_no", {}, (*MODEL, *TOKENIZER)),
+    ],
+)
+def test_a_hub_id_that_is_not_here_is_named_with_what_gets_it(
+    kind: str, fields: dict[str, Any], files: tuple[str, ...], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the loaders themselves, as rewards of one's own meet them: no field says which files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    settings = reward_sections({"mine": {"kind": kind, "path": ID, **fields}}, "a file")["mine"]
+    with pytest.raises(ValueError) as raised:
+        load_rewards({"mine": settings}, torch.device("cpu"))
+    assert str(raised.value) == (
+        f"rewards.mine.path: '{ID}' is not on this machine, and the hub is out of reach; run "
+        f"`{download_command(ID, files=files)}` where it is in reach, or give a local folder"
+    )

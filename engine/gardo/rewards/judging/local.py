@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo.rewards._loading import frozen, load_model, type_of
+from gardo.rewards._files import TOKENIZER
+from gardo.rewards._loading import FILES, frozen, load_model, type_of
 from gardo.rewards.judging.questions import (
     Answer,
     Answers,
@@ -64,7 +65,7 @@ class LocalVoice:
         """ValueError, opening with `path`, for a folder or hub id of something else."""
         import transformers
 
-        kind = type_of(f"path: {path!r}", path, revision)
+        kind = type_of(f"path: {path!r}", path, revision, (*FILES, *TOKENIZER))
         if kind not in CLASSES:
             raise ValueError(
                 f"path: {path!r} holds a model of type {kind!r}; here run {' and '.join(CLASSES)}, "

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 import gardo_kernels
+from gardo.doctor.finding import Finding, State
 from gardo.machine import PACKAGES
 from gardo.nvidia import (
     ALLOCATOR,
@@ -35,18 +35,8 @@ if TYPE_CHECKING:
     from gardo_kernels import Backend
     from gardo_kernels._examples import Examples, On
 
-State = Literal["ok", "note", "problem"]
 SHARED_MEMORY = 2**30  # bytes of /dev/shm; Docker's 64 MiB are too few for NCCL
 OPTIONAL = {"bitsandbytes": "model.base nf4 and int8, its optimizers:"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; a problem keeps recipes from running."""
-
-    name: str
-    state: State
-    detail: str
 
 
 def examine(kernels: Backend = "auto") -> Iterator[Finding]:
