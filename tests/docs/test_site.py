@@ -38,6 +38,12 @@ def test_it_builds_and_fetches_nothing(tmp_path: Path) -> None:
         r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//|<link[^>]*href=["']?(?:https?:)?//"""
     )
     assert [page for page in pages if fetched.search(page.read_text("utf-8"))] == []
+    pictures = {
+        page.parent / source
+        for page in pages
+        for source in re.findall(r'<img[^>]*src="([^":]+)"', page.read_text("utf-8"))
+    }
+    assert len(pictures) > 5 and all(picture.is_file() for picture in pictures)
     styles = [*(tmp_path / "site").rglob("*.css")]
     assert styles
     for style in styles:
