@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from gardo.ending import hear_signals
+
+hear_signals()  # what tests start is sent some; CI may run under nohup, or behind an &
 if not os.path.exists("/dev/nvidiactl"):  # kernels run as Python; read when one is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

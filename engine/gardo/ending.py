@@ -34,6 +34,15 @@ STARTED_HERE = "GARDO_STARTED"  # set where `gardo train` has started the launch
 _PR_SET_PDEATHSIG = 1
 
 
+def hear_signals() -> None:
+    """Gives signals of ASKING that are ignored, under nohup or in a script's background, what they
+    do by default: for a program whose children are to be sent some."""
+    for number in ASKING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
+
+
 class Stopped(Exception):
     """All ranks leave, at the same place, because one of them was sent this signal."""
 

@@ -23,7 +23,7 @@ class Program:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hears_hangups,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout
         self.line = self.process.stdout.readline
@@ -31,11 +31,6 @@ class Program:
     def end(self) -> tuple[int, str, str]:
         said, complained = self.process.communicate(timeout=60)
         return self.process.returncode, said, complained
-
-
-def _hears_hangups() -> None:
-    """Even where these tests are run by nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 ASKED = """

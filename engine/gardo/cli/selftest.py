@@ -23,8 +23,10 @@ def selftest(
     gardo selftest reliability --quick
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gardo.ending import hear_signals
     from gardo.selftest import reliability
 
+    hear_signals()
     if subject != "reliability":
         refuse(f"{subject}: there is no such self-test; give reliability")
     if markdown:
