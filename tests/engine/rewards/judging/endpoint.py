@@ -9,6 +9,7 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +39,8 @@ class Endpoint(ThreadingHTTPServer):
         self.hangs = 0.0
         self.logprobs = True
         self.fails = ""  # what a prompt has that makes it fail
-        self.every = 0  # so many questions make one with a foolish answer
+        self.every = 0  # so many questions of a judge make one with a foolish answer
+        self.asked: Counter[tuple[int, bool]] = Counter()  # by judge: it has its own questions
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
         self.most = self.now = 0
@@ -66,10 +68,13 @@ class Connection(BaseHTTPRequestHandler):
         server.bodies.append(body)
         server.keys.append(self.headers.get("authorization"))
         time.sleep(server.hangs)
+        judge = len(pictures_of(body)), "excellent" in text_of(body)
         with server.lock:
             server.now -= 1
+            server.asked[judge] += 1
+            nth = server.asked[judge]
         says = server.says
-        if server.every and len(server.bodies) % server.every == 0:
+        if server.every and nth % server.every == 0:
             says = foolish()
         if server.fails and server.fails in text_of(body):
             says = 500
