@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gardo.cli.common import SetOption, refuse
+from gardo.cli.common import JsonOption, SetOption, refuse
 
 app = typer.Typer(
     help="Rewards: list them, check a recipe's, serve them to runs, fit one of your own.",
@@ -29,15 +30,19 @@ def list_(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="the table of docs/rewards.md")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Every reward: formula, usual values, default weights, their licence, what was verified.
 
     gardo rewards list
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from gardo.rewards.catalogue import as_markdown, as_text
+    from gardo.rewards.catalogue import as_data, as_markdown, as_text
 
-    print(as_markdown() if markdown else as_text())
+    if as_json:
+        print(json.dumps(as_data(), indent=1))
+    else:
+        print(as_markdown() if markdown else as_text())
 
 
 @app.command()

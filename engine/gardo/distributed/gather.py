@@ -177,11 +177,11 @@ def choose_gather(
             "gathering once does not work with deepspeed "
             f"{version('deepspeed')} ({problem or 'on another rank'})",
         )
-    return once, f"weights gathered once a phase: {sizes}"
+    return once, f"ZeRO-3 gathers weights once a phase: {sizes}"
 
 
 def _each(offload: Any, why: str) -> tuple[GatherEach, str]:
-    return GatherEach(offload), f"weights gathered at every forward: {why}"
+    return GatherEach(offload), f"ZeRO-3 gathers weights at every forward: {why}"
 
 
 def _left(

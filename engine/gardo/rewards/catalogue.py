@@ -50,6 +50,10 @@ def as_markdown() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def as_data() -> list[dict[str, str]]:
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows()]
+
+
 def as_text() -> str:
     blocks = []
     for name, *rest in rows():

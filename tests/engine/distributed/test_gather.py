@@ -80,7 +80,7 @@ PLAN = Forecast(20 * BYTES * 10**6, "phase sample")
 def test_every_forward_gathers_and_it_is_said_why(asked: dict[str, Any], said: str) -> None:
     gather, note = choose(**asked)
     assert isinstance(gather, GatherEach)
-    assert note.startswith(f"weights gathered at every forward: {said}")
+    assert note.startswith(f"ZeRO-3 gathers weights at every forward: {said}")
 
 
 @pytest.mark.parametrize(

@@ -35,3 +35,10 @@ def test_the_page_has_the_table():
 def test_the_list_has_them_all():
     text = catalogue.as_text().splitlines()
     assert [line for line in text if not line.startswith(" ")] == NAMES
+
+
+def test_scripts_have_the_same_as_data():
+    data = catalogue.as_data()
+    assert [one["reward"] for one in data] == NAMES
+    assert [tuple(one.values()) for one in data] == list(catalogue.rows())
+    assert all(tuple(one) == catalogue.COLUMNS for one in data)
