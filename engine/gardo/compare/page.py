@@ -114,6 +114,8 @@ def _rewards(runs: Sequence[Compared], step: int | None) -> str:
         if one is not runs[0] and not changes:
             unpaired.append(one.name)
         cells = [text(one.name)]
+        if step is None and record:
+            cells[0] += f"<small>step {record['step']}</small>"
         for name in rewards:
             value = record.get("rewards", {}).get(name)
             cell = minus(format_interval(value)) if value else "\u2013"
@@ -125,6 +127,8 @@ def _rewards(runs: Sequence[Compared], step: int | None) -> str:
         rows.append(cells)
     note = f"Means with 95 % intervals over prompts; below, the difference to {runs[0].name}, "
     note += "paired by prompt."
+    if step is None:
+        note += " They share no evaluation after the start: each is at its own last one."
     if unpaired:
         note += f" Evaluated otherwise, so without a difference: {', '.join(unpaired)}."
     return _NONE.format(text(note)) + _table(head, rows)

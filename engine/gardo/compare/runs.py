@@ -66,9 +66,14 @@ def read(folders: Sequence[Path]) -> list[Compared]:
 
 
 def common_step(runs: Sequence[Compared]) -> int | None:
-    """The last step at which all were evaluated; None where there is none."""
+    """The last step at which all were evaluated.
+
+    None where there is none, or where it is the start although all have a later evaluation: what
+    came of them is then in the last evaluation of each.
+    """
     steps = [{one["step"] for one in run.run.evaluations} for run in runs]
-    return max(set.intersection(*steps), default=None)
+    shared = max(set.intersection(*steps), default=None)
+    return None if shared == 0 and all(map(max, steps)) else shared
 
 
 def differing(runs: Sequence[Compared]) -> dict[str, list[Any]]:
@@ -124,6 +129,7 @@ def _one(run: Compared, first: Compared, step: int | None) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "steps": run.last_step,
+        "evaluated_at": evaluation.get("step"),
         "verdict": {"tone": verdict.tone, "conclusion": verdict.conclusion},
         "rewards": evaluation.get("rewards", {}),
         "diversity": evaluation.get("diversity", {}),

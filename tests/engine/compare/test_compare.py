@@ -69,10 +69,19 @@ def test_the_difference_is_paired_by_prompt(folders: list[Path]) -> None:
 def test_runs_are_compared_where_all_were_evaluated(tmp_path: Path, folders: list[Path]) -> None:
     longer = make(tmp_path / "longer", PLAIN, better=0.5, last=40)
     assert common_step(read(folders)) == 20
-    assert common_step(read([folders[0], longer])) == 0
-    data = as_data(read([folders[0], longer]))
-    assert data["step"] == 0 and [one["steps"] for one in data["runs"]] == [20, 40]
-    assert data["runs"][1]["rewards"]["count"]["mean"] == 0.6
+    data = as_data(read(folders))
+    assert data["step"] == 20 and [one["evaluated_at"] for one in data["runs"]] == [20, 20]
+    both = read([folders[0], longer])
+    assert common_step(both) is None, "at the start alone, which says nothing"
+    data = as_data(both)
+    assert data["step"] is None and [one["evaluated_at"] for one in data["runs"]] == [20, 40]
+    assert data["runs"][1]["against_first"]["count"]["mean"] == pytest.approx(0.25)
+    write_page(both, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Last evaluations</h2>" in page and "each is at its own last one" in page
+    assert "plain<small>step 20</small>" in page and "longer<small>step 40</small>" in page
+    begun = make(tmp_path / "begun", PLAIN, better=0.0, last=0)
+    assert common_step(read([folders[0], begun])) == 0, "all that one of them has"
 
 
 def test_the_page_shows_both(tmp_path: Path, folders: list[Path]) -> None:
