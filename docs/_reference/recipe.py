@@ -49,8 +49,9 @@ def page() -> str:
         if name in PLUG_INS:
             lines += plug_ins(name, field["description"])
         elif name not in rest:
-            lines += [f"## {name}", "", sentence(field["description"]), ""]
-            lines += section(name, part_of(field, schema["$defs"])[0], schema["$defs"], "###", {})
+            part = part_of(field, schema["$defs"])[0]
+            part.setdefault("description", sentence(field["description"]))
+            lines += [f"## {name}", "", *section(name, part, schema["$defs"], "###", {})]
     lines += ["## kernels", "", *fields({"properties": rest}, schema["$defs"])]
     suite = Suite.model_json_schema()
     lines += [SUITE, "", *section("suite", suite, suite["$defs"], "###", {})]

@@ -104,7 +104,7 @@ class Suite(DiversitySettings):
         None, description="the model's, where its folder or hub id does not tell"
     )
     rewards: dict[str, Any] = Field(
-        description="what judges, by name, as in a recipe; role: held_out or features",
+        description="what judges, by name, as in a recipe; role: proxy for what the run optimised",
     )
     scoring: ScoringSettings = Field(
         ScoringSettings(),

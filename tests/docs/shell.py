@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 from tests import ROOT
@@ -22,6 +23,9 @@ FENCE = re.compile(
     r"(?:^<!-- test: (?P<mark>.*?) -->\n)?"
     r"^(?P<fence>`{3,})(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
+)
+INDENTED = re.compile(
+    r"(?<=\n\n)(?:<!-- test: (?P<mark>.*?) -->\n\n)?(?P<text>(?:    [^\n]+\n)+)(?=\n|\Z)"
 )
 SHELL = {"sh", "bash", "shell"}
 OURS = {"gardo", "./run", "deepspeed", "sbatch", "python"}
@@ -51,32 +55,43 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
+BESIDE = (
+    "README.md", "CONTRIBUTING.md", "RELEASING.md", "benchmarks/README.md", "recipes/README.md",
+    "recipes/prompts/README.md", "suites/README.md",
+)  # fmt: skip
+
+
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [*(ROOT / page for page in BESIDE), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:
     """Those of a page that are commands: in a shell's language, or in none and one starts so."""
     text = page.read_text(encoding="utf-8")
     found = []
-    for match in FENCE.finditer(text):
-        commands = tuple(commands_of(match["text"])) if match["language"] in {"", *SHELL} else ()
+    fenced = [(match, match["language"]) for match in FENCE.finditer(text)]
+    unfenced = FENCE.sub(lambda match: re.sub(r"[^\n]", "-", match[0]), text)  # as long
+    indented = [(match, "") for match in INDENTED.finditer(unfenced)]
+    for match, language in [*fenced, *indented]:
+        commands = tuple(commands_of(match["text"])) if language in {"", *SHELL} else ()
         starts = {command[0] for command in commands}
-        if match["language"] in SHELL or starts & (OURS | OTHERS):
+        if language in SHELL or starts & (OURS | OTHERS):
             line = text.count("\n", 0, match.start("text"))
             found.append(Block(page, line, match["mark"] or "", commands))
     return found
 
 
 def commands_of(text: str) -> list[tuple[str, ...]]:
-    """Words of each line, comments and redirections left out, a \\ at the end joined."""
+    """Words of each line, a \\ at the end joined; without variables before a command, redirections,
+    and comments, which three spaces set off too."""
     found = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(re.split(r"(?<=\S)\s{3,}", line)[0], comments=True)
         except ValueError:  # no command: a quote that is an apostrophe
             continue
         words = words[: words.index(">")] if ">" in words else words
+        words = list(dropwhile(re.compile(r"[A-Z_]+=").match, words))
         if words:
             found.append(tuple(words))
     return found

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/: parsed by the real command line, or run."""
+"""Every command of the pages: parsed by the real command line, or run."""
 
 from __future__ import annotations
 
@@ -115,6 +115,8 @@ def known(part: dict[str, Any]) -> bool:
 def test_blocks_are_found() -> None:
     found = {block.page.name for block in EVERY}
     assert {"README.md", "quickstart.md", "evaluation.md", "cluster.md", "files.md"} <= found
+    assert {"reliability.md", "evidence.md"} <= found, "four spaces, and no fence"
+    assert ("gardo", "selftest", "reliability") in {c for block in EVERY for c in block.commands}
     names = {command[0] for block in EVERY for command in block.commands}
     assert {"gardo", "./run", "deepspeed", "sbatch", "python"} <= names
 

@@ -11,12 +11,13 @@ import pytest
 from tests import ROOT
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(ROOT.glob("*.md")),
     *(
         ROOT / folder / "README.md"
         for folder in ("recipes", "recipes/prompts", "benchmarks", "suites")
     ),
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks/results").rglob("*.md")),
 ]
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 FENCED = re.compile(r"^(`{3,}).*?^\1$", re.MULTILINE | re.DOTALL)
