@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
+from gardo.report.metrics_log import read_metrics
 from tests import ROOT
 
-GRADIENT, ITERATION = re.findall(
+GRADIENT, ITERATION, RECIPE = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL
 )
 
@@ -41,3 +42,24 @@ def test_iterations_of_an_algorithm_of_a_section_learn():
     assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
     assert metrics["gate_share"] == pytest.approx(13 / 128)  # a tenth of the samples
     assert seen[1][1]["kl"] > 0
+
+
+def test_a_recipe_from_python(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        names = run(RECIPE)
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert all(len([float(number) for number in line.split()]) == 3 for line in lines)
+    folder = tmp_path / "runs/from-python"
+    assert {record["kind"] for record in read_metrics(folder / "metrics.jsonl")} == {
+        "step",
+        "evaluation",
+    }
+    assert names["recipe"].algorithm.base.beta == 3.0
+    assert (names["exported"] / "adapter_config.json").is_file()
+    assert (folder / "export-peft/README.md").is_file()
