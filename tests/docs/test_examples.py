@@ -1,4 +1,4 @@
-"""docs/examples/: the plug-ins of docs/plug-ins.md. That page's commands train with those of own.yaml."""
+"""docs/examples/: the plug-ins of docs/plug-ins.md. Its commands train with those of own.yaml."""
 
 from __future__ import annotations
 
