@@ -32,7 +32,8 @@ from gardo.policies.base import Policy
 from gardo.policies.quantised import BASES, linears, stored_bytes
 from gardo.recipe import Recipe, policy_plugin
 
-KEPT = 2  # blocks of a kind that are run
+KEPT = 2  # blocks of a kind that are run where memory is asked for: the last of them differs
+COUNTED = 1  # where FLOPs are
 CPU = torch.device("cpu")
 
 
@@ -176,7 +177,7 @@ class Shadow:
             with torch.no_grad():
                 self.policy.branches(*self._inputs(images))
 
-        return self._scaled(lambda: self._peak(forward))
+        return self._scaled(lambda: self._peak(forward), KEPT)
 
     def training_bytes(self, rows: int, checkpointing: str) -> int:
         """What forward and backward of a micro-batch need at their peak, gradients left out.
@@ -196,7 +197,7 @@ class Shadow:
             velocity.float().square().mean().backward()
 
         try:
-            return self._scaled(lambda: self._peak(step))
+            return self._scaled(lambda: self._peak(step), KEPT)
         finally:
             for handle in handles:
                 handle.remove()
@@ -227,7 +228,7 @@ class Shadow:
                 p.grad = None
             return int(counter.get_total_flops())
 
-        return self._scaled(count)
+        return self._scaled(count, COUNTED)
 
     def _inputs(self, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         shapes = self.policy.conditioning_shapes()
@@ -244,19 +245,19 @@ class Shadow:
             call()
         return live.peak
 
-    def _scaled(self, cost: Callable[[], int]) -> int:
-        """The cost at full depth: that of KEPT blocks of each kind, and more of a kind as one is.
+    def _scaled(self, cost: Callable[[], int], blocks: int) -> int:
+        """The cost at full depth: that of so many blocks of a kind, and more as one is.
 
         Whatever is counted grows by as much with every block of a kind.
         """
-        kept = {kind: min(number, KEPT) for kind, number in self.kinds.items()}
+        kept = {kind: min(number, blocks) for kind, number in self.kinds.items()}
         with self._depth(kept):
             least = cost()
         total = least
         for kind, number in self.kinds.items():
-            if number > KEPT:
-                with self._depth({**kept, kind: KEPT + 1}):
-                    total += (number - KEPT) * (cost() - least)
+            if number > blocks:
+                with self._depth({**kept, kind: blocks + 1}):
+                    total += (number - blocks) * (cost() - least)
         return total
 
     @contextmanager
