@@ -1,4 +1,4 @@
-"""Thread count for CPU runs, and one counted reason for the GPU tests that a machine cannot run."""
+"""Threads for CPU runs, a quicker interpreter, one counted reason for skipped GPU tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from gardo.ending import hear_signals
+from tests.interpreter import look_once
 
 hear_signals()  # what tests start is sent some; CI may run under nohup, or behind an &
 if not os.path.exists("/dev/nvidiactl"):  # kernels run as Python; read when one is defined
@@ -33,3 +34,9 @@ def cpu_threads() -> None:
     if torch is not None and "OMP_NUM_THREADS" not in os.environ:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         torch.set_num_threads(min(16, max(1, len(os.sched_getaffinity(0)) // workers)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_sooner() -> None:
+    if "triton" in sys.modules:
+        look_once()

@@ -35,6 +35,7 @@ from tests.integration.cases import Case, loads
 from tests.integration.faults import FAULTS, AllGathers, Cut, CutShort
 from tests.integration.probes import PROBES, FirstImages, PhaseGathers, velocity
 from tests.integration.recipes import recipe
+from tests.interpreter import look_once
 
 
 def save_again(session: Session, folder: Path) -> None:
@@ -114,6 +115,7 @@ def run(case: Case, folder: Path, gathers: AllGathers) -> None:
 
 
 def run_cases(folder: Path, cases: Sequence[Case]) -> None:
+    look_once()
     with AllGathers() as gathers:
         for case in cases:
             began, used = time.monotonic(), time.process_time()

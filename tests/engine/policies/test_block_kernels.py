@@ -7,6 +7,7 @@ import torch
 
 from gardo.policies.attention import use_attention
 from gardo.policies.base import Policy
+from gardo_kernels import _launch
 from tests.engine.policies.built_in import Calls, built_in, sampled, trained
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums in another order
@@ -36,8 +37,9 @@ def test_values_and_gradients_are_those_of_diffusers(family: str, weights: str) 
 def test_the_kernels_themselves(family: str) -> None:
     """In Triton's interpreter."""
     diffusers, ours = policies(family, "lora", "triton")
-    torch.testing.assert_close(sampled(ours), sampled(diffusers), **CLOSE)
-    torch.testing.assert_close(trained(ours)[1], trained(diffusers)[1], rtol=1e-3, atol=1e-5)
+    (out, gradients), (expected, of_diffusers) = trained(ours), trained(diffusers)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(gradients, of_diffusers, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["selective", "matmuls", "full"])
@@ -50,8 +52,9 @@ def test_checkpoints_change_no_bit(mode) -> None:
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_no_norm_is_left_to_torch(family: str) -> None:
+def test_no_norm_is_left_to_torch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But in SD3's last block, whose text is normed by another module, and outside blocks."""
+    monkeypatch.setattr(_launch, "launch", lambda *_, **__: None)  # calls are counted, not values
     _, ours = policies(family, "lora", "triton")
     whole, blocks = Calls(), ours.blocks()
     seen: dict[str, int] = {}
