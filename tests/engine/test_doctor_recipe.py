@@ -202,7 +202,7 @@ def test_a_disk_that_is_too_small_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
 def test_the_command_says_it_as_data() -> None:
     sets = ["--set", "kernels=torch", "--set", "data.prompts=none.txt"]
     said = CliRunner().invoke(app, ["doctor", str(TINY), *sets, "--gpus", "2", "--json"])
-    told = json.loads(said.output)
+    told = json.loads(said.stdout)
     assert said.exit_code == 1 and told["worst"] == "problem"
     assert {f["about"] for f in told["findings"]} == {"machine", "recipe"}
     (wrong,) = [f for f in told["findings"] if f["state"] == "problem"]

@@ -71,7 +71,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path: Path) -> None:
 def test_a_plan_as_data_says_what_the_page_says() -> None:
     said = CliRunner().invoke(app, ["plan", str(TINY), "--gpus", "2", "--json"])
     page = CliRunner().invoke(app, ["plan", str(TINY), "--gpus", "2"]).output
-    plan = json.loads(said.output)
+    plan = json.loads(said.stdout)
     assert said.exit_code == 0 and plan["fits"] and plan["advice"] == []
     assert f"peak {plan['peak_bytes'] / 1e9:.1f} GB of 80.0, in phase {plan['peak_phase']}" in page
     stays = sum(plan["stays"].values())
@@ -84,7 +84,7 @@ def test_a_plan_as_data_says_what_the_page_says() -> None:
 def test_what_does_not_fit_has_a_peak_above_its_room() -> None:
     said = CliRunner().invoke(app, ["plan", str(TINY), "--gpus", "1", "--json",
                                     "--gpu-memory", "0.9GB"])  # fmt: skip
-    plan = json.loads(said.output)
+    plan = json.loads(said.stdout)
     assert said.exit_code == 1 and not plan["fits"] and plan["peak_bytes"] > plan["gpu_bytes"]
     assert plan["advice"] == [] and plan["advice_peak_bytes"] is None, "CUDA alone takes more"
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -53,6 +53,10 @@ class Endpoint(ThreadingHTTPServer):
 
 class Connection(BaseHTTPRequestHandler):
     server: Endpoint
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # who asked may be gone by the time of an answer
+            super().handle()
 
     def do_GET(self) -> None:
         """No list of models, as some have none; it is there."""
