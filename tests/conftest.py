@@ -14,8 +14,11 @@ hear_signals()  # what tests start is sent some; CI may run under nohup, or behi
 if not os.path.exists("/dev/nvidiactl"):  # kernels run as Python; read when one is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+LONGEST = {"integration", "test_packaging.py", "test_compiled.py"}  # run first: none is waited for
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.isdisjoint(item.path.parts))
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return
