@@ -62,11 +62,13 @@ def test_flops_by_shapes_are_what_torch_counts(policy: Policy) -> None:
     assert not policy.transformer._forward_hooks
 
 
-def measured(out: Path, *against: str) -> list[dict[str, Any]]:
-    """Rows of one launch of the tiny recipe by the command, and of other sides of it."""
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of one launch of two sides of the tiny recipe, by the command."""
+    out = tmp_path_factory.mktemp("step") / "step.csv"
     sets = [part for one in SMALL for part in ("--set", one)]
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"),
-               str(ROOT / "recipes" / "tiny_flux_gardo.yaml"), *against,
+               str(ROOT / "recipes" / "tiny_flux_gardo.yaml"), "--against", "reference_everywhere",
                "--launches", "1", "--iterations", "2", "--out", str(out), *sets]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,7 +76,6 @@ def measured(out: Path, *against: str) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.full
 def test_a_compiled_side_is_counted_as_it_is_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +96,7 @@ def of(rows: list[dict[str, Any]], side: str) -> Iterator[dict[str, Any]]:
     return (row for row in rows if row["side"] == side)
 
 
-def test_the_command_accounts_for_an_iteration(tmp_path: Path) -> None:
-    rows = measured(tmp_path / "step.csv")
+def test_the_command_accounts_for_an_iteration(rows: list[dict[str, Any]]) -> None:
     ours = {row["phase"]: row for row in of(rows, "ours")}
     whole = ours.pop("iteration")
     seconds = {name: float(row["seconds"]) for name, row in ours.items()}
@@ -112,9 +112,7 @@ def test_the_command_accounts_for_an_iteration(tmp_path: Path) -> None:
     assert float(whole["mfu_executed"]) > 0 and whole["mfu_model"] == ""  # no GPU, no peak
 
 
-@pytest.mark.full
-def test_the_reference_on_every_row_costs_what_its_rows_cost(tmp_path: Path) -> None:
-    rows = measured(tmp_path / "step.csv", "--against", "reference_everywhere")
+def test_the_reference_on_every_row_costs_what_its_rows_cost(rows: list[dict[str, Any]]) -> None:
     everywhere = {row["phase"]: row for row in of(rows, "reference_everywhere")}
     assert float(everywhere["teachers"]["rows"]) == 16
     assert float(everywhere["iteration"]["predicted_against_ours"]) > 1.1

@@ -1,6 +1,6 @@
 """Compiles every kernel for sm_90 and sm_100 without a GPU; prints what the machine code is like.
 
-    python -m tests.kernels.compiled [--rows ROWS] [--architecture 90] [OP ...]
+    python -m tests.kernels.compiled [--rows ROWS] [OP ...]
 
 A JSON list, one object a kernel and architecture. What is compiled is what the ops' examples
 launch, in bf16 and fp32, with the types and constants of the launch. Runs in a process of its own,
@@ -191,20 +191,17 @@ def compiled(op: str, name: str, spec: Spec, architecture: int) -> Code:
     )
 
 
-def codes(ops: Iterable[str], rows: int, architectures: Iterable[int]) -> Iterator[Code]:
+def codes(ops: Iterable[str], rows: int) -> Iterator[Code]:
     modules = op_modules()
     for op in ops or modules:
         for name, spec in specs_of(op, modules[op], rows).items():
-            for architecture in architectures:
+            for architecture in ARCHITECTURES:
                 yield compiled(op, name, spec, architecture)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=On.rows, help="of the examples")
-    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="this one alone")
     parser.add_argument("op", nargs="*")
     options = parser.parse_args()
-    chosen = [options.architecture] if options.architecture else ARCHITECTURES
-    found = [asdict(code) for code in codes(options.op, options.rows, chosen)]
-    json.dump(found, sys.stdout, indent=1)
+    json.dump([asdict(code) for code in codes(options.op, options.rows)], sys.stdout, indent=1)

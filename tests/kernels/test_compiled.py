@@ -149,7 +149,7 @@ def test_what_touches_every_element_is_lean(codes: Codes, op: str) -> None:
 @pytest.mark.parametrize("rows", [1, 64])
 def test_a_loss_is_as_lean_with_any_rows(rows: int) -> None:
     """By which the tile is laid that its last program loads; the examples have 4."""
-    codes = compile_all("--rows", str(rows), "--architecture", "90", *LOSSES)
+    codes = compile_all("--rows", str(rows), *LOSSES)
     assert {code["op"] for code in codes} == set(LOSSES)
     assert not [code for code in codes if not (lean(code) and clean(code))]
 
@@ -201,7 +201,7 @@ def with_one_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_gates_find_a_new_op(with_one_more: Path) -> None:
-    codes = compile_all("--architecture", "100", "twice", kernels=with_one_more)
+    codes = compile_all("twice", kernels=with_one_more)
     assert {code["name"] for code in codes} == {"twice_fwd_bf16", "twice_fwd_fp32"}
     assert all(lean(code) and clean(code) for code in codes)
 

@@ -37,6 +37,7 @@ def test_values_and_gradients_are_those_of_diffusers(family: str, weights: str) 
 def test_the_kernels_themselves(family: str) -> None:
     """In Triton's interpreter."""
     diffusers, ours = policies(family, "lora", "triton")
+    torch.testing.assert_close(sampled(ours), sampled(diffusers), **CLOSE)
     (out, gradients), (expected, of_diffusers) = trained(ours), trained(diffusers)
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(gradients, of_diffusers, rtol=1e-3, atol=1e-5)
